@@ -1,0 +1,51 @@
+"""User sessions for stateful asyncio servers.
+
+A *manager* keeps every human on this server; a *session* is one of them; their *data* is a plain object in memory that
+the program changes as it likes; a *save* brings it to where it survives.
+
+>>> import asyncio
+>>> from cagey_sessions import SessionManager
+>>> async def main():
+...     manager = SessionManager(interval="30s", persist_on=["shutdown"])
+...     @manager.on("persist_user_data")
+...     async def save(session):
+...         print("saving", session.user_id, session.user_data)
+...     async with manager:
+...         session = await manager.create("cookie")
+...         await session.set_user("alice", {"gold": 0})
+...         session.user_data["gold"] += 10
+>>> asyncio.run(main())
+saving alice {'gold': 10}
+"""
+
+try:
+    from . import _core as _core
+except ImportError as error:  # a checkout that was never built, or a wheel for another Python
+    raise ImportError(
+        f"the compiled core of cagey-sessions cannot be loaded ({error}); install the package with pip "
+        "(in a checkout: pip install -e .), with the same Python that runs this program"
+    ) from error
+
+from ._version import __version__
+from .clock import Clock, TimerHandle
+from .errors import *
+from .errors import __all__ as _errors
+from .manager import SessionManager, create
+from .options import Duration
+from .records import DrainReport, EndReason, Statistics, UnsavedUser
+from .session import Session
+
+__all__ = [
+    "Clock",
+    "DrainReport",
+    "Duration",
+    "EndReason",
+    "Session",
+    "SessionManager",
+    "Statistics",
+    "TimerHandle",
+    "UnsavedUser",
+    "__version__",
+    "create",
+    *_errors,
+]

@@ -1,0 +1,83 @@
+# cython: language_level=3, binding=True, embedsignature=True, embedsignature.format=python, freethreading_compatible=False
+"""The compiled core: session table, key and user index, timing wheel, save states.
+
+What lives here: one row of C memory for each session, the lists those rows are threaded on, and the rules by which
+they move. What must not: asyncio, I/O, a clock. The core is handed ``now`` in whole ticks and answers with what is due.
+
+The rooms, in the order they are included:
+
+``core/wheel.pxi``   a hierarchical timing wheel over slot numbers
+``core/saves.pxi``   the states of a save, as one table
+``core/table.pxi``   the rows, the two indexes, `SessionTable`, `SessionCore` and `OldestFirst`
+
+Everything that links rows together is a circular list with a sentinel, and the sentinels are rows themselves: the
+first `FIRST_SLOT` rows of the array belong to the wheel's buckets, to the two lanes and to the two age lists. A
+session's slot number is therefore never 0, and a row that is on no list is linked to itself.
+"""
+
+cimport cython
+from cpython.mem cimport PyMem_RawFree, PyMem_RawRealloc
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memset
+
+import os
+
+from cagey_sessions.errors import (
+    AlreadyIdentifiedError,
+    InvalidKeyError,
+    InvalidUserDataError,
+    InvalidUserIdError,
+    KeyTakenError,
+    NotIdentifiedError,
+    SessionEndedError,
+    UsageError,
+    UserActiveError,
+    WrongLoopError,
+)
+
+cdef extern from *:
+    """
+    #ifndef CAGEY_DEBUG
+    #define CAGEY_DEBUG 0
+    #endif
+    #define CAGEY_NEVER UINT64_MAX
+    #define CAGEY_MAX_SLOTS 0xFFFFFFF0u
+    #if defined(_MSC_VER)
+      #include <intrin.h>
+      static inline unsigned cagey_lowest_bit(uint64_t word) { unsigned long at; _BitScanForward64(&at, word); return at; }
+      static inline unsigned cagey_highest_bit(uint64_t word) { unsigned long at; _BitScanReverse64(&at, word); return at; }
+    #else
+      static inline unsigned cagey_lowest_bit(uint64_t word) { return (unsigned)__builtin_ctzll(word); }
+      static inline unsigned cagey_highest_bit(uint64_t word) { return 63u - (unsigned)__builtin_clzll(word); }
+    #endif
+    """
+    const bint CAGEY_DEBUG
+    const uint64_t NEVER "CAGEY_NEVER"
+    const uint32_t MAX_SLOTS "CAGEY_MAX_SLOTS"
+    unsigned lowest_bit "cagey_lowest_bit"(uint64_t word) noexcept nogil
+    unsigned highest_bit "cagey_highest_bit"(uint64_t word) noexcept nogil
+
+cdef extern from "pythread.h":
+    unsigned long PyThread_get_thread_ident() noexcept nogil
+
+# Whether this is a debug build (CAGEY_SESSIONS_DEBUG=1): only then do the `_check` methods look at anything.
+DEBUG = bool(CAGEY_DEBUG)
+
+
+cdef struct Row:
+    uint64_t deadline       # tick at which the wheel hands the row out; read only while the row is in the wheel
+    uint64_t saved_at       # tick at which the bytes last acknowledged were fixed; at first, when the user was set
+    uint64_t version        # the version last taken
+    uint64_t acknowledged   # the version last acknowledged
+    uint32_t next           # wheel bucket, lane or free list
+    uint32_t prev
+    uint32_t newer          # age list
+    uint32_t older
+    uint32_t generation     # rises each time the slot gets a new tenant
+    uint8_t state
+    uint8_t failures        # saves failed since the last acknowledged one, at most 255
+
+
+include "core/wheel.pxi"
+include "core/saves.pxi"
+include "core/table.pxi"

@@ -1,0 +1,327 @@
+"""When to save, and how many at a time. What lives here: the one timer of a manager, the workers that perform saves,
+who waits for which, retries and what is overdue. What must not: how a save is performed, or the end of a session.
+
+A save passes through four hands: the wheel in the core says who is due; `_turn` moves them into the core's lanes, in
+slices; up to `max_in_flight` workers take from the lanes and call `perform`; the outcome goes back to the core and to
+whoever waits. What waits for a slot is a mark in a row of the core, never a task or a body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Coroutine
+from contextvars import Context, copy_context
+from typing import Any, Protocol
+
+from ._core import SessionCore, SessionTable
+from .clock import Clock, TimerHandle
+from .errors import ListenerCancelledError, NothingSavesError, SaveOverdueError
+from .events import listening
+from .options import SECOND, Options
+
+__all__ = ["Autosave", "SaveHost"]
+
+LONGEST_TICK = SECOND // 100
+SHORTEST_TICK = SECOND // 1000
+ROWS_PER_STEP = 256
+SLICE = SECOND // 2000
+"""How long autosave works on the loop before others get a turn."""
+
+FIRST_RETRY = 16
+"""The first retry comes after this part of the interval, each later one after twice as long, at most half of it."""
+INTERVAL_FOR_RETRIES = 16 * SECOND
+"""What retries are measured by where there is no interval."""
+LONGEST_RETRY_IN_DRAIN = SECOND
+
+
+class SaveHost(Protocol):
+    """What autosave needs of whoever it works for."""
+
+    def can_save(self) -> bool:
+        """Whether anybody would perform a save."""
+        ...
+
+    async def perform(self, session: SessionCore) -> None:
+        """Save one session; raises if that failed."""
+        ...
+
+    def report(self, error: Exception, session: SessionCore | None) -> None:
+        """Take note of an error that no caller waits for."""
+        ...
+
+    def settled(self, session: SessionCore, error: Exception | None) -> None:
+        """A save of a session that is being ended has come to its end."""
+        ...
+
+
+class _Flight:
+    """A save that is asked for or under way, and who waits for it."""
+
+    __slots__ = ("outcome", "started", "waiting")
+
+    def __init__(self) -> None:
+        self.outcome: asyncio.Future[Exception | None] | None = None
+        self.started = 0
+        self.waiting = 0
+
+    def wait(self) -> asyncio.Future[Exception | None]:
+        if self.outcome is None:
+            self.outcome = asyncio.get_running_loop().create_future()
+        return self.outcome
+
+    def resolve(self, error: Exception | None) -> None:
+        if self.outcome is not None and not self.outcome.done():
+            self.outcome.set_result(error)
+
+
+class Autosave:
+    """The saves of one manager."""
+
+    def __init__(self, table: SessionTable, clock: Clock, options: Options, host: SaveHost) -> None:
+        self._table = table
+        self._clock = clock
+        self._host = host
+        self._max_in_flight = options.max_in_flight
+        self._interval = options.interval
+        self.tick = min(LONGEST_TICK, max(SHORTEST_TICK, options.interval // 100)) if options.interval else LONGEST_TICK
+        self._interval_ticks = options.interval // self.tick if options.interval else 0
+        self._overdue_after = options.interval or 30 * SECOND
+        self._jitter = random.Random()
+        self._context: Context | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: TimerHandle | None = None
+        self._wake_at = 0
+        self._overdue_timer: TimerHandle | None = None
+        self._told_nothing_saves = -self._overdue_after
+        self._slice_ends = 0
+        self._turn_is_queued = False
+        self._asked: dict[SessionCore, _Flight] = {}
+        self._in_flight: dict[SessionCore, _Flight] = {}
+        self._workers: set[asyncio.Task[None]] = set()
+        self._draining = False
+        self._closed = False
+        self.tick_lag = 0
+
+    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Work on this loop from now on."""
+        self._loop = loop
+        self._context = copy_context()
+
+    def now_tick(self) -> int:
+        return self._clock.now() // self.tick
+
+    def identify(self, session: SessionCore, user_id: int | str, user_data: object) -> None:
+        """Give a session its user and its first deadline."""
+        self._table.identify(session, user_id, user_data, self.now_tick(), self._interval_ticks)
+        if self._interval:
+            self._arm()
+
+    async def save(self, session: SessionCore) -> Exception | None:
+        """Have a session saved as it is now, or later: what went wrong, if anything.
+
+        Callers that come before the next save starts share it. Cancelling one of them stops the waiting, not the save.
+        """
+        self._table.ask(session)
+        flight = self._asked.get(session)
+        if flight is None:
+            flight = self._asked[session] = _Flight()
+        flight.wait()
+        self._employ()
+        return await self._outcome(flight)
+
+    async def settle(self, session: SessionCore, error: Exception | None = None) -> Exception | None:
+        """Wait until no save of a session is under way or asked for.
+
+        Returns the outcome of the last one waited for, or `error` if there was none.
+        """
+        while flight := self._in_flight.get(session) or self._asked.get(session):
+            error = await self._outcome(flight)
+        return error
+
+    async def _outcome(self, flight: _Flight) -> Exception | None:
+        flight.waiting += 1
+        try:
+            return await asyncio.shield(flight.wait())
+        finally:
+            flight.waiting -= 1
+
+    def kick(self) -> None:
+        """Look again at what is due: a listener that saves has been registered."""
+        if self._loop is not None and not self._closed:
+            self._employ()
+
+    def drain(self) -> None:
+        """From now on serve only what is asked for."""
+        self._draining = True
+
+    def give_up(self, error: Exception) -> None:
+        """Let nobody wait any longer; what is under way goes on and is disowned."""
+        for flight in (*self._in_flight.values(), *self._asked.values()):
+            flight.resolve(error)
+        self._asked.clear()
+
+    def close(self) -> None:
+        """Stop all timers."""
+        self._closed = True
+        for timer in (self._timer, self._overdue_timer):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._overdue_timer = None
+
+    def is_in_flight(self, session: SessionCore) -> bool:
+        return session in self._in_flight
+
+    def overdue(self) -> tuple[int, int]:
+        """How many saves are under way for longer than the interval, and for how long the oldest, in nanoseconds."""
+        now = self._clock.now()
+        ages = [age for flight in self._in_flight.values() if (age := now - flight.started) >= self._overdue_after]
+        return len(ages), max(ages, default=0)
+
+    def slice_is_spent(self) -> bool:
+        """Whether this turn of the loop has had its share of our work. The first question of a turn is answered no."""
+        now = self._clock.now()
+        if self._slice_ends == 0:
+            self._slice_ends = now + SLICE
+            assert self._loop is not None
+            self._loop.call_soon(self._open_slice)
+            return False
+        return now > self._slice_ends
+
+    def _open_slice(self) -> None:
+        self._slice_ends = 0
+
+    # Time
+
+    def _arm(self) -> None:
+        """Have the timer wake us no later than the next deadline."""
+        if self._closed or self._turn_is_queued:
+            return
+        tick = self._table.next_deadline()
+        if tick is None or (self._timer is not None and self._wake_at <= tick):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._wake_at = tick
+        delay = max(0, tick * self.tick - self._clock.now())
+        assert self._context is not None
+        self._timer = self._clock.call_later(delay, self._wake, self._context)
+
+    def _wake(self) -> None:
+        self._timer = None
+        self.tick_lag = max(0, self._clock.now() - self._wake_at * self.tick)
+        self._turn()
+
+    def _turn(self) -> None:
+        """Move what is due into the lanes, for at most one slice; the rest in the next turn of the loop."""
+        self._turn_is_queued = False
+        if self._closed:
+            return
+        while self._table.advance(self.now_tick(), ROWS_PER_STEP) == ROWS_PER_STEP:
+            if self.slice_is_spent():
+                self._turn_is_queued = True
+                assert self._loop is not None
+                self._loop.call_soon(self._turn, context=self._context)
+                break
+        self._employ()
+        self._arm()
+
+    def _check_overdue(self) -> None:
+        self._overdue_timer = None
+        count, oldest = self.overdue()
+        if count:
+            self._host.report(SaveOverdueError(count, oldest / SECOND), None)
+        if self._in_flight:
+            self._arm_overdue()
+
+    def _arm_overdue(self) -> None:
+        if self._overdue_timer is None and not self._closed:
+            assert self._context is not None
+            self._overdue_timer = self._clock.call_later(self._overdue_after, self._check_overdue, self._context)
+
+    # Work
+
+    def _serves_periodic(self) -> bool:
+        if self._draining:
+            return False
+        if self._host.can_save():
+            return True
+        if self._table.has_due(True) and self._clock.now() - self._told_nothing_saves >= self._overdue_after:
+            self._told_nothing_saves = self._clock.now()
+            self._host.report(
+                NothingSavesError("sessions are due to be saved, and nobody listens to 'persist_user_data'"), None
+            )
+        return False
+
+    def _employ(self) -> None:
+        """Start workers for what is in the lanes, as far as there are free slots."""
+        periodic = self._serves_periodic()
+        if not self._table.has_due(periodic):
+            return
+        for _ in range(min(self._max_in_flight - len(self._workers), self._table.counters.due)):
+            self._spawn(self._work())
+        self._arm_overdue()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        assert self._loop is not None and self._context is not None
+        task = self._loop.create_task(work, name="cagey-sessions autosave", context=self._context.copy())
+        self._workers.add(task)
+        task.add_done_callback(self._workers.discard)
+
+    async def _work(self) -> None:
+        """Take and save until the lanes are empty."""
+        while True:
+            while self.slice_is_spent():
+                await asyncio.sleep(0)
+            taken = self._table.take(self._serves_periodic())
+            if taken is None:
+                return
+            await self._save(*taken)
+
+    async def _save(self, session: SessionCore, version: int) -> None:
+        flight = self._asked.pop(session, None) or _Flight()
+        flight.started = self._clock.now()
+        self._in_flight[session] = flight
+        error: Exception | None = ListenerCancelledError("the event loop was shut down during the save")
+        try:
+            with listening(session, self._host, is_save=True):
+                await self._host.perform(session)
+            error = None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            error = ListenerCancelledError("a listener of 'persist_user_data' was cancelled")
+        except Exception as raised:
+            error = raised
+        finally:
+            self._settle(session, version, flight, error)
+
+    def _settle(self, session: SessionCore, version: int, flight: _Flight, error: Exception | None) -> None:
+        del self._in_flight[session]
+        taken_at = flight.started // self.tick
+        if error is None:
+            deadline = taken_at + self._interval_ticks if self._interval and not self._draining else None
+            owned = self._table.acknowledge(session, version, taken_at, deadline)
+        else:
+            owned = self._table.fail(session, version, self._retry_tick(session))
+        heard = flight.waiting > 0
+        flight.resolve(error)
+        if error is not None and not heard:
+            self._host.report(error, session)
+        if owned and self._table.is_ending(session):
+            self._host.settled(session, error)
+        if not self._closed:
+            self._arm()
+
+    def _retry_tick(self, session: SessionCore) -> int | None:
+        """When a failed save is tried again; None if only on request."""
+        if session.end_reason is not None or self._table.state(session) == "gone":
+            return None
+        if self._interval is None and not self._table.is_ending(session):
+            return None
+        interval = self._interval or INTERVAL_FOR_RETRIES
+        delay = min(interval // FIRST_RETRY << self._table.failures(session), interval // 2)
+        if self._draining:
+            delay = min(delay, LONGEST_RETRY_IN_DRAIN)
+        return (self._clock.now() + int(delay * self._jitter.uniform(0.5, 1.0))) // self.tick

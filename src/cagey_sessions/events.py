@@ -1,0 +1,166 @@
+"""Events and their listeners. What lives here: the names, registration, emitting, and the frames that tell a listener
+from the outside. What must not: knowledge of what an event is for.
+
+One emit takes the listeners as they stand, one at a time in the order they were registered, each awaited before the
+next. One that is removed meanwhile is skipped; one that is added waits for the next emit; a raising one stops no other.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from .errors import InvalidListenerError, ListenerError
+from .options import known_event
+
+__all__ = [
+    "MANAGER_EVENTS",
+    "SESSION_EVENTS",
+    "Listener",
+    "Listeners",
+    "drain_waits_here",
+    "end_waits_here",
+    "listener_error",
+    "listening",
+    "save_of_host_waits_here",
+    "save_waits_here",
+]
+
+Listener = Callable[..., object]
+
+SESSION_EVENTS = ("started", "identified", "before_destroy", "destroy")
+MANAGER_EVENTS = ("created", "persist_user_data", "error", *SESSION_EVENTS)
+
+
+class _Registration:
+    __slots__ = ("function", "once", "removed")
+
+    def __init__(self, function: Listener, once: bool) -> None:
+        self.function = function
+        self.once = once
+        self.removed = False
+
+
+class Listeners:
+    """The listeners of one manager or one session, by event."""
+
+    __slots__ = ("_by_name", "_known")
+
+    def __init__(self, known: tuple[str, ...]) -> None:
+        self._known = known
+        self._by_name: dict[str, list[_Registration]] = {}
+
+    def add(self, name: str, function: Listener, *, once: bool) -> None:
+        """Register a listener. Raises `UnknownEventError`, `InvalidListenerError`. O(1)."""
+        known_event(name, self._known)
+        if not callable(function):
+            raise InvalidListenerError(f"a listener is a function or another callable, not {function!r:.80}")
+        self._by_name.setdefault(name, []).append(_Registration(function, once))
+
+    def remove(self, name: str, function: Listener) -> None:
+        """Take back one registration of a listener, the oldest; nothing happens if there is none. O(listeners)."""
+        known_event(name, self._known)
+        for registration in self._by_name.get(name, ()):
+            if registration.function == function:
+                self._discard(name, registration)
+                return
+
+    def has(self, name: str) -> bool:
+        """Whether anybody listens. O(1)."""
+        return name in self._by_name
+
+    def clear(self) -> None:
+        """Remove everybody, also from emits under way."""
+        for registrations in self._by_name.values():
+            for registration in registrations:
+                registration.removed = True
+        self._by_name.clear()
+
+    async def call(self, name: str, args: tuple[object, ...], errors: list[Exception]) -> None:
+        """Call the listeners of an event and collect what they raise, a note of the listener's name on each."""
+        for registration in tuple(self._by_name.get(name, ())):
+            if registration.removed:
+                continue
+            if registration.once:
+                self._discard(name, registration)
+            try:
+                result = registration.function(*args)
+                if result is not None and isinstance(result, Awaitable):
+                    await result
+            except Exception as error:
+                error.add_note(f"raised by listener {_name_of(registration.function)} of event {name!r}")
+                errors.append(error)
+
+    def _discard(self, name: str, registration: _Registration) -> None:
+        registration.removed = True
+        registrations = self._by_name.get(name)
+        if registrations is not None and registration in registrations:
+            registrations.remove(registration)
+            if not registrations:
+                del self._by_name[name]
+
+
+def _name_of(function: Listener) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__qualname__", None) or type(function).__qualname__
+
+
+def listener_error(name: str, errors: list[Exception]) -> ListenerError:
+    """One group of what the listeners of an event raised."""
+    many = len(errors) > 1
+    return ListenerError(
+        f"{len(errors)} listeners of {name!r} raised" if many else f"a listener of {name!r} raised", errors
+    )
+
+
+class _Frame:
+    """A listener call under way that others may be waiting for."""
+
+    __slots__ = ("host", "is_save", "session")
+
+    def __init__(self, session: object, host: object, is_save: bool) -> None:
+        self.session: object = session
+        self.host: object = host
+        self.is_save = is_save
+
+
+_frames: ContextVar[tuple[_Frame, ...]] = ContextVar("cagey_sessions_frames", default=())
+
+
+@contextmanager
+def listening(session: object, host: object, *, is_save: bool = False) -> Iterator[None]:
+    """Within this block listeners run whose return the save (`is_save`) or the end of `session` waits for.
+
+    Tasks that a listener starts inherit the frame, for it may well wait for them; once the block is left the frame is
+    empty, and what is still running counts as outside.
+    """
+    frame = _Frame(session, host, is_save)
+    token = _frames.set((*_frames.get(), frame))
+    try:
+        yield
+    finally:
+        _frames.reset(token)
+        frame.session = frame.host = None
+
+
+def end_waits_here(session: object) -> bool:
+    """Whether this code runs inside a listener that the end of `session` waits for."""
+    return any(frame.session is session for frame in _frames.get())
+
+
+def save_waits_here(session: object) -> bool:
+    """Whether this code runs inside a listener that a save of `session` waits for."""
+    return any(frame.session is session and frame.is_save for frame in _frames.get())
+
+
+def drain_waits_here(host: object) -> bool:
+    """Whether this code runs inside a listener that the end of all sessions of `host` waits for."""
+    return any(frame.host is host for frame in _frames.get())
+
+
+def save_of_host_waits_here(host: object) -> bool:
+    """Whether this code runs inside a listener that a save of any session of `host` waits for."""
+    return any(frame.host is host and frame.is_save for frame in _frames.get())

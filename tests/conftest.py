@@ -1,0 +1,85 @@
+"""Async tests run on asyncio and on uvloop; each must leave nothing of ours behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import sys
+from typing import Any
+
+import pytest
+import uvloop
+from support import Db, ManualClock
+
+from cagey_sessions import SessionManager
+
+
+def _eager_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)
+    return loop
+
+
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+if sys.version_info >= (3, 12):
+    LOOPS["eager"] = _eager_loop
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if inspect.iscoroutinefunction(metafunc.function):
+        metafunc.fixturenames.append("loop_kind")
+        metafunc.parametrize("loop_kind", list(LOOPS))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    run(pyfuncitem.obj(**arguments), pyfuncitem.funcargs["loop_kind"])
+    return True
+
+
+def run(test: Any, loop_kind: str = "asyncio") -> Any:
+    """Run a test on a loop of its own; whatever nobody observed, or of ours is left, fails it."""
+    unobserved: list[str] = []
+
+    async def main() -> Any:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: unobserved.append(f"{context['message']}: {context.get('exception')!r}"))
+        result = await test
+        for _ in range(5):
+            await asyncio.sleep(0)
+        left = [task for task in asyncio.all_tasks() if task.get_name().startswith("cagey-sessions")]
+        assert not left, f"tasks left behind: {left}"
+        return result
+
+    with asyncio.Runner(loop_factory=LOOPS[loop_kind]) as runner:
+        result = runner.run(main())
+        gc.collect()
+    assert not unobserved, unobserved
+    return result
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock(start=1_000_000_000_000)
+
+
+@pytest.fixture
+def db(clock: ManualClock) -> Db:
+    return Db(clock)
+
+
+@pytest.fixture
+def make_manager(clock: ManualClock, db: Db) -> Any:
+    """A manager on the hand-turned clock whose users are saved to `db`."""
+
+    def make(**options: Any) -> SessionManager:
+        options.setdefault("interval", "30s")
+        manager = SessionManager(clock=clock, **options)
+        manager.on("persist_user_data", db.save)
+        return manager
+
+    return make
