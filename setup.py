@@ -29,7 +29,8 @@ class BuildCore(build_ext):
             if shutil.which(compiler) is None:
                 raise SystemExit(
                     f"\ncagey-sessions: its core is compiled here, and the C compiler {compiler!r} was not found.\n"
-                    "Install one (Debian and Ubuntu: apt install gcc; Fedora: dnf install gcc; macOS: xcode-select --install),\n"
+                    "Install one (Debian, Ubuntu: apt install gcc; Fedora: dnf install gcc; "
+                    "macOS: xcode-select --install),\n"
                     "or install a ready-made wheel with: pip install --only-binary cagey-sessions cagey-sessions\n"
                 )
             include = sysconfig.get_path("include")
@@ -39,7 +40,8 @@ class BuildCore(build_ext):
                 raise SystemExit(
                     f"\ncagey-sessions: its core is compiled here, and the headers of Python {version} were not found "
                     f"(no Python.h in {include}).\n"
-                    f"Install them (Debian and Ubuntu: apt install python{version}-dev; Fedora: dnf install python3-devel),\n"
+                    f"Install them (Debian, Ubuntu: apt install python{version}-dev; "
+                    "Fedora: dnf install python3-devel),\n"
                     "or install a ready-made wheel with: pip install --only-binary cagey-sessions cagey-sessions\n"
                 )
         super().build_extensions()

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import uvloop
-from support import Db, ManualClock
 
 from cagey_sessions import SessionManager
+from support import Db, ManualClock
 
 
 def _eager_loop() -> asyncio.AbstractEventLoop:
@@ -37,7 +37,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
-    run(pyfuncitem.obj(**arguments), pyfuncitem.funcargs["loop_kind"])
+    run(pyfuncitem.obj(**arguments), pyfuncitem.callspec.params["loop_kind"])
     return True
 
 
@@ -47,8 +47,11 @@ def run(test: Any, loop_kind: str = "asyncio") -> Any:
 
     async def main() -> Any:
         loop = asyncio.get_running_loop()
-        loop.set_exception_handler(lambda _, context: unobserved.append(f"{context['message']}: {context.get('exception')!r}"))
-        result = await test
+        loop.set_exception_handler(
+            lambda _, context: unobserved.append(f"{context['message']}: {context.get('exception')!r}")
+        )
+        async with asyncio.timeout(20):
+            result = await test
         for _ in range(5):
             await asyncio.sleep(0)
         left = [task for task in asyncio.all_tasks() if task.get_name().startswith("cagey-sessions")]

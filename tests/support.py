@@ -150,3 +150,14 @@ class Db:
     def writes(self, user_id: int | str) -> list[Any]:
         """The bodies of a user's writes, in the order they began."""
         return [json.loads(write.body) for write in self.log if write.user_id == user_id]
+
+
+async def let_time_pass(clock: ManualClock, work: Any, limit: Any = "60s") -> Any:
+    """Await something that needs time to go on, moving the clock from timer to timer until it is done."""
+    task = asyncio.ensure_future(work)
+    until = clock.now() + parse_duration(limit, "limit")
+    await turns()
+    while not task.done() and clock.now() < until:
+        await clock.advance(min(0.05, (until - clock.now()) / SECOND))
+    assert task.done(), f"not done after {limit}"
+    return await task

@@ -28,7 +28,7 @@ except ImportError as error:  # a checkout that was never built, or a wheel for 
 
 from ._version import __version__
 from .clock import Clock, TimerHandle
-from .errors import *
+from .errors import *  # noqa: F403 - its __all__ is ours, see below
 from .errors import __all__ as _errors
 from .manager import SessionManager, create
 from .options import Duration

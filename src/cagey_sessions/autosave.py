@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from ._core import SessionCore, SessionTable
 from .clock import Clock, TimerHandle
 from .errors import ListenerCancelledError, NothingSavesError, SaveOverdueError
-from .events import listening
 from .options import SECOND, Options
+from .waits import Wait, listening
 
 __all__ = ["Autosave", "SaveHost"]
 
@@ -92,14 +92,14 @@ class Autosave:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: TimerHandle | None = None
         self._wake_at = 0
-        self._overdue_timer: TimerHandle | None = None
-        self._told_nothing_saves = -self._overdue_after
+        self._watch_timer: TimerHandle | None = None
         self._slice_ends = 0
         self._turn_is_queued = False
         self._asked: dict[SessionCore, _Flight] = {}
         self._in_flight: dict[SessionCore, _Flight] = {}
         self._workers: set[asyncio.Task[None]] = set()
         self._draining = False
+        self._gave_up: Exception | None = None
         self._closed = False
         self.tick_lag = 0
 
@@ -122,6 +122,8 @@ class Autosave:
 
         Callers that come before the next save starts share it. Cancelling one of them stops the waiting, not the save.
         """
+        if self._gave_up is not None:
+            return self._gave_up
         self._table.ask(session)
         flight = self._asked.get(session)
         if flight is None:
@@ -137,6 +139,8 @@ class Autosave:
         """
         while flight := self._in_flight.get(session) or self._asked.get(session):
             error = await self._outcome(flight)
+            if self._gave_up is not None:
+                break  # the save may be under way for ever
         return error
 
     async def _outcome(self, flight: _Flight) -> Exception | None:
@@ -156,7 +160,8 @@ class Autosave:
         self._draining = True
 
     def give_up(self, error: Exception) -> None:
-        """Let nobody wait any longer; what is under way goes on and is disowned."""
+        """From now on let nobody wait; what is under way goes on, and no more of it is started."""
+        self._gave_up = error
         for flight in (*self._in_flight.values(), *self._asked.values()):
             flight.resolve(error)
         self._asked.clear()
@@ -164,10 +169,10 @@ class Autosave:
     def close(self) -> None:
         """Stop all timers."""
         self._closed = True
-        for timer in (self._timer, self._overdue_timer):
+        for timer in (self._timer, self._watch_timer):
             if timer is not None:
                 timer.cancel()
-        self._timer = self._overdue_timer = None
+        self._timer = self._watch_timer = None
 
     def is_in_flight(self, session: SessionCore) -> bool:
         return session in self._in_flight
@@ -177,6 +182,11 @@ class Autosave:
         now = self._clock.now()
         ages = [age for flight in self._in_flight.values() if (age := now - flight.started) >= self._overdue_after]
         return len(ages), max(ages, default=0)
+
+    async def slice(self) -> None:
+        """Return in a turn of the loop that has time left for our work."""
+        while self.slice_is_spent():
+            await asyncio.sleep(0)
 
     def slice_is_spent(self) -> bool:
         """Whether this turn of the loop has had its share of our work. The first question of a turn is answered no."""
@@ -193,8 +203,8 @@ class Autosave:
 
     # Time
 
-    def _arm(self) -> None:
-        """Have the timer wake us no later than the next deadline."""
+    def _arm(self, *, extra: int = 0) -> None:
+        """Have the timer wake us at the next deadline, or `extra` nanoseconds after it."""
         if self._closed or self._turn_is_queued:
             return
         tick = self._table.next_deadline()
@@ -203,13 +213,18 @@ class Autosave:
         if self._timer is not None:
             self._timer.cancel()
         self._wake_at = tick
-        delay = max(0, tick * self.tick - self._clock.now())
+        delay = max(0, tick * self.tick - self._clock.now() + extra)
         assert self._context is not None
         self._timer = self._clock.call_later(delay, self._wake, self._context)
 
     def _wake(self) -> None:
         self._timer = None
-        self.tick_lag = max(0, self._clock.now() - self._wake_at * self.tick)
+        lag = self._clock.now() - self._wake_at * self.tick
+        if lag < 0:
+            # loops may wake us a fraction of a millisecond early; asking for that fraction would spin
+            self._arm(extra=SHORTEST_TICK)
+            return
+        self.tick_lag = lag
         self._turn()
 
     def _turn(self) -> None:
@@ -226,41 +241,38 @@ class Autosave:
         self._employ()
         self._arm()
 
-    def _check_overdue(self) -> None:
-        self._overdue_timer = None
-        count, oldest = self.overdue()
-        if count:
-            self._host.report(SaveOverdueError(count, oldest / SECOND), None)
-        if self._in_flight:
-            self._arm_overdue()
-
-    def _arm_overdue(self) -> None:
-        if self._overdue_timer is None and not self._closed:
-            assert self._context is not None
-            self._overdue_timer = self._clock.call_later(self._overdue_after, self._check_overdue, self._context)
-
     # Work
 
     def _serves_periodic(self) -> bool:
-        if self._draining:
-            return False
-        if self._host.can_save():
-            return True
-        if self._table.has_due(True) and self._clock.now() - self._told_nothing_saves >= self._overdue_after:
-            self._told_nothing_saves = self._clock.now()
-            self._host.report(
-                NothingSavesError("sessions are due to be saved, and nobody listens to 'persist_user_data'"), None
-            )
-        return False
+        return not self._draining and self._host.can_save()
 
     def _employ(self) -> None:
         """Start workers for what is in the lanes, as far as there are free slots."""
-        periodic = self._serves_periodic()
-        if not self._table.has_due(periodic):
+        if self._gave_up is not None or not self._table.has_due():
             return
-        for _ in range(min(self._max_in_flight - len(self._workers), self._table.counters.due)):
-            self._spawn(self._work())
-        self._arm_overdue()
+        if self._table.has_due(self._serves_periodic()):
+            for _ in range(min(self._max_in_flight - len(self._workers), self._table.counters.due)):
+                self._spawn(self._work())
+        self._watch()
+
+    def _watch(self) -> None:
+        """Look once an interval, while there is anything to do, whether it gets done."""
+        if self._watch_timer is None and not self._closed:
+            assert self._context is not None
+            self._watch_timer = self._clock.call_later(self._overdue_after, self._look, self._context)
+
+    def _look(self) -> None:
+        self._watch_timer = None
+        count, oldest = self.overdue()
+        if count:
+            self._host.report(SaveOverdueError(count, oldest / SECOND), None)
+        waiting = self._table.has_due()
+        if waiting and not self._draining and not self._host.can_save():
+            self._host.report(
+                NothingSavesError("sessions are due to be saved, and nobody listens to 'persist_user_data'"), None
+            )
+        if waiting or self._in_flight:
+            self._watch()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         assert self._loop is not None and self._context is not None
@@ -271,9 +283,8 @@ class Autosave:
     async def _work(self) -> None:
         """Take and save until the lanes are empty."""
         while True:
-            while self.slice_is_spent():
-                await asyncio.sleep(0)
-            taken = self._table.take(self._serves_periodic())
+            await self.slice()
+            taken = None if self._gave_up is not None else self._table.take(self._serves_periodic())
             if taken is None:
                 return
             await self._save(*taken)
@@ -284,7 +295,7 @@ class Autosave:
         self._in_flight[session] = flight
         error: Exception | None = ListenerCancelledError("the event loop was shut down during the save")
         try:
-            with listening(session, self._host, is_save=True):
+            with listening(Wait(session, is_save=True), self._host):
                 await self._host.perform(session)
             error = None
         except asyncio.CancelledError:

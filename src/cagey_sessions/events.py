@@ -1,5 +1,5 @@
-"""Events and their listeners. What lives here: the names, registration, emitting, and the frames that tell a listener
-from the outside. What must not: knowledge of what an event is for.
+"""Events and their listeners. What lives here: the names, registration, emitting. What must not: any
+knowledge of what an event is for.
 
 One emit takes the listeners as they stand, one at a time in the order they were registered, each awaited before the
 next. One that is removed meanwhile is skipped; one that is added waits for the next emit; a raising one stops no other.
@@ -8,25 +8,12 @@ next. One that is removed meanwhile is skipped; one that is added waits for the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable
 
 from .errors import InvalidListenerError, ListenerError
 from .options import known_event
 
-__all__ = [
-    "MANAGER_EVENTS",
-    "SESSION_EVENTS",
-    "Listener",
-    "Listeners",
-    "drain_waits_here",
-    "end_waits_here",
-    "listener_error",
-    "listening",
-    "save_of_host_waits_here",
-    "save_waits_here",
-]
+__all__ = ["MANAGER_EVENTS", "SESSION_EVENTS", "Listener", "Listeners", "listener_error"]
 
 Listener = Callable[..., object]
 
@@ -114,53 +101,3 @@ def listener_error(name: str, errors: list[Exception]) -> ListenerError:
     return ListenerError(
         f"{len(errors)} listeners of {name!r} raised" if many else f"a listener of {name!r} raised", errors
     )
-
-
-class _Frame:
-    """A listener call under way that others may be waiting for."""
-
-    __slots__ = ("host", "is_save", "session")
-
-    def __init__(self, session: object, host: object, is_save: bool) -> None:
-        self.session: object = session
-        self.host: object = host
-        self.is_save = is_save
-
-
-_frames: ContextVar[tuple[_Frame, ...]] = ContextVar("cagey_sessions_frames", default=())
-
-
-@contextmanager
-def listening(session: object, host: object, *, is_save: bool = False) -> Iterator[None]:
-    """Within this block listeners run whose return the save (`is_save`) or the end of `session` waits for.
-
-    Tasks that a listener starts inherit the frame, for it may well wait for them; once the block is left the frame is
-    empty, and what is still running counts as outside.
-    """
-    frame = _Frame(session, host, is_save)
-    token = _frames.set((*_frames.get(), frame))
-    try:
-        yield
-    finally:
-        _frames.reset(token)
-        frame.session = frame.host = None
-
-
-def end_waits_here(session: object) -> bool:
-    """Whether this code runs inside a listener that the end of `session` waits for."""
-    return any(frame.session is session for frame in _frames.get())
-
-
-def save_waits_here(session: object) -> bool:
-    """Whether this code runs inside a listener that a save of `session` waits for."""
-    return any(frame.session is session and frame.is_save for frame in _frames.get())
-
-
-def drain_waits_here(host: object) -> bool:
-    """Whether this code runs inside a listener that the end of all sessions of `host` waits for."""
-    return any(frame.host is host for frame in _frames.get())
-
-
-def save_of_host_waits_here(host: object) -> bool:
-    """Whether this code runs inside a listener that a save of any session of `host` waits for."""
-    return any(frame.host is host and frame.is_save for frame in _frames.get())

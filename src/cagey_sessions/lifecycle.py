@@ -31,18 +31,10 @@ from .errors import (
     WouldDeadlockError,
     WrongLoopError,
 )
-from .events import (
-    MANAGER_EVENTS,
-    Listeners,
-    drain_waits_here,
-    end_waits_here,
-    listener_error,
-    listening,
-    save_of_host_waits_here,
-    save_waits_here,
-)
+from .events import MANAGER_EVENTS, Listeners, listener_error
 from .options import SECOND, Options
 from .records import DrainReport, EndReason, Statistics, UnsavedUser
+from .waits import Wait, inside_save_of_host, listening, waiting_for, within_host, would_deadlock
 
 __all__ = ["Lifecycle"]
 
@@ -162,8 +154,8 @@ class Lifecycle:
     def require_saver(self) -> None:
         if not self.can_save():
             raise NothingSavesError(
-                "nobody would perform this save: register a listener with manager.on('persist_user_data', ...) that writes "
-                "session.user_data to your database"
+                "nobody would perform this save: register a listener with manager.on('persist_user_data', ...) "
+                "that writes session.user_data to your database"
             )
 
     async def perform(self, session: SessionCore) -> None:
@@ -180,17 +172,17 @@ class Lifecycle:
         if session.user_id is None:
             return
         self.require_saver()
-        if save_waits_here(session):
-            raise WouldDeadlockError(
-                "a listener of 'persist_user_data' cannot wait for a later save of the same session"
-            )
-        error = await self.autosave.save(session)
+        target = Wait(session, is_save=True)
+        if would_deadlock(target):
+            raise WouldDeadlockError("this listener would wait for a save that waits for this listener")
+        with waiting_for(target):
+            error = await self.autosave.save(session)
         if error is not None:
             raise _again(error)
 
     async def persist_all(self) -> None:
         self.enter()
-        if save_of_host_waits_here(self):
+        if inside_save_of_host(self):
             raise WouldDeadlockError("a listener of 'persist_user_data' cannot wait for a save of everybody")
         if not self.table.counters.identified:
             return
@@ -241,8 +233,8 @@ class Lifecycle:
                 raise
             if errors:
                 ending = self._abort_creation(session)
-                if ending is not None and not end_waits_here(session):
-                    await asyncio.shield(ending.attempt)
+                if ending is not None:
+                    await self._join(session, ending)
                 raise listener_error("created", errors)
         return session
 
@@ -308,11 +300,17 @@ class Lifecycle:
             self._resume(session, ending)
         elif not ending.decided:
             ending.persist = ending.persist or persist
-        if end_waits_here(session):
-            return
-        error = await asyncio.shield(ending.attempt)
+        error = await self._join(session, ending)
         if error is not None:
             raise _again(error)
+
+    async def _join(self, session: SessionCore, ending: _Ending) -> ListenerError | None:
+        """Wait for an attempt to end a session; inside a listener that it waits for itself, do not."""
+        target = Wait(session, is_save=False)
+        if would_deadlock(target):
+            return None
+        with waiting_for(target):
+            return await asyncio.shield(ending.attempt)
 
     def _ends_at_once(self, session: SessionCore, persist: bool) -> bool:
         return (
@@ -352,7 +350,7 @@ class Lifecycle:
         """The steps of an end, from wherever the last attempt stopped."""
         if not ending.announced:
             ending.announced = True
-            with listening(session, self):
+            with listening(Wait(session, is_save=False), self):
                 await self.emit("before_destroy", session, errors=ending.errors)
         error = await self.autosave.settle(session)
         if self._endings.get(session) is not ending:
@@ -374,7 +372,7 @@ class Lifecycle:
         if ending.saved and self._drain is not None:
             self._drain.saved += 1
         self.table.forget(session)
-        with listening(session, self):
+        with listening(Wait(session, is_save=False), self):
             await self.emit("destroy", session, errors=ending.errors)
         if self._endings.get(session) is ending:
             self._finish(session, ending)
@@ -413,12 +411,14 @@ class Lifecycle:
         loop = self.enter()
         if session.end_reason is not None:
             return EndReason(session.end_reason)
-        if end_waits_here(session):
-            raise WouldDeadlockError("a listener that the end of its session waits for cannot wait for that end")
+        target = Wait(session, is_save=False)
+        if would_deadlock(target):
+            raise WouldDeadlockError("this listener would wait for an end that waits for this listener")
         waiting = self._ended.get(session)
         if waiting is None:
             waiting = self._ended[session] = loop.create_future()
-        return await asyncio.shield(waiting)
+        with waiting_for(target):
+            return await asyncio.shield(waiting)
 
     # Ending all
 
@@ -432,7 +432,7 @@ class Lifecycle:
             self.spawn(self._run_drain(self._drain, deadline), "drain")
         elif persist and not self._drain.outcome.done() and self.can_save():
             self._drain.persist = True
-        if drain_waits_here(self):
+        if within_host(self):
             return self._drain.report(self._clock.now())
         report = await asyncio.shield(self._drain.outcome)
         errors = [*(user.error for user in report.unsaved), *self._drain.errors]
@@ -467,7 +467,7 @@ class Lifecycle:
         drain.signal = asyncio.get_running_loop().create_future()
         timer = self._clock.call_later(limit, drain.time_is_up, copy_context())
         workers = min(self.options.max_in_flight, len(self.table))
-        drain.sweepers = workers
+        drain.sweepers += workers  # some of an earlier sweep may still be at work
         with self.table.oldest_first() as identified, self.table.oldest_first(identified=False) as anonymous:
             drain.tasks += [self.spawn(self._sweep_some(drain, identified, anonymous), "drain") for _ in range(workers)]
             drain.look(not self._endings)
@@ -486,8 +486,7 @@ class Lifecycle:
                 else:
                     continue
                 await self._end(session, ending)
-                while self.autosave.slice_is_spent():
-                    await asyncio.sleep(0)
+                await self.autosave.slice()
         drain.sweepers -= 1
         drain.look(not self._endings)
 

@@ -117,8 +117,8 @@ class SessionManager:
     async def persist_all_user_data(self) -> None:
         """Save every user who is there now, each once, oldest save first, `max_in_flight` at a time.
 
-        Who joins meanwhile is not waited for; who is leaving is saved by their own `destroy`. Raises `UnsavedError` with
-        the `user_ids` that could not be saved when all others are, and `NothingSavesError` without a listener.
+        Who joins meanwhile is not waited for; who is leaving is saved by their own `destroy`. Raises `UnsavedError`
+        with the `user_ids` that could not be saved when all others are, and `NothingSavesError` without a listener.
         O(users), in slices.
         """
         await self._life.persist_all()
@@ -133,8 +133,8 @@ class SessionManager:
         Nobody new is admitted from now on; what is under way is awaited; with `persist` (False unless given) every
         user's last save is made, oldest first, `max_in_flight` at a time, and tried again when it fails. Whoever is not
         saved when `deadline` has passed is ended unsaved and named in the `DrainError` that is raised then: its
-        ``report`` is the `DrainReport`. Listeners of ``destroy`` may run for one second more. A save that is under way
-        by then is left to itself.
+        ``report`` is the `DrainReport`. Listeners of ``destroy`` may run for one second more. A save that is
+        under way by then is left to itself.
 
         Calls that come later join the first. Inside a listener that this end waits for the call returns at once.
         Cancelling the call stops the waiting, not the end. Raises `NothingSavesError`, `DurationError` before anything

@@ -11,7 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeAlias
 
@@ -27,6 +27,7 @@ Duration: TypeAlias = int | float | str | timedelta
 SECOND = 1_000_000_000
 SHORTEST_INTERVAL = SECOND // 100
 LONGEST = 100 * 365 * 86_400 * SECOND
+BEYOND = 10**12  # seconds, past LONGEST, where a float still holds nanoseconds as a finite number
 
 PERSIST_EVENTS = ("disconnect", "shutdown")
 """The moments a program may want to save at, besides the interval."""
@@ -43,7 +44,7 @@ class Options:
     persist_on: frozenset[str] = frozenset()
     max_in_flight: int = 50
     user_id: type[int] | type[str] | None = None
-    log: Any = logging.getLogger("cagey_sessions")
+    log: Any = field(default_factory=lambda: logging.getLogger("cagey_sessions"))
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -70,7 +71,7 @@ def parse_duration(value: object, name: str, *, shortest: int = 1, longest: int 
             seconds = pytimeparse.parse(value)  # type: ignore[attr-defined]  # untyped, and it does not list its names
         if seconds is None:
             raise DurationError(
-                f"{name}: cannot read {value!r:.80} as a duration; write '30s', '1h30m', '500ms', or seconds as a number"
+                f"{name}: cannot read {value!r:.80} as a duration; write '30s', '1h30m', '500ms', or a number of seconds"
             )
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         seconds = value
@@ -78,14 +79,14 @@ def parse_duration(value: object, name: str, *, shortest: int = 1, longest: int 
         raise DurationError(
             f"{name}: a duration is a number of seconds, a timedelta or text like '30s', not {value!r:.80}"
         )
-    if not math.isfinite(seconds):
+    if isinstance(seconds, float) and not math.isfinite(seconds):
         raise DurationError(f"{name}: {value!r:.80} is not a finite duration")
-    nanoseconds = round(seconds * SECOND)
+    nanoseconds = round(max(-BEYOND, min(BEYOND, seconds)) * SECOND)
     if nanoseconds < shortest:
-        raise DurationError(f"{name}: {value!r:.80} is too short; the shortest possible is {shortest / SECOND:g} s")
+        raise DurationError(f"{name}: {value!r:.80} is too short; the shortest is {shortest / SECOND:g} s")
     if nanoseconds > longest:
         years = longest / (365 * 86_400 * SECOND)
-        raise DurationError(f"{name}: {value!r:.80} is too long; the longest possible is {years:g} years")
+        raise DurationError(f"{name}: {value!r:.80} is too long; the longest is {years:g} years")
     return nanoseconds
 
 

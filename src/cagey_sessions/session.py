@@ -41,9 +41,9 @@ class Session(SessionCore):
         has ended, else its last save would be overwritten by something older; that is why a user with a session,
         live or ending, is refused.
 
-        Raises `InvalidUserIdError`, `InvalidUserDataError`, `AlreadyIdentifiedError`, `UserActiveError` (its ``session``
-        can be waited for), `SessionEndedError`, `ManagerClosedError` before anything changes; `ListenerError` with what
-        the listeners raised, and then the user stays set. O(1).
+        Raises before anything changes: `InvalidUserIdError`, `InvalidUserDataError`, `AlreadyIdentifiedError`,
+        `UserActiveError` (wait for the end of its ``session``), `SessionEndedError`, `ManagerClosedError`. Raises
+        `ListenerError` with what the listeners raised, and then the user stays set. O(1).
         """
         host: Lifecycle = self._host
         await host.set_user(self, user_id, user_data)

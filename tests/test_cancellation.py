@@ -1,0 +1,116 @@
+"""Case 65: cancelling a public await, wherever it can be cancelled, cuts no save and leaves nothing half done."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from support import turns
+
+
+async def add_user(manager, user_id, key=None):
+    session = await manager.create(key)
+    await session.set_user(user_id, {"gold": 1})
+    return session
+
+
+CALLS = {
+    "persist_now": lambda manager, session: session.persist_now(),
+    "destroy": lambda manager, session: session.destroy(True),
+    "manager.destroy": lambda manager, session: manager.destroy(True),
+    "persist_all": lambda manager, session: manager.persist_all_user_data(),
+    "replace": lambda manager, session: manager.create("k", replace=True),
+    "wait_ended": lambda manager, session: session.wait_ended(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("slow", [False, True])
+async def test_cancelled_at_every_await(make_manager, db, clock, call, slow):
+    """Step the loop n turns into the call, cancel, and compare: for every n until the call ends by itself."""
+    for n in range(60):
+        manager = make_manager(interval=None)
+        manager.on("before_destroy", lambda session: asyncio.sleep(0))
+        manager.on("destroy", lambda session: asyncio.sleep(0))
+        db.log.clear()
+        db.stored.clear()
+        db.delay = "10ms" if slow else lambda: asyncio.sleep(0)
+        session = await add_user(manager, 1, key="k")
+        session.user_data["gold"] = 2
+        task = asyncio.create_task(CALLS[call](manager, session))
+        for _ in range(n):
+            await asyncio.sleep(0)
+        by_itself = task.done()
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled() or by_itself
+        await clock.advance("20ms")
+        assert all(write.error is None and write.end is not None for write in db.log), "no write was cut"
+        if session.alive:
+            assert manager.find_by_user(1) is session, "live and whole"
+            assert manager.find_by_key("k") is session
+            save = asyncio.create_task(session.persist_now())
+            await clock.advance("20ms")
+            await save
+        else:
+            assert manager.find_by_user(1) is None
+        if db.log or session.alive:
+            assert db.stored == {1: {"gold": 2}}
+        again = asyncio.create_task(
+            CALLS[call](manager, session) if call == "manager.destroy" else manager.destroy(True)
+        )
+        await clock.advance("50ms")
+        await again
+        assert len(manager) == 0
+        if by_itself:
+            break
+    assert n > 1
+
+
+async def test_cancelling_create_inside_a_created_listener_leaves_no_session(make_manager):
+    manager = make_manager()
+    manager.on("created", lambda session: asyncio.Event().wait())
+    task = asyncio.create_task(manager.create("k"))
+    await turns()
+    assert manager.find_by_key("k") is not None
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await turns()
+    assert manager.find_by_key("k") is None
+    assert len(manager) == 0
+    await manager.destroy()
+
+
+async def test_one_of_several_waiting_callers_can_be_cancelled(make_manager, db, clock):
+    manager = make_manager(interval=None)
+    session = await add_user(manager, 1)
+    db.delay = "10ms"
+    tasks = [asyncio.create_task(session.persist_now()) for _ in range(3)]
+    await turns()
+    tasks[1].cancel()
+    await clock.advance("10ms")
+    assert [task.cancelled() for task in tasks] == [False, True, False]
+    assert all(task.done() for task in tasks)
+    assert len(db.log) == 1
+    await manager.destroy()
+
+
+async def test_a_failure_nobody_waits_for_any_more_goes_to_the_error_event(make_manager, db, clock):
+    manager = make_manager(interval=None)
+    errors = []
+    manager.on("error", lambda error, session: errors.append(session))
+    session = await add_user(manager, 1)
+
+    async def fail_late():
+        await clock.sleep("10ms")
+        raise OSError("no")
+
+    db.script = [fail_late]
+    task = asyncio.create_task(session.persist_now())
+    await turns()
+    task.cancel()
+    await clock.advance("10ms")
+    assert errors == [session]
+    await manager.destroy()

@@ -1,0 +1,241 @@
+"""Listeners: who is called, when, and what their errors do; the numbers are those of the catalogue of cases."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+
+import pytest
+
+from cagey_sessions import (
+    InvalidListenerError,
+    ListenerError,
+    SessionManager,
+    UnknownEventError,
+)
+from support import turns
+
+
+async def test_case_60_a_raising_listener_stops_no_other(make_manager, db):
+    manager = make_manager(interval=None)
+    seen = []
+
+    @manager.on("persist_user_data")
+    def sync_raise(session):
+        raise ValueError("sync")
+
+    @manager.on("persist_user_data")
+    async def async_raise(session):
+        await asyncio.sleep(0)
+        raise KeyError("async")
+
+    manager.on("persist_user_data", lambda session: seen.append(session.user_id))
+    manager.on("destroy", sync_raise)
+    manager.on("destroy", async_raise)
+    manager.on("destroy", lambda session: seen.append("destroyed"))
+    session = await manager.create()
+    await session.set_user(1, {})
+    with pytest.raises(ListenerError) as caught:
+        await session.persist_now()
+    assert seen == [1]
+    assert [type(error) for error in caught.value.exceptions] == [ValueError, KeyError]
+    assert "sync_raise" in caught.value.exceptions[0].__notes__[0]
+    assert manager.statistics().saved == 0, "a save counts only if every listener succeeded"
+    with pytest.raises(ListenerError) as caught:
+        await session.destroy()
+    assert seen == [1, "destroyed"]
+    assert len(caught.value.exceptions) == 2
+    await manager.destroy()
+
+
+async def test_case_61_the_list_may_change_during_an_emit(make_manager):
+    manager = make_manager()
+    seen = []
+
+    def a(session):
+        seen.append("a")
+        manager.off("started", b)
+
+    def b(session):
+        seen.append("b")
+
+    def c(session):
+        seen.append("c")
+        manager.on("started", d)
+
+    def d(session):
+        seen.append("d")
+
+    async def e(session):
+        seen.append("e")
+        await session.start()
+
+    for listener in (a, b, c):
+        manager.on("started", listener)
+    manager.once("started", e)
+    session = await manager.create()
+    await session.start()
+    assert seen == ["a", "c", "e", "a", "c", "d"], "removed: skipped; added: from the next emit on; once: once"
+    await manager.destroy()
+
+
+async def test_case_62_a_once_listener_runs_once_and_can_be_removed(make_manager):
+    manager = make_manager()
+    runs = []
+
+    def f(session):
+        runs.append(session)
+        manager.off("started", f)
+        raise ValueError("no")
+
+    manager.once("started", f)
+    session = await manager.create()
+    with pytest.raises(ListenerError):
+        await session.start()
+    await session.start()
+    assert runs == [session]
+    manager.off("started", f)
+    manager.once("started", f)
+    manager.off("started", f)
+    await session.start()
+    assert runs == [session]
+    await manager.destroy()
+
+
+async def test_listeners_run_one_at_a_time_in_the_order_of_registration(make_manager, clock):
+    manager = make_manager()
+    seen = []
+
+    class Thing:
+        async def method(self, session):
+            seen.append("method begins")
+            await clock.sleep("1s")
+            seen.append("method ends")
+
+        def __call__(self, session):
+            seen.append("callable")
+
+    manager.on("started", Thing().method)
+    manager.on("started", functools.partial(lambda tag, session: seen.append(tag), "partial"))
+    manager.on("started", Thing())
+    session = await manager.create()
+    start = asyncio.create_task(session.start())
+    await turns()
+    assert seen == ["method begins"]
+    await clock.advance("1s")
+    await start
+    assert seen == ["method begins", "method ends", "partial", "callable"]
+    await manager.destroy()
+
+
+async def test_on_is_a_decorator_too_and_off_takes_back_one_registration(make_manager):
+    manager = make_manager()
+    calls = []
+
+    @manager.on("created")
+    @manager.on("created")
+    def listener(session):
+        calls.append(session)
+
+    await manager.create()
+    assert len(calls) == 2
+    manager.off("created", listener)
+    session = await manager.create()
+    assert len(calls) == 3
+
+    @session.once("started")
+    async def begun():
+        calls.append("begun")
+
+    await session.start()
+    await session.start()
+    assert calls[3:] == ["begun"]
+    await manager.destroy()
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("beforeDestroy", "did you mean 'before_destroy'"),
+        ("persistUserData", "did you mean 'persist_user_data'"),
+        ("authenticated", "known are"),
+        ("destroyed", "did you mean 'destroy'"),
+        (7, "is a str"),
+    ],
+)
+def test_an_event_that_does_not_exist_is_refused_with_a_suggestion(name, hint):
+    manager = SessionManager()
+    for call in (manager.on, manager.once, manager.off):
+        with pytest.raises(UnknownEventError, match=hint):
+            call(name, print)
+
+
+async def test_a_session_has_only_its_own_events(make_manager):
+    manager = make_manager()
+    session = await manager.create()
+    for name in ("created", "persist_user_data", "error"):
+        with pytest.raises(UnknownEventError):
+            session.on(name, print)
+    with pytest.raises(InvalidListenerError):
+        session.on("started", "print")
+    with pytest.raises(InvalidListenerError):
+        manager.on("started", 7)
+    await manager.destroy()
+
+
+async def test_base_exceptions_are_never_grouped_or_swallowed(make_manager):
+    class Stop(BaseException):
+        pass
+
+    manager = make_manager()
+
+    def stop(session):
+        raise Stop
+
+    manager.on("started", stop)
+    session = await manager.create()
+    with pytest.raises(Stop):
+        await session.start()
+    manager.on("created", stop)
+    with pytest.raises(Stop):
+        await manager.create("k")
+    await turns()
+    assert manager.find_by_key("k") is None
+    assert len(manager) == 1
+    await manager.destroy()
+
+
+async def test_after_a_failing_identified_listener_the_user_stays_set(make_manager, db):
+    manager = make_manager()
+    session = await manager.create()
+    session.on("identified", lambda user_id, data: 1 / 0)
+    with pytest.raises(ListenerError):
+        await session.set_user(7, {"gold": 1})
+    assert manager.find_by_user(7) is session
+    await session.destroy(True)
+    assert db.stored == {7: {"gold": 1}}
+    await manager.destroy()
+
+
+async def test_error_listeners_that_fail_or_hang_stop_nothing(make_manager, db, clock, caplog):
+    manager = make_manager(interval="1s")
+
+    @manager.on("error")
+    async def fails(error, session):
+        raise ValueError("in the error listener")
+
+    session = await manager.create()
+    await session.set_user(1, {"gold": 1})
+    db.always[1] = OSError("down")
+    await clock.advance("3s")
+    assert any("a listener of 'error' raised" in record.getMessage() for record in caplog.records)
+    hang = asyncio.Event()
+    manager.on("error", lambda error, session: hang.wait())
+    await clock.advance("2000s")
+    assert len(manager._life._reports) <= 1000
+    db.always.clear()
+    await clock.advance("1s")
+    assert db.stored == {1: {"gold": 1}}
+    hang.set()
+    await turns(5000)
+    await manager.destroy()
