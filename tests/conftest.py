@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import os
+import random
 import sys
 from typing import Any
 
@@ -63,6 +65,12 @@ def run(test: Any, loop_kind: str = "asyncio") -> Any:
         gc.collect()
     assert not unobserved, unobserved
     return result
+
+
+@pytest.fixture(autouse=True)
+def _same_chances_each_time() -> None:
+    """Deadlines are spread at random; CAGEY_TEST_SEED tries another spread."""
+    random.seed(int(os.environ.get("CAGEY_TEST_SEED", "1")))
 
 
 @pytest.fixture

@@ -123,13 +123,13 @@ async def test_case_14_the_end_of_a_manager_waits_for_everybody(make_manager, db
 async def test_case_14_saves_under_way_are_awaited(make_manager, db, clock):
     manager = make_manager(interval="1s")
     await add_user(manager, 1)
-    db.delay = "700ms"
+    db.delay = "2s"
     await clock.advance("1s")
     assert db.open == 1
     end = asyncio.create_task(manager.destroy())
     await turns()
     assert not end.done()
-    await clock.advance("700ms")
+    await clock.advance("2s")
     await end
     assert [write.error for write in db.log] == [None]
 

@@ -8,6 +8,7 @@ session delays no other, I11 nothing after the end, I29 created = live + ended.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from typing import Any
 
@@ -61,7 +62,7 @@ class Machine:
         self.sessions: list[Any] = []
         self.tasks: list[asyncio.Task[None]] = []
         self.events: dict[Any, list[str]] = {}
-        self.ended: set[Any] = set()
+        self.dropped: set[Any] = set()
         self.counter = 0
         self.healthy_since: int | None = None
 
@@ -97,10 +98,8 @@ class Machine:
         self.sessions.append(session)
 
     async def replace(self, key: str | None) -> None:
-        try:
+        with contextlib.suppress(ListenerError):
             self.sessions.append(await self.manager.create(key, replace=True))
-        except ListenerError:
-            pass
 
     async def do_set_user(self, n: int, user_id: int | str) -> None:
         session = self.pick(n)
@@ -168,8 +167,6 @@ class Machine:
         if not persist and session.alive:
             self.dropped.add(session)
         self.spawn(call())
-
-    dropped: set[Any] = set()
 
     async def do_persist_all(self) -> None:
         async def call() -> None:
@@ -243,6 +240,7 @@ class Machine:
     async def finish(self, persist: bool) -> None:
         await self.do_recover()
         await self.clock.advance(2 * INTERVAL + 1)
+        assert all(task.done() for task in self.tasks), "a call never returns"
         for user_id in USERS:
             session = self.manager.find_by_user(user_id)
             if session is not None:
@@ -275,7 +273,6 @@ class Machine:
 def play(steps: list[Any], persist: bool, max_in_flight: int, loop_kind: str) -> None:
     async def main() -> None:
         machine = Machine(max_in_flight)
-        machine.dropped = set()
         for step in steps:
             await machine.step(*step)
         await machine.finish(persist)

@@ -87,7 +87,7 @@ class Autosave:
         self.tick = min(LONGEST_TICK, max(SHORTEST_TICK, options.interval // 100)) if options.interval else LONGEST_TICK
         self._interval_ticks = options.interval // self.tick if options.interval else 0
         self._overdue_after = options.interval or 30 * SECOND
-        self._jitter = random.Random()
+        self._jitter = random.Random(random.getrandbits(64))
         self._context: Context | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: TimerHandle | None = None
@@ -185,7 +185,7 @@ class Autosave:
 
     async def slice(self) -> None:
         """Return in a turn of the loop that has time left for our work."""
-        while self.slice_is_spent():
+        while self.slice_is_spent():  # noqa: ASYNC110 - there is no event: other callbacks are to have their turn
             await asyncio.sleep(0)
 
     def slice_is_spent(self) -> bool:

@@ -71,7 +71,7 @@ def parse_duration(value: object, name: str, *, shortest: int = 1, longest: int 
             seconds = pytimeparse.parse(value)  # type: ignore[attr-defined]  # untyped, and it does not list its names
         if seconds is None:
             raise DurationError(
-                f"{name}: cannot read {value!r:.80} as a duration; write '30s', '1h30m', '500ms', or a number of seconds"
+                f"{name}: cannot read {value!r:.80} as a duration; write '30s', '1h30m', '500ms', or seconds"
             )
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         seconds = value

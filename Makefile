@@ -1,0 +1,69 @@
+# The verbs of this project. Everything happens in .venv, which is made on demand; nothing else is needed but
+# Python 3.11 or newer with its headers, a C compiler and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(wildcard src/cagey_sessions/*.pyx src/cagey_sessions/core/*.pxi)
+DEBUG := build/debug
+
+.PHONY: help demo test test-debug lint types format bench nightly clean
+
+help:
+	@echo "make demo        a game server and its bots, stopped and killed: nothing acknowledged is lost"
+	@echo "make test        the whole suite, then the core's tests again on a debug build"
+	@echo "make lint types  ruff, and mypy in strict mode"
+	@echo "make format      ruff's formatter"
+	@echo "make bench       benchmarks against the pure-Python port (BENCH_ARGS='--quick')"
+	@echo "make nightly     the property tests for hours (NIGHTLY_EXAMPLES=20000)"
+	@echo "make clean       remove .venv and everything built"
+
+$(VENV)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "cagey-sessions needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/demo: $(VENV)/python $(SOURCES)
+	$(BIN)/pip install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/dev: $(VENV)/python $(SOURCES)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/demo
+
+$(DEBUG)/built: $(VENV)/dev $(SOURCES) $(wildcard src/cagey_sessions/*.py)
+	rm -rf $(DEBUG)
+	CAGEY_SESSIONS_DEBUG=1 $(BIN)/pip install --quiet --no-deps --target $(DEBUG) .
+	@touch $@
+
+demo: $(VENV)/demo
+	$(BIN)/cagey-sessions demo $(DEMO_ARGS)
+
+test: $(VENV)/dev test-debug
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+test-debug: $(DEBUG)/built
+	PYTHONPATH=$(DEBUG) CAGEY_TEST_EXAMPLES=40 $(BIN)/python -m pytest tests/core tests/test_manager_machine.py $(TEST_ARGS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev
+	$(BIN)/mypy
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/dev
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+nightly: $(VENV)/dev $(DEBUG)/built
+	PYTHONPATH=$(DEBUG) HYPOTHESIS_PROFILE=nightly CAGEY_TEST_EXAMPLES=$(or $(NIGHTLY_EXAMPLES),20000) \
+	  $(BIN)/python -m pytest tests/core tests/test_manager_machine.py --timeout 0 -o faulthandler_timeout=0
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .hypothesis
+	find src -name '*.so' -delete -o -name '_core.c' -delete

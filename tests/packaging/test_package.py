@@ -1,0 +1,102 @@
+"""The shape of the package: floors, exports, dependencies, and what importing it brings along."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import cagey_sessions
+
+ROOT = Path(__file__).parent.parent.parent
+PACKAGE = ROOT / "src" / "cagey_sessions"
+
+FLOORS = [
+    {"_version", "records", "clock"},
+    {"errors"},
+    {"_core"},
+    {"options", "waits"},
+    {"events"},
+    {"autosave"},
+    {"lifecycle"},
+    {"session"},
+    {"manager"},
+    {"__init__"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+]
+"""From the ground up; a module imports only from floors below its own, or within its own folder."""
+
+FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+
+def room(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The rooms of this package that a module imports, anywhere in it, for type checkers too."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    rooms: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level == depth:
+                rooms |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
+            elif node.level == 0 and module.split(".")[0] == "cagey_sessions":
+                rooms |= {module.split(".")[1]} if "." in module else {"__init__"}
+        elif isinstance(node, ast.Import):
+            rooms |= {
+                (alias.name + ".__init__").split(".")[1]
+                for alias in node.names
+                if alias.name.startswith("cagey_sessions")
+            }
+    return rooms
+
+
+def test_imports_only_point_down():
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        here = room(path)
+        assert here in FLOOR_OF, f"{path.name} has no floor"
+        above = [other for other in imported_rooms(path) if other != here and FLOOR_OF[other] >= FLOOR_OF[here]]
+        wrong += [f"{here} imports {other}" for other in above]
+    assert not wrong
+    assert len(imported_rooms(PACKAGE / "lifecycle.py")) > 5, "the parser sees imports"
+
+
+def test_every_file_opens_with_what_lives_there_and_what_must_not():
+    for path in [*PACKAGE.glob("*.py"), *PACKAGE.glob("core/*.pxi"), PACKAGE / "_core.pyx"]:
+        if path.stem in ("_version", "__init__", "__main__"):
+            continue
+        head = " ".join(path.read_text(encoding="utf-8")[:1500].replace("#", " ").split())
+        assert "What lives here:" in head, path.name
+        assert "must not:" in head, path.name
+
+
+def test_the_public_names_are_those_of_all():
+    public = {name for name in vars(cagey_sessions) if not name.startswith("_")}
+    modules = {name for name in public if isinstance(getattr(cagey_sessions, name), type(sys))}
+    assert public - modules == set(cagey_sessions.__all__) - {"__version__"}
+    assert len(set(cagey_sessions.__all__)) == len(cagey_sessions.__all__)
+
+
+def test_only_two_dependencies_are_required():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {requirement.split(">")[0] for requirement in project["dependencies"]}
+    assert names == {"orjson", "pytimeparse"}
+    assert {"uvloop", "demo", "test", "dev"} <= set(project["optional-dependencies"])
+
+
+def test_importing_the_package_imports_no_extra():
+    script = (
+        "import sys, cagey_sessions, cagey_sessions.cli\n"
+        "extras = {'uvloop', 'websockets', 'rich', 'pytest', 'hypothesis', 'Cython', 'setuptools', 'sqlite3'}\n"
+        "print(sorted(extras & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

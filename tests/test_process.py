@@ -1,0 +1,204 @@
+"""What only a process of its own shows: exits, signals, forks, and what lands on stderr."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+PRELUDE = """
+import asyncio, gc, os, signal, sys, threading
+from cagey_sessions import *
+
+saved = []
+
+async def begin(**options):
+    manager = SessionManager(**{"interval": "1h", **options})
+    manager.on("persist_user_data", lambda session: saved.append(session.user_id))
+    for user_id in range(3):
+        session = await manager.create(str(user_id))
+        await session.set_user(user_id, {"gold": user_id})
+    return manager
+"""
+
+
+def python(script: str, *, status: int = 0, timeout: float = 30) -> subprocess.CompletedProcess[str]:
+    """Run a script in a fresh interpreter and expect its exit status."""
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error::RuntimeWarning", "-c", PRELUDE + textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def test_case_15_all_is_saved_when_run_returns_after_destroy():
+    done = python(
+        """
+        async def main():
+            manager = await begin()
+            await manager.destroy(True)
+        asyncio.run(main())
+        print(saved)
+        """
+    )
+    assert done.stdout == "[0, 1, 2]\n"
+    assert done.stderr == ""
+
+
+def test_case_15_a_forgotten_destroy_warns_with_the_number_of_users():
+    done = python(
+        """
+        async def main():
+            await begin()
+        asyncio.run(main())
+        """
+    )
+    assert "unsaved users: 3" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["interval=None, persist_on=['shutdown']", "interval='10s'", "interval=None"],
+    ids=["events", "timer", "neither"],
+)
+def test_a_manager_that_is_only_dropped_warns_too(options):
+    done = python(
+        f"""
+        async def main():
+            await begin({options})
+            gc.collect()
+            print("dropped", file=sys.stderr)
+        asyncio.run(main())
+        """
+    )
+    lines = done.stderr.splitlines()
+    assert sorted(lines) == ["dropped", lines[lines.index("dropped") - 1]]
+    assert any("unsaved users: 3" in line for line in lines)
+
+
+def test_who_never_meant_to_save_is_not_warned():
+    done = python(
+        """
+        async def main():
+            manager = SessionManager()
+            session = await manager.create()
+            await session.set_user(1, {})
+        asyncio.run(main())
+        """
+    )
+    assert done.stderr == ""
+
+
+def test_a_loop_that_ends_in_the_middle_of_saves_and_of_a_drain_says_so_and_nothing_else():
+    done = python(
+        """
+        async def main(drain):
+            manager = await begin()
+            manager.on("persist_user_data", lambda session: asyncio.sleep(60))
+            for session in manager.sessions():
+                task = asyncio.create_task(session.persist_now())
+            if drain:
+                task = asyncio.create_task(manager.destroy(True))
+            await asyncio.sleep(0.01)
+        asyncio.run(main(False))
+        asyncio.run(main(True))
+        gc.collect()
+        """
+    )
+    assert done.stderr.count("unsaved users: 3") == 2
+    assert "Traceback" not in done.stderr
+    assert "never" not in done.stderr.replace("was never awaited", "")
+
+
+def test_case_17_signal_handlers_are_left_alone():
+    done = python(
+        """
+        seen = []
+        signal.signal(signal.SIGTERM, lambda *_: seen.append("mine"))
+        before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+        async def main():
+            manager = await begin()
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(0)
+            await manager.destroy(True)
+        asyncio.run(main())
+        print(seen, before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)])
+        """
+    )
+    assert done.stdout == "['mine'] True\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork on Windows")
+def test_a_forked_child_can_neither_use_nor_warn_about_the_manager():
+    done = python(
+        """
+        async def main():
+            manager = await begin()
+            child = os.fork()
+            if child == 0:
+                try:
+                    manager.find_by_key("1")
+                except WrongLoopError as error:
+                    print("refused", flush=True)
+                os._exit(0)
+            os.waitpid(child, 0)
+            assert manager.find_by_key("1") is not None
+            await manager.destroy(True)
+        asyncio.run(main())
+        """
+    )
+    assert done.stdout == "refused\n"
+    assert done.stderr == ""
+
+
+def test_a_listener_that_ends_the_process_can():
+    done = python(
+        """
+        async def main():
+            manager = await begin()
+            manager.on("persist_user_data", lambda session: sys.exit(3))
+            await manager.persist_all_user_data()
+        asyncio.run(main())
+        """,
+        status=3,
+    )
+    assert "unsaved users: 3" in done.stderr
+
+
+@pytest.mark.slow
+def test_case_76_a_hundred_thousand_calls_leave_nothing_behind():
+    done = python(
+        """
+        import tracemalloc
+        async def main():
+            manager = await begin()
+            session = manager.find_by_key("1")
+            manager.on("persist_user_data", lambda session: saved.clear())
+            async def calls(count):
+                for _ in range(count):
+                    await session.persist_now()
+                    other = await manager.create("x")
+                    await other.start()
+                    await other.set_user("x", {})
+                    await other.destroy()
+            await calls(500)
+            gc.collect(); tracemalloc.start()
+            objects, before = len(gc.get_objects()), tracemalloc.get_traced_memory()[0]
+            await calls(2000)
+            gc.collect()
+            print(len(gc.get_objects()) - objects, tracemalloc.get_traced_memory()[0] - before)
+            await manager.destroy()
+        asyncio.run(main())
+        """,
+        timeout=120,
+    )
+    objects, size = map(int, done.stdout.split())
+    assert abs(objects) < 50
+    assert size < 20_000
