@@ -432,6 +432,22 @@ async def test_a_listener_cannot_wait_for_the_save_it_is_part_of(clock):
     await manager.destroy()
 
 
+async def test_more_periodic_saves_than_can_be_made_do_not_starve_the_urgent(clock):
+    db = Db(clock, delay="10ms")
+    manager = SessionManager(interval="1s", max_in_flight=1, clock=clock)
+    manager.on("persist_user_data", db.save)
+    for user_id in range(300):
+        await add_user(manager, user_id)
+    await clock.advance("2s")
+    assert manager.statistics().pending > 50
+    for user_id in range(5):
+        started = clock.now()
+        await let_time_pass(clock, manager.find_by_user(user_id).persist_now())
+        assert clock.now() - started <= 0.2 * SECOND
+    manager.off("persist_user_data", db.save)
+    await let_time_pass(clock, manager.destroy())
+
+
 async def test_urgent_and_periodic_saves_do_not_starve_each_other(clock):
     db = Db(clock, delay="10ms")
     manager = SessionManager(interval="1s", max_in_flight=1, clock=clock)

@@ -239,7 +239,7 @@ class Lifecycle:
         return session
 
     def _abort_creation(self, session: SessionCore) -> _Ending | None:
-        if session.end_reason is not None:
+        if session.end_reason is not None or self._end_at_once(session, False, EndReason.CREATE_FAILED):
             return None
         ending = self._endings.get(session)
         return ending or self._begin_end(session, persist=False, reason=EndReason.CREATE_FAILED)
@@ -289,10 +289,7 @@ class Lifecycle:
         if persist and session.user_id is not None and (ending is None or ending.parked):
             self.require_saver()
         if ending is None:
-            if self._ends_at_once(session, persist):
-                self.table.begin_end(session)
-                self.table.forget(session)
-                self._let_go(session, reason)
+            if self._end_at_once(session, persist, reason):
                 return
             ending = self._begin_end(session, persist, reason)
         elif ending.parked:
@@ -312,13 +309,19 @@ class Lifecycle:
         with waiting_for(target):
             return await asyncio.shield(ending.attempt)
 
-    def _ends_at_once(self, session: SessionCore, persist: bool) -> bool:
-        return (
-            not (persist and session.user_id is not None)
-            and not self.is_heard("before_destroy", session)
-            and not self.is_heard("destroy", session)
-            and self.table.state(session) in ("none", "idle", "due")
-        )
+    def _end_at_once(self, session: SessionCore, persist: bool, reason: EndReason) -> bool:
+        """End a session right here if there is nothing to wait for: no save, and no listener."""
+        if (
+            (persist and session.user_id is not None)
+            or self.is_heard("before_destroy", session)
+            or self.is_heard("destroy", session)
+            or self.table.state(session) not in ("none", "idle", "due")
+        ):
+            return False
+        self.table.begin_end(session)
+        self.table.forget(session)
+        self._let_go(session, reason)
+        return True
 
     def _begin_end(self, session: SessionCore, persist: bool, reason: EndReason, *, spawn: bool = True) -> _Ending:
         assert self._loop is not None

@@ -117,7 +117,7 @@ class Session(SessionCore):
             Listeners(SESSION_EVENTS).remove(name, listener)
 
     def _own_listeners(self) -> Listeners:
-        self.user_data  # noqa: B018 - raises if the session has ended
+        self._require_alive()
         listeners: Listeners | None = self._listeners
         if listeners is None:
             listeners = self._listeners = Listeners(SESSION_EVENTS)

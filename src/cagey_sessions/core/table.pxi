@@ -154,6 +154,10 @@ cdef class SessionCore:
             raise_handmade()
         return self.table.host
 
+    def _require_alive(self):
+        """Raise `SessionEndedError` after the end, and what any use from the wrong place raises."""
+        table_of(self)
+
     def _end(self, reason):
         """Let go of the data and the listeners; from here on the handle is dead."""
         self.end_reason = reason
