@@ -97,6 +97,27 @@ async def test_one_of_several_waiting_callers_can_be_cancelled(make_manager, db,
     await manager.destroy()
 
 
+async def test_one_of_several_who_end_a_session_can_be_cancelled(make_manager, db, clock):
+    manager = make_manager(interval=None)
+    session = await add_user(manager, 1)
+    db.delay = "10ms"
+    ends = [asyncio.create_task(session.destroy(True)) for _ in range(3)]
+    waits = [asyncio.create_task(session.wait_ended()) for _ in range(2)]
+    await turns()
+    ends[0].cancel()
+    waits[0].cancel()
+    await clock.advance("10ms")
+    assert [task.cancelled() for task in (*ends, *waits)] == [True, False, False, True, False]
+    assert all(task.done() for task in (*ends, *waits))
+    assert db.stored == {1: {"gold": 1}}
+    drains = [asyncio.create_task(manager.destroy(True)) for _ in range(2)]
+    await asyncio.sleep(0)
+    drains[0].cancel()
+    await turns()
+    assert [task.cancelled() for task in drains] == [True, False]
+    assert drains[1].done()
+
+
 async def test_a_failure_nobody_waits_for_any_more_goes_to_the_error_event(make_manager, db, clock):
     manager = make_manager(interval=None)
     errors = []

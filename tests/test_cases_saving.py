@@ -207,6 +207,22 @@ async def test_case_12_one_failing_user_stops_the_save_of_no_other(make_manager,
     await manager.destroy()
 
 
+async def test_a_save_of_everybody_is_a_save_of_what_everybody_has_now(make_manager, db, clock):
+    """Seen in the demo: a change made before the call, during a save that had begun before it, was not covered."""
+    manager = make_manager(interval=None, max_in_flight=2)
+    sessions = [await add_user(manager, user_id) for user_id in range(6)]
+    db.delay = "50ms"
+    earlier = asyncio.create_task(sessions[4].persist_now())
+    await clock.advance("20ms")
+    for session in sessions:
+        session.user_data["gold"] = 7
+    await let_time_pass(clock, manager.persist_all_user_data())
+    assert [db.stored[user_id] for user_id in range(6)] == [{"gold": 7}] * 6
+    assert len(db.log) == 7
+    await earlier
+    await manager.destroy()
+
+
 @pytest.mark.parametrize("trouble", ["raises", "is cancelled", "never returns"])
 async def test_case_13_whatever_one_listener_does_the_others_are_saved(make_manager, db, clock, trouble):
     manager = make_manager(interval="10s", max_in_flight=2)

@@ -174,8 +174,9 @@ class Autosave:
                 timer.cancel()
         self._timer = self._watch_timer = None
 
-    def is_in_flight(self, session: SessionCore) -> bool:
-        return session in self._in_flight
+    def in_flight(self) -> list[SessionCore]:
+        """The sessions whose saves are under way."""
+        return list(self._in_flight)
 
     def overdue(self) -> tuple[int, int]:
         """How many saves are under way for longer than the interval, and for how long the oldest, in nanoseconds."""

@@ -12,9 +12,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from contextvars import copy_context
+from itertools import chain
 from typing import Any, TypeVar
+
+import orjson
 
 from ._core import OldestFirst, SessionCore, SessionTable, check_user_id
 from .autosave import Autosave
@@ -43,6 +46,8 @@ T = TypeVar("T")
 AFTER_DEADLINE = SECOND
 """How long listeners of ``destroy`` may still run when the deadline of a drain has passed."""
 LONGEST_REPORT_QUEUE = 1000
+MOST_LAST_SAVES = 20
+"""How often the last save is repeated for data that does not stop changing."""
 
 
 class _Ending:
@@ -190,7 +195,10 @@ class Lifecycle:
         failures: list[tuple[int | str, Exception]] = []
         total = 0
 
-        async def save_some(walk: OldestFirst) -> None:
+        # a save under way may have missed the latest changes, and its acknowledgement hides its session from the walk
+        under_way = dict.fromkeys(self.autosave.in_flight())
+
+        async def save_some(walk: Iterator[SessionCore]) -> None:
             nonlocal total
             for session in walk:
                 if self.table.is_ending(session):
@@ -200,7 +208,9 @@ class Lifecycle:
                 if error is not None and session.user_id is not None:
                     failures.append((session.user_id, _again(error)))
 
-        with self.table.oldest_first() as walk:
+        with self.table.oldest_first() as oldest_first:
+            others = (session for session in oldest_first if session not in under_way)
+            walk = chain(list(under_way), others)
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(self.options.max_in_flight, self.table.counters.identified)):
                     group.create_task(save_some(walk))
@@ -363,7 +373,7 @@ class Lifecycle:
             if self._gave_up():
                 error = ending.last_error or DrainDeadlineError("the deadline passed before this user's turn came")
             else:
-                error = await self.autosave.settle(session, await self.autosave.save(session))
+                error = await self._save_last(session)
             if error is not None:
                 ending.last_error = error
                 if not self._gave_up():
@@ -379,6 +389,20 @@ class Lifecycle:
             await self.emit("destroy", session, errors=ending.errors)
         if self._endings.get(session) is ending:
             self._finish(session, ending)
+
+    async def _save_last(self, session: SessionCore) -> Exception | None:
+        """Save a session that is being ended, again while its data changed meanwhile: what went wrong, if anything."""
+        for _ in range(MOST_LAST_SAVES):
+            before = _fingerprint(session.user_data)
+            error = await self.autosave.settle(session, await self.autosave.save(session))
+            if error is not None or _fingerprint(session.user_data) == before:
+                return error
+        self._log.warning(
+            "user %r: the data goes on changing while the session ends; its last save is the %dth",
+            session.user_id,
+            MOST_LAST_SAVES,
+        )
+        return None
 
     def _park(self, ending: _Ending, error: Exception) -> None:
         """Tell whoever waits that the last save failed, and leave the session to the wheel."""
@@ -471,7 +495,10 @@ class Lifecycle:
         timer = self._clock.call_later(limit, drain.time_is_up, copy_context())
         workers = min(self.options.max_in_flight, len(self.table))
         drain.sweepers += workers  # some of an earlier sweep may still be at work
-        with self.table.oldest_first() as identified, self.table.oldest_first(identified=False) as anonymous:
+        with (
+            self.table.oldest_first(to_the_end=True) as identified,
+            self.table.oldest_first(identified=False, to_the_end=True) as anonymous,
+        ):
             drain.tasks += [self.spawn(self._sweep_some(drain, identified, anonymous), "drain") for _ in range(workers)]
             drain.look(not self._endings)
             in_time = await drain.signal
@@ -574,6 +601,14 @@ class _Drain:
     def report(self, now: int) -> DrainReport:
         oldest_first = sorted(self.unsaved, key=lambda user: -user.age)
         return DrainReport(self.saved, tuple(oldest_first), (now - self.started) / SECOND)
+
+
+def _fingerprint(user_data: object) -> bytes | None:
+    """Bytes that change when the data does; None for data that is not JSON, whose changes cannot be seen."""
+    try:
+        return orjson.dumps(user_data, option=orjson.OPT_NON_STR_KEYS)
+    except (TypeError, RecursionError):
+        return None
 
 
 def _again(error: Exception) -> Exception:

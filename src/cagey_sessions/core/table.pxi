@@ -636,9 +636,9 @@ cdef class SessionTable:
             slot = self.rows[slot].newer
         return None if slot == IDENTIFIED else self.rows[slot].saved_at
 
-    def oldest_first(self, bint identified=True):
-        """A walk over the sessions that are in the table now, oldest save first (anonymous ones: oldest first)."""
-        return OldestFirst(self, identified)
+    def oldest_first(self, bint identified=True, *, bint to_the_end=False):
+        """A walk over the sessions, oldest save first (anonymous ones: oldest first); see `OldestFirst`."""
+        return OldestFirst(self, identified, to_the_end)
 
     def _check(self):
         """In a debug build, verify every structure against every other one and raise AssertionError; O(capacity)."""
@@ -720,26 +720,31 @@ cdef class SessionTable:
 cdef class OldestFirst:
     """A walk over one age list that stays right while sessions join, leave and are saved.
 
-    It meets each session once that is in the table when the walk starts and still there when its turn comes, oldest
-    first, and ends although saves move sessions to the young end: two marks, rows without a session, stand in the list
-    for the place reached and for the end. Call `close` when done; an abandoned walk costs the table two rows.
-    O(1) a step.
+    It stops where the list ended when the walk began, so it ends although saves move sessions to the young end, and
+    meets each session at most once. It does not meet one that was acknowledged before its turn came; who needs what
+    such a save may have missed looks after the saves in flight. With `to_the_end` the walk goes on to the end of the list as
+    it is when it gets there: it misses nobody, and may meet a session twice.
+
+    Marks, rows without a session, stand in the list for the place reached and for the end. Call `close` when done; an
+    abandoned walk costs the table two rows. O(1) a step.
     """
     cdef SessionTable table
     cdef uint32_t here
     cdef uint32_t end
 
-    def __cinit__(self, SessionTable table not None, bint identified):
+    def __cinit__(self, SessionTable table not None, bint identified, bint to_the_end):
         table.check_thread()
         cdef uint32_t age_list = IDENTIFIED if identified else ANONYMOUS
         self.table = table
         self.here = table.allocate()
-        try:
-            self.end = table.allocate()
-        except BaseException:
-            table.release(self.here)
-            raise
-        table.age_append(age_list, self.end)
+        self.end = age_list
+        if not to_the_end:
+            try:
+                self.end = table.allocate()
+            except BaseException:
+                table.release(self.here)
+                raise
+            table.age_append(age_list, self.end)
         cdef uint32_t oldest = table.rows[age_list].newer
         table.rows[self.here].older = age_list
         table.rows[self.here].newer = oldest
@@ -777,8 +782,9 @@ cdef class OldestFirst:
             return
         self.table = None
         for slot in (self.here, self.end):
-            table.age_remove(slot)
-            table.release(slot)
+            if slot >= FIRST_SLOT:
+                table.age_remove(slot)
+                table.release(slot)
 
     def __enter__(self):
         return self

@@ -1,0 +1,1 @@
+"""The benchmark suite: `python -m benchmarks`. It is not part of the package, and nothing in the package imports it."""

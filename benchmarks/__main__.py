@@ -1,0 +1,54 @@
+"""`python -m benchmarks`. What lives here: the command line. What must not: measuring.
+
+Ends with status 1 if a goal is missed; a noisy row is not missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .harness import Progress, machine, measure, report, table
+from .workloads import FULL, QUICK, WORKLOADS, measurable
+
+
+def _ids(text: str) -> list[str]:
+    known = [workload.id for workload in WORKLOADS]
+    chosen = [name.strip() for name in text.split(",") if name.strip()]
+    for name in chosen:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"there is no row {name!r}; known are {', '.join(known)}")
+    return chosen
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Measure cagey-sessions against what one would use instead."
+    )
+    parser.add_argument("--only", type=_ids, metavar="ID,ID", help="these rows only")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the size; under a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    options = parser.parse_args(arguments)
+    sizes = QUICK if options.quick else FULL
+    progress = Progress(sys.stderr)
+    print(machine(), flush=True)
+    rows = []
+    for workload in WORKLOADS:
+        if options.only is not None and workload.id not in options.only:
+            continue
+        if not measurable(workload):
+            print(f"{workload.id}: cannot be measured on this system", file=sys.stderr)
+            continue
+        rows.append(measure(workload, sizes, progress))
+    progress.close()
+    print(table(rows))
+    if options.json is not None:
+        options.json.write_text(json.dumps(report(rows), indent=2) + "\n")
+    return 1 if any(row.holds is False for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

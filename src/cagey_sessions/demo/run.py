@@ -1,0 +1,282 @@
+"""The story of the demo. What lives here: starting, stopping and killing the server under the bots, when to compare,
+and what comes of it. What must not: playing, saving, comparing or drawing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from . import verify
+from .view import Board, Check, show_checks, showing
+
+__all__ = ["Settings", "run"]
+
+ONE_SAVE = 1.0
+"""How long one save may take, in seconds, unless the server has seen one take longer. What a kill takes may be older
+than the interval by this much: by then its save has begun, and need not have reached the disk."""
+PATIENCE = 60.0
+"""How long to wait for what should take a moment, in seconds."""
+OTHER_FILES = 100
+"""How many files a process may have open besides one socket for each bot."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says; durations in seconds."""
+
+    bots: int
+    seconds: float
+    interval: float
+    db: Path | None
+    port: int
+
+
+class DemoError(Exception):
+    """The demo cannot go on."""
+
+
+def run(settings: Settings) -> int:
+    """Run the demo, print what came of it, and return the exit status."""
+    console = Console(highlight=False)
+    folder = Path(tempfile.mkdtemp(prefix="cagey-sessions-demo-")) if settings.db is None else None
+    story = Story(settings, settings.db or Path(folder or "", "players.db"))
+    try:
+        asyncio.run(story.tell(console))
+    except (DemoError, OSError) as error:
+        print(f"cagey-sessions: {str(error) or f'nothing happened for {PATIENCE:g} s'}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("cagey-sessions: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        lost = not all(check.passed for check in story.checks)
+        if folder is not None and lost:
+            print(f"cagey-sessions: the players and what their bots were told are in {folder}", file=sys.stderr)
+        elif folder is not None:
+            shutil.rmtree(folder)
+    show_checks(story.checks, console)
+    if not story.summary["changes_lost_by_kill"]:
+        print("cagey-sessions: warning: the kill hit no unsaved work; play longer or with more bots", file=sys.stderr)
+    print(json.dumps(story.summary), flush=True)
+    return int(lost)
+
+
+class Child:
+    """A process of the demo: it says how it is doing, and may take commands."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, hear: Callable[[dict[str, Any]], None]) -> None:
+        self.process = process
+        self.ended = asyncio.create_task(self._listen(hear), name=name)
+        self._done: asyncio.Queue[str] = asyncio.Queue()
+
+    async def ask(self, command: str) -> None:
+        """Have a command performed, and wait until it is."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{command}\n".encode())
+        await asyncio.wait_for(self._done.get(), PATIENCE)
+
+    async def end(self, sign: signal.Signals) -> int:
+        """Send a signal and wait for the exit status."""
+        self.process.send_signal(sign)
+        return await asyncio.wait_for(self.ended, PATIENCE)
+
+    async def _listen(self, hear: Callable[[dict[str, Any]], None]) -> int:
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:
+            if line.endswith(b"\n"):  # else it was killed in the middle of a word
+                facts = json.loads(line)
+                if "done" in facts:
+                    self._done.put_nowait(facts["done"])
+                else:
+                    hear(facts)
+        return await self.process.wait()
+
+
+class Story:
+    """The acts of the demo in their order, and what came of them."""
+
+    def __init__(self, settings: Settings, db: Path) -> None:
+        self.checks: list[Check] = []
+        self.summary: dict[str, int] = {}
+        self._settings = settings
+        self._db = db
+        self._board = Board(settings.bots, settings.seconds, settings.interval)
+        self._children: dict[str, Child] = {}
+        self._players_who_know = 0
+        self._drained = ""
+        self._one_save = ONE_SAVE
+        self._lost: set[str] = set()
+
+    async def tell(self, console: Console) -> None:
+        """Run the demo to its end; whatever happens, leave no process behind."""
+        me = asyncio.current_task()
+        assert me is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, me.cancel)
+        _allow_open_files(self._settings.bots + OTHER_FILES)
+        with _listen(self._settings.port, self._settings.bots) as self._listener:
+            try:
+                async with showing(self._board, console):
+                    await self._acts()
+            finally:
+                for child in self._children.values():
+                    if child.process.returncode is None:
+                        child.process.kill()
+                    await child.process.wait()
+
+    async def _acts(self) -> None:
+        await self._start("bots", self._settings.bots, self._listener.getsockname()[1], hear=self._hear_bots)
+        await self._start_server()
+        await self._until_all_know()
+        await self._play("playing")
+
+        self._board.phase = "graceful stop"
+        await self._stop_server("graceful stop")
+        self._compare_after_stop(await self._ledgers("stop"))
+        await self._start_server()
+        await self._play("playing again")
+
+        self._board.phase = "kill"
+        killed_at = time.monotonic()
+        await self._end_server(signal.SIGKILL)
+        stored = self._compare_after_kill(await self._ledgers("kill"), killed_at)
+
+        self._board.phase = "checking"
+        await self._children["bots"].ask("look")
+        self._players_who_know = 0
+        await self._start_server()
+        await self._until_all_know()
+        await self._stop_server("last stop")
+        self._compare_after_return(await self._ledgers("end"), stored)
+
+    async def _start(
+        self, name: str, *arguments: object, hear: Callable[[dict[str, Any]], None], pass_fds: tuple[int, ...] = ()
+    ) -> None:
+        # Each in a session of its own: Ctrl-C is for us alone, and we end them. Should we be killed, they end by
+        # themselves, since nobody is left at the other end of their pipes.
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", f"{__package__}.{name}", *map(str, arguments)),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            pass_fds=pass_fds,
+            start_new_session=True,
+        )
+        self._children[name] = Child(name, process, hear)
+
+    async def _start_server(self) -> None:
+        listener = self._listener.fileno()
+        arguments = (self._db, self._settings.interval, listener)
+        await self._start("server", *arguments, hear=self._hear_server, pass_fds=(listener,))
+
+    async def _end_server(self, sign: signal.Signals) -> int:
+        status = await self._children["server"].end(sign)
+        del self._children["server"]
+        self._board.server_is_away()
+        return status
+
+    async def _stop_server(self, what: str) -> None:
+        status = await self._end_server(signal.SIGTERM)
+        self._check(what, "exit status 0", f"{status}; {self._drained}", passed=status == 0)
+
+    async def _play(self, phase: str) -> None:
+        self._board.phase = phase
+        self._board.playing_since = time.monotonic()
+        await self._pause(self._settings.seconds / 2)
+        self._board.played_before, self._board.playing_since = self._board.played(), None
+
+    async def _until_all_know(self) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while self._players_who_know < self._settings.bots:
+                await self._pause(0.05)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, and raise if a child ends meanwhile."""
+        done, _ = await asyncio.wait([child.ended for child in self._children.values()], timeout=seconds)
+        for task in done:
+            raise DemoError(f"the process of the {task.get_name()} ended by itself, with status {task.result()}")
+
+    def _hear_server(self, facts: dict[str, Any]) -> None:
+        if "drained" in facts:
+            self._drained = f"{facts['drained']} saved in {facts['seconds'] * 1000:.0f} ms"
+            return
+        self._board.online, self._board.oldest = facts["online"], facts["oldest"]
+        self._board.count_saves(facts["saved"])
+        self._one_save = max(self._one_save, facts["slowest"])
+
+    def _hear_bots(self, facts: dict[str, Any]) -> None:
+        self._players_who_know = facts["known"]
+        self._board.receipts, self._board.reconnects = facts["receipts"], facts["reconnects"]
+
+    async def _ledgers(self, moment: str) -> verify.Ledgers:
+        path = self._db.with_name(f"{self._db.name}.{moment}.json")
+        await self._children["bots"].ask(f"write {path}")
+        return verify.read_ledgers(path)
+
+    def _compare_after_stop(self, ledgers: verify.Ledgers) -> None:
+        players, _ = verify.read_players(self._db)
+        self._check_players("stored then", "the last state known", verify.different(players, ledgers))
+
+    def _compare_after_kill(self, ledgers: verify.Ledgers, killed_at: float) -> verify.Players:
+        players, _ = verify.read_players(self._db)
+        returns = sum(len(ledger["returns"]) for ledger in ledgers.values())
+        self._check_players(f"{returns} returns", "the state they left", verify.contradicted_returns(ledgers))
+        found = verify.after_kill(players, ledgers, killed_at, self._settings.interval + self._one_save)
+        receipts = sum(ledger["receipts"] for ledger in ledgers.values())
+        self._check_players(f"kill: {receipts} receipts", "none missing", found.lost)
+        self._check(
+            "kill: all changes",
+            f"at most {self._settings.interval:g} + {self._one_save:.1f} s old",
+            f"{found.changes} gone, up to {found.oldest:.1f} s",
+            passed=not found.older_than_allowed,
+        )
+        self.summary |= {"older_than_interval": found.older_than_allowed, "changes_lost_by_kill": found.changes}
+        return players
+
+    def _compare_after_return(self, ledgers: verify.Ledgers, stored: verify.Players) -> None:
+        self._check_players("shown after the kill", "what the reader found", verify.different(stored, ledgers))
+        _, saves = verify.read_players(self._db)
+        receipts = sum(ledger["receipts"] for ledger in ledgers.values())
+        reconnects = sum(ledger["logins"] - 1 for ledger in ledgers.values())
+        lost = {"bots": self._settings.bots, "saves": saves, "receipts": receipts, "reconnects": reconnects}
+        self.summary = {**lost, "lost": len(self._lost), **self.summary}
+
+    def _check_players(self, what: str, expected: str, wrong: set[str]) -> None:
+        self._lost |= wrong
+        right = self._settings.bots - len(wrong)
+        self._check(what, expected, f"{right} of {self._settings.bots} players", passed=not wrong)
+
+    def _check(self, what: str, expected: str, found: str, *, passed: bool) -> None:
+        self.checks.append(Check(what, expected, found, passed))
+
+
+def _listen(port: int, backlog: int) -> socket.socket:
+    """The listening socket. It is ours, and given to one server after the other: bots who come while there is none wait
+    in its queue, and nobody else can take the port.
+    """
+    try:
+        return socket.create_server(("127.0.0.1", port), backlog=backlog)
+    except OSError as error:
+        raise DemoError(f"cannot listen on port {port}: {os.strerror(error.errno or 0)}") from None
+
+
+def _allow_open_files(number: int) -> None:
+    """Raise the limit for us and our children: the usual one is far below what is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < number:
+        raise DemoError(f"so many bots need {number} open files; a process may have {hard} here")
+    if soft != resource.RLIM_INFINITY and soft < number:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))

@@ -1,0 +1,95 @@
+"""The independent reader. What lives here: reading the database with SQL and the bots' ledgers as JSON, and comparing
+them. What must not: an import of anything else of this package; it would then believe what it is to check.
+
+A ledger of one bot holds ``known``, pairs of a time and a state the server acknowledged, from the last confirmed
+purchase on; ``receipt``, the state of that purchase; ``awaited``, the state that an unanswered request leads to if the
+server has heard it; ``returns``, the known and the awaited state before each return, and the one seen then.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["AfterKill", "after_kill", "contradicted_returns", "different", "read_ledgers", "read_players"]
+
+State = dict[str, Any]
+Players = Mapping[str, State]
+Ledgers = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass
+class AfterKill:
+    """What a kill took."""
+
+    lost: set[str] = field(default_factory=set)
+    """Players of whom something is missing that was confirmed, or who are in a state they never were in."""
+    older_than_allowed: int = 0
+    """Acknowledged changes that had been made longer before the kill than allowed, and are missing."""
+    changes: int = 0
+    """Acknowledged changes that are missing, all of them."""
+    players: int = 0
+    """How many players they belong to."""
+    oldest: float = 0.0
+    """How long before the kill the oldest missing change was acknowledged, in seconds."""
+
+
+def read_players(path: str | Path) -> tuple[dict[str, State], int]:
+    """The state of every player in the database, and how many saves it has seen."""
+    with closing(sqlite3.connect(path)) as db:
+        rows = db.execute("SELECT user_id, body, saves FROM players").fetchall()
+    return {user: json.loads(body) for user, body, _ in rows}, sum(saves for _, _, saves in rows)
+
+
+def read_ledgers(path: str | Path) -> dict[str, dict[str, Any]]:
+    """What every bot knows."""
+    ledgers: dict[str, dict[str, Any]] = json.loads(Path(path).read_text())
+    return ledgers
+
+
+def different(players: Players, ledgers: Ledgers) -> set[str]:
+    """Who is not stored in the very last state their bot knows; that of an unanswered request will do as well."""
+    wrong = {user for user, ledger in ledgers.items() if not _is_current(players.get(user), ledger)}
+    return wrong | (players.keys() - ledgers.keys())
+
+
+def contradicted_returns(ledgers: Ledgers) -> set[str]:
+    """Who came back and was not shown the state they had left in."""
+    return {
+        user
+        for user, ledger in ledgers.items()
+        if any(seen not in (known, awaited) for known, awaited, seen in ledger["returns"])
+    }
+
+
+def after_kill(players: Players, ledgers: Ledgers, killed_at: float, allowed_age: float) -> AfterKill:
+    """Compare with what the bots knew when the server was killed, `killed_at` being of the monotonic clock.
+
+    A player's state must be one that the bot was told, or the one it was waiting for, and not older than the last
+    confirmed purchase. Of what was acknowledged later, only what is younger than `allowed_age` seconds may be missing.
+    """
+    found = AfterKill()
+    for user, ledger in ledgers.items():
+        stored, known, receipt = players.get(user), ledger["known"], ledger["receipt"]
+        reached = -1 if stored is None else stored["seq"]
+        if not (_is_current(stored, ledger) or stored in [state for _, state in known]) or (
+            receipt is not None and reached < receipt["seq"]
+        ):
+            found.lost.add(user)
+        ages = [killed_at - at for at, state in known if state["seq"] > reached]
+        found.older_than_allowed += sum(age > allowed_age for age in ages)
+        found.changes += len(ages)
+        found.players += bool(ages)
+        found.oldest = max(found.oldest, *ages, 0.0)
+    found.lost |= players.keys() - ledgers.keys()
+    return found
+
+
+def _is_current(stored: State | None, ledger: Mapping[str, Any]) -> bool:
+    known = ledger["known"]
+    return not known or (stored is not None and stored in (known[-1][1], ledger["awaited"]))

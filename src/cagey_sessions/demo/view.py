@@ -1,0 +1,141 @@
+"""What the audience sees. What lives here: the board that shows how the demo goes, and the table at its end. What must
+not: anything that makes it go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["Board", "Check", "show_checks", "showing"]
+
+PHASES = ("joining", "playing", "graceful stop", "playing again", "kill", "checking")
+LINE_EVERY = 2.0
+BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 78
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the table at the end."""
+
+    what: str
+    expected: str
+    found: str
+    passed: bool
+
+
+@dataclass
+class Board:
+    """How the demo goes, as far as its processes have said. Times are in seconds."""
+
+    bots: int
+    seconds: float
+    interval: float
+    phase: str = PHASES[0]
+    online: int = 0
+    oldest: float | None = None
+    receipts: int = 0
+    reconnects: int = 0
+    saves: int = 0
+    rates: deque[float] = field(default_factory=lambda: deque([0.0], maxlen=40))
+    played_before: float = 0.0
+    playing_since: float | None = None
+    _counted: tuple[float, int] = (0.0, 0)
+
+    def played(self) -> float:
+        """For how long the bots have played, the time while the server is away left out."""
+        running = 0.0 if self.playing_since is None else time.monotonic() - self.playing_since
+        return min(self.played_before + running, self.seconds)
+
+    def count_saves(self, saved: int) -> None:
+        """Take note of how many saves the server has made since it was started."""
+        (then, before), now = self._counted, time.monotonic()
+        if saved < before:
+            before = 0  # another server
+        self.saves += saved - before
+        self.rates.append((saved - before) / (now - then))
+        self._counted = (now, saved)
+
+    def server_is_away(self) -> None:
+        self.online, self.oldest = 0, None
+
+
+@asynccontextmanager
+async def showing(board: Board, console: Console) -> AsyncIterator[None]:
+    """Within this block the board is on display: alive on a terminal, as a line now and then elsewhere."""
+    if sys.stdout.isatty() and not console.is_dumb_terminal:
+        with Live(get_renderable=lambda: _panel(board), console=console, refresh_per_second=8):
+            yield
+        return
+    lines = asyncio.create_task(_print_lines(board))
+    try:
+        yield
+    finally:
+        lines.cancel()
+
+
+async def _print_lines(board: Board) -> None:
+    while True:
+        facts = (
+            f"online {board.online}, saves/s {board.rates[-1]:.0f}, oldest unsaved {_age(board.oldest)}, "
+            f"receipts {board.receipts}, reconnects {board.reconnects}"
+        )
+        print(f"{board.played():5.1f} s  {board.phase:<13}  {facts}", flush=True)
+        await asyncio.sleep(LINE_EVERY)
+
+
+def _panel(board: Board) -> Panel:
+    bar = ProgressBar(board.seconds, board.played(), WIDTH - 24, complete_style="cyan", finished_style="green")
+    progress = Table.grid(padding=(0, 2))
+    progress.add_row(bar, f"{board.played():.1f} of {board.seconds:g} s")
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim", width=14)
+    facts.add_column(style="bold", width=7, justify="right")
+    facts.add_column()
+    facts.add_row("players online", str(board.online), f"of {board.bots}")
+    facts.add_row("saves/s", f"{board.rates[-1]:.0f}", Text(_sparkline(board.rates), style="cyan"))
+    facts.add_row("oldest unsaved", _age(board.oldest), f"at most {board.interval:g} s and one save")
+    facts.add_row("saves", str(board.saves))
+    facts.add_row("receipts", str(board.receipts), "purchases confirmed after their save")
+    facts.add_row("reconnects", str(board.reconnects))
+    content = Group(_phases(board.phase), "", progress, "", facts)
+    return Panel(content, title="cagey-sessions demo", title_align="left", width=WIDTH, padding=(1, 2))
+
+
+def _phases(current: str) -> Text:
+    now = PHASES.index(current)
+    styles = ["green"] * now + ["bold reverse"] + ["dim"] * len(PHASES)
+    return Text("  ").join(Text(name, style) for name, style in zip(PHASES, styles, strict=False))
+
+
+def _sparkline(values: Iterable[float]) -> str:
+    values = list(values)
+    top = max(*values, 1.0)
+    return "".join(BARS[round(value / top * (len(BARS) - 1))] for value in values)
+
+
+def _age(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.1f} s"
+
+
+def show_checks(checks: Iterable[Check], console: Console) -> None:
+    """The table at the end."""
+    table = Table("checked", "expected", "found", "", box=box.SIMPLE_HEAD)
+    for check in checks:
+        mark = Text("ok", "green") if check.passed else Text("LOST", "bold red")
+        table.add_row(check.what, check.expected, check.found, mark)
+    console.print(table)

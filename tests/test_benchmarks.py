@@ -1,0 +1,368 @@
+"""The benchmarks are honest: their base obeys our rules, and the command writes what it promises. No time is judged."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.harness import NOISY, Progress, measure
+from benchmarks.rivals import port
+from benchmarks.workloads import WORKLOADS, Goal, Pair, Sizes, Workload, measurable
+
+import cagey_sessions
+from cagey_sessions import (
+    AlreadyIdentifiedError,
+    InvalidKeyError,
+    InvalidUserDataError,
+    InvalidUserIdError,
+    KeyTakenError,
+    ListenerError,
+    ManagerClosedError,
+    NothingSavesError,
+    NotIdentifiedError,
+    SessionEndedError,
+    UnknownEventError,
+    UserActiveError,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(params=["ours", "port"])
+def make(request: pytest.FixtureRequest) -> Any:
+    return {"ours": cagey_sessions.SessionManager, "port": port.SessionManager}[request.param]
+
+
+async def test_a_taken_key_is_refused_until_its_session_ends(make):
+    manager = make()
+    first = await manager.create("k")
+    with pytest.raises(KeyTakenError):
+        await manager.create("k")
+    assert manager.find_by_key("k") is first
+    await first.destroy()
+    assert manager.find_by_key("k") is None
+    second = await manager.create("k")
+    await first.destroy()
+    assert manager.find_by_key("k") is second
+    assert len(manager) == 1
+    await manager.destroy()
+
+
+async def test_an_active_user_is_refused_until_their_session_ends(make):
+    manager = make()
+    first, second = await manager.create(), await manager.create()
+    await first.set_user("alice", {})
+    with pytest.raises(UserActiveError) as caught:
+        await second.set_user("alice", {})
+    assert caught.value.session is first
+    with pytest.raises(AlreadyIdentifiedError):
+        await first.set_user("bob", {})
+    assert second.user_id is None
+    assert manager.find_by_user("alice") is first
+    await first.destroy()
+    assert manager.find_by_user("alice") is None
+    await second.set_user("alice", {})
+    assert manager.find_by_user("alice") is second
+    await manager.destroy()
+
+
+async def test_keys_users_and_data_are_checked_and_nothing_changes(make):
+    manager = make()
+    for key in ("", 1, b"k", True):
+        with pytest.raises(InvalidKeyError):
+            await manager.create(key)
+    with pytest.raises(InvalidKeyError):
+        manager.find_by_key(1)
+    assert len(manager) == 0
+    session = await manager.create()
+    for user_id in ("", "a\0", "\ud800", "a" * 1025, "é" * 513, 1.0, True, None, 1 << 63, -(1 << 63) - 1):
+        with pytest.raises(InvalidUserIdError):
+            await session.set_user(user_id, {})
+    with pytest.raises(InvalidUserDataError):
+        await session.set_user(1, None)
+    with pytest.raises(NotIdentifiedError):
+        session.user_data = {}
+    with pytest.raises(InvalidKeyError):
+        session.set(1, 1)
+    assert session.user_id is None
+    await session.set_user("é" * 512, {})
+    await manager.destroy()
+    with pytest.raises(ManagerClosedError):
+        await manager.create()
+
+
+async def test_dead_handles_raise(make):
+    manager = make()
+    session = await manager.create("k")
+    await session.set_user(1, {})
+    session.set("room", 7)
+    await session.destroy()
+    assert not session.alive
+    assert session.end_reason == "destroyed"
+    assert session.get("room") == 7
+    await session.destroy()
+    for call in (session.start, session.persist_now, lambda: session.set_user(2, {})):
+        with pytest.raises(SessionEndedError):
+            await call()
+    with pytest.raises(SessionEndedError):
+        session.set("room", 8)
+    with pytest.raises(SessionEndedError):
+        session.user_data  # noqa: B018 - the look itself raises
+    with pytest.raises(SessionEndedError):
+        session.on("destroy", print)
+    await manager.destroy()
+
+
+async def test_events_come_in_order_on_the_manager_first(make):
+    manager = make()
+    seen = []
+
+    async def on_started(session):
+        await asyncio.sleep(0)
+        seen.append("started")
+
+    manager.on("created", lambda session: seen.append("created"))
+    manager.on("started", on_started)
+    manager.on("identified", lambda session, user_id, data: seen.append(("identified", user_id, data)))
+    manager.on("before_destroy", lambda session: seen.append(("before_destroy", session.alive)))
+    manager.on("persist_user_data", lambda session: seen.append(("persist", session.user_data)))
+    manager.on("destroy", lambda session: seen.append(("destroy", manager.find_by_user(session.user_id))))
+    session = await manager.create("k")
+    session.on("started", lambda: seen.append("its started"))
+    session.on("identified", lambda user_id, data: seen.append(("its identified", user_id, data)))
+    session.on("before_destroy", lambda: seen.append("its before_destroy"))
+    session.on("destroy", lambda: seen.append("its destroy"))
+    with pytest.raises(UnknownEventError):
+        manager.on("create", print)
+    await session.start()
+    await session.set_user(1, {"gold": 1})
+    await session.persist_now()
+    session.user_data = {"gold": 2}
+    await session.destroy(True)
+    assert seen == [
+        "created",
+        "started",
+        "its started",
+        ("identified", 1, {"gold": 1}),
+        ("its identified", 1, {"gold": 1}),
+        ("persist", {"gold": 1}),
+        ("before_destroy", True),
+        "its before_destroy",
+        ("persist", {"gold": 2}),
+        ("destroy", None),
+        "its destroy",
+    ]
+    await manager.destroy()
+
+
+async def test_what_listeners_raise_reaches_the_caller_and_stops_no_other(make):
+    manager = make()
+    seen = []
+
+    def fail(session, *args):
+        raise ValueError("no")
+
+    for name in ("started", "identified", "destroy"):
+        manager.on(name, fail)
+        manager.on(name, lambda *args, name=name: seen.append(name))
+    session = await manager.create()
+    for work in (session.start(), session.set_user(1, {}), session.destroy()):
+        with pytest.raises(ListenerError):
+            await work
+    assert seen == ["started", "identified", "destroy"]
+    assert not session.alive
+    manager.on("created", fail)
+    with pytest.raises(ListenerError):
+        await manager.create("k")
+    assert manager.find_by_key("k") is None
+    assert len(manager) == 0
+    await manager.destroy()
+
+
+async def test_autosave_is_performed_again_and_again(make):
+    manager = make(interval=0.01)
+    saves, errors = [], []
+    enough = asyncio.Event()
+
+    def save(session):
+        saves.append(session.user_id)
+        if min(saves.count(1), saves.count(2)) == 3:
+            enough.set()
+        if len(saves) == 1:
+            raise OSError("a failed save is tried again")
+
+    manager.on("persist_user_data", save)
+    manager.on("error", lambda error, session: errors.append((type(error), session.user_id)))
+    for user_id in (1, 2):
+        session = await manager.create()
+        await session.set_user(user_id, {})
+    await manager.create()
+    await enough.wait()
+    assert errors == [(ListenerError, saves[0])]
+    await manager.destroy()
+    count = len(saves)
+    await asyncio.sleep(0.03)
+    assert len(saves) == count
+
+
+async def test_a_call_during_a_save_gets_a_later_one_that_is_shared(make):
+    manager = make()
+    begun, release = asyncio.Event(), asyncio.Event()
+    saved = []
+
+    async def save(session):
+        saved.append(session.user_data["gold"])
+        begun.set()
+        await release.wait()
+
+    manager.on("persist_user_data", save)
+    session = await manager.create()
+    await session.persist_now()
+    await session.set_user(1, {"gold": 1})
+    first = asyncio.ensure_future(session.persist_now())
+    await begun.wait()
+    session.user_data["gold"] = 2
+    later = [asyncio.ensure_future(session.persist_now()) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert saved == [1]
+    release.set()
+    await asyncio.gather(first, *later)
+    assert saved == [1, 2]
+    await manager.destroy()
+
+
+async def test_a_failed_last_save_keeps_the_user_until_it_succeeds(make):
+    manager = make()
+    session = await manager.create("k")
+    await session.set_user(1, {})
+    with pytest.raises(NothingSavesError):
+        await session.destroy(True)
+    assert manager.find_by_key("k") is session
+    broken = True
+
+    def save(session):
+        if broken:
+            raise OSError("the database is down")
+
+    manager.on("persist_user_data", save)
+    with pytest.raises(ListenerError):
+        await session.destroy(True)
+    assert session.alive
+    assert manager.find_by_key("k") is None
+    other = await manager.create("k")
+    with pytest.raises(UserActiveError):
+        await other.set_user(1, {})
+    with pytest.raises(SessionEndedError):
+        await session.start()
+    broken = False
+    await session.destroy(True)
+    assert not session.alive
+    await other.set_user(1, {})
+    await manager.destroy()
+
+
+TINY = Sizes(many=1_000, most=2_000)
+
+
+class Silent(Progress):
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+    def show(self, row: str, round_: int, rounds: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("workload", [workload for workload in WORKLOADS if workload.unit == "ns"], ids=lambda w: w.id)
+def test_each_workload_runs_both_sides(workload):
+    with workload.prepare(TINY) as pair:
+        assert pair.ours() > 0
+        assert pair.base() > 0
+
+
+def fake(ours: Any, base: Any, goal: Goal) -> Workload:
+    """A workload whose sides cost what two lists say."""
+    costs = (iter(ours), iter(base))
+    pair = Pair(lambda: next(costs[0]), lambda: next(costs[1]))
+    return Workload("fake", lambda sizes: nullcontext(pair), goal, lambda sizes: "", warm_ups=0)
+
+
+@pytest.mark.parametrize(
+    ("goal", "ratio", "holds"),
+    [
+        (Goal(ratio=2), 2.0, True),
+        (Goal(ratio=1.9), 2.0, False),
+        (Goal(faster=0.5), 0.5, True),
+        (Goal(faster=0.6), 0.5, False),
+        (Goal(ours=20, ratio=2), 2.0, True),
+        (Goal(ours=19, ratio=2), 2.0, False),
+    ],
+)
+def test_a_row_is_judged_by_the_median_of_its_rounds(goal, ratio, holds):
+    row = measure(fake([20] * 8 + [500], [10] * 9, goal), TINY, Silent())
+    assert (row.ours, row.base, row.ratio, row.holds) == (20, 10, ratio, holds)
+    assert row.spread == 0
+
+
+def test_a_noisy_row_is_run_again_and_then_not_judged():
+    noisy, calm = [10, 20, 30] * 3, [20] * 9
+    again = measure(fake(noisy + calm, [10] * 18, Goal(ratio=1)), TINY, Silent())
+    assert again.holds is False
+    still = measure(fake(noisy + noisy, [10] * 18, Goal(ratio=1)), TINY, Silent())
+    assert still.holds is None
+    assert still.verdict == "noisy"
+    assert still.spread > NOISY
+
+
+def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
+    package = Path(cagey_sessions.__file__).resolve().parents[1]
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(package)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+
+
+def test_the_command_prints_a_table_and_writes_rows(tmp_path):
+    file = tmp_path / "rows.json"
+    done = run_benchmarks("--quick", "--only", "find_hot,create", "--json", str(file))
+    assert done.returncode in (0, 1), done.stderr
+    written = json.loads(file.read_text())
+    assert set(written) == {"machine", "rows"}
+    assert [row["id"] for row in written["rows"]] == ["find_hot", "create"]
+    for row in written["rows"]:
+        assert set(row) == {"id", "ours", "base", "ratio", "spread", "goal", "holds", "unit", "note"}
+        assert row["ours"] > 0
+        assert row["base"] > 0
+        assert row["ratio"] > 0
+        assert row["spread"] >= 0
+        assert row["holds"] in (True, False, None)
+        assert row["unit"] == "ns"
+    assert (done.returncode == 1) == any(row["holds"] is False for row in written["rows"])
+    assert "find_hot" in done.stdout
+    assert written["machine"] in done.stdout
+    assert "create" in done.stderr
+
+
+def test_an_unknown_row_is_refused():
+    done = run_benchmarks("--only", "find_hto")
+    assert done.returncode == 2
+    assert "'find_hto'" in done.stderr
+
+
+@pytest.mark.skipif(not measurable(next(w for w in WORKLOADS if w.unit == "B")), reason="needs /proc")
+def test_memory_is_measured_in_a_process_of_its_own():
+    workload = next(w for w in WORKLOADS if w.unit == "B")
+    with workload.prepare(Sizes(many=1, most=20_000)) as pair:
+        assert pair.ours() > 0
+        assert pair.base() > 0

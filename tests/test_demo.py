@@ -1,0 +1,221 @@
+"""The demo: a short run of it, and that its reader finds what is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import cagey_sessions
+from cagey_sessions import cli
+from cagey_sessions.demo import verify
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(cagey_sessions.__file__).parents[1])}
+
+
+def python(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *arguments], text=True, env=ENVIRONMENT, **pipes, **options)
+
+
+class Run(NamedTuple):
+    status: int
+    out: str
+    err: str
+    db: Path
+
+    def ledgers(self, moment: str) -> dict[str, dict[str, Any]]:
+        return verify.read_ledgers(self.db.with_name(f"{self.db.name}.{moment}.json"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A short demo; its database and ledgers are kept."""
+    db = tmp_path_factory.mktemp("demo") / "players.db"
+    arguments = ["--bots", "20", "--seconds", "4", "--interval", "500ms", "--db", str(db)]
+    with python("-m", "cagey_sessions", "demo", *arguments) as process:
+        out, err = process.communicate()
+    return Run(process.returncode, out, err, db)
+
+
+def test_a_short_demo_loses_nothing_that_was_acknowledged(finished: Run) -> None:
+    """Exit status 0, nothing on stderr, and a last line of JSON that says so."""
+    summary = json.loads(finished.out.splitlines()[-1])
+    names = ["bots", "saves", "receipts", "reconnects", "lost", "older_than_interval", "changes_lost_by_kill"]
+    assert (finished.status, finished.err, list(summary)) == (0, "", names)
+    assert (summary["bots"], summary["lost"], summary["older_than_interval"]) == (20, 0, 0)
+    assert summary["changes_lost_by_kill"] > 0, "the kill hit no unsaved work"
+    assert summary["saves"] > 20
+    assert summary["receipts"] > 0
+    assert summary["reconnects"] >= 40, "every bot comes back after the stop and after the kill"
+    assert "graceful stop" in finished.out
+
+
+@pytest.fixture
+def stored(finished: Run, tmp_path: Path) -> Iterator[sqlite3.Connection]:
+    """A copy of the database: nobody played after the kill, so it is still as the kill left it."""
+    with closing(sqlite3.connect(tmp_path / "copy.db", isolation_level=None)) as copy:
+        with closing(sqlite3.connect(finished.db)) as db:
+            db.backup(copy)
+        yield copy
+
+
+def players(db: sqlite3.Connection) -> dict[str, dict[str, Any]]:
+    return verify.read_players(db.execute("PRAGMA database_list").fetchone()[2])[0]
+
+
+VICTIM = "bot-00007"
+
+
+def drop(db: sqlite3.Connection) -> None:
+    db.execute("DELETE FROM players WHERE user_id = ?", (VICTIM,))
+
+
+def roll_back(db: sqlite3.Connection) -> None:
+    db.execute("UPDATE players SET body = json_set(body, '$.seq', 0, '$.gold', 0) WHERE user_id = ?", (VICTIM,))
+
+
+def falsify(db: sqlite3.Connection) -> None:
+    db.execute("UPDATE players SET body = json_set(body, '$.gold', 1000000) WHERE user_id = ?", (VICTIM,))
+
+
+def swap(db: sqlite3.Connection) -> None:
+    (body,) = db.execute("SELECT body FROM players WHERE user_id = 'bot-00001'").fetchone()
+    db.execute("UPDATE players SET body = ? WHERE user_id = ?", (body, VICTIM))
+
+
+@pytest.mark.parametrize("harm", [drop, roll_back, falsify, swap])
+def test_the_reader_finds_one_harmed_player(
+    finished: Run, stored: sqlite3.Connection, harm: Callable[[sqlite3.Connection], None]
+) -> None:
+    """Where states must be equal, as after the graceful stop, and where the kill may have taken some."""
+    shown, killed = finished.ledgers("end"), finished.ledgers("kill")
+    killed_at = max(at for ledger in killed.values() for at, _ in ledger["known"])
+    assert verify.different(players(stored), shown) == set()
+    assert verify.after_kill(players(stored), killed, killed_at, 1.5).lost == set()
+    harm(stored)
+    assert verify.different(players(stored), shown) == {VICTIM}
+    found = verify.after_kill(players(stored), killed, killed_at, 1.5)
+    if harm is roll_back and killed[VICTIM]["receipt"] is None:
+        assert found.older_than_allowed > 0, "no purchase of this bot was confirmed: its age alone tells"
+    else:
+        assert found.lost == {VICTIM}
+
+
+def state(seq: int, gold: int = 0) -> dict[str, Any]:
+    return {"seq": seq, "gold": gold, "items": {}}
+
+
+def ledger(*known: tuple[float, dict[str, Any]], **more: Any) -> dict[str, dict[str, Any]]:
+    return {"ada": {"known": list(known), "awaited": None, "receipt": None, "returns": []} | more}
+
+
+def test_a_graceful_stop_loses_not_even_the_last_change() -> None:
+    """One change back is a loss; the change that was asked for and never answered is not."""
+    told = ledger((1.0, state(1)), (2.0, state(2)), awaited=state(3))
+    assert verify.different({"ada": state(1)}, told) == {"ada"}
+    assert verify.different({"ada": state(2)}, told) == set()
+    assert verify.different({"ada": state(3)}, told) == set()
+    assert verify.different({"ada": state(2), "eve": state(9)}, told) == {"eve"}
+    assert verify.different({}, told) == {"ada"}
+
+
+def test_a_kill_may_take_the_youngest_changes_only() -> None:
+    """What is missing is counted, and what is older than allowed a second time."""
+    told = ledger((10.0, state(1)), (12.0, state(2)), (14.0, state(3)))
+    found = verify.after_kill({"ada": state(2)}, told, killed_at=15.0, allowed_age=2.5)
+    assert found == verify.AfterKill(lost=set(), older_than_allowed=0, changes=1, players=1, oldest=1.0)
+    found = verify.after_kill({"ada": state(1)}, told, killed_at=15.0, allowed_age=2.5)
+    assert found == verify.AfterKill(lost=set(), older_than_allowed=1, changes=2, players=1, oldest=3.0)
+    found = verify.after_kill({"ada": state(3)}, told, killed_at=15.0, allowed_age=2.5)
+    assert found == verify.AfterKill()
+
+
+def test_a_kill_may_not_take_a_confirmed_purchase() -> None:
+    """However young it is."""
+    told = ledger((14.9, state(3)), receipt=state(3), awaited=state(4))
+    assert verify.after_kill({"ada": state(2)}, told, 15.0, 2.5).lost == {"ada"}
+    assert verify.after_kill({"ada": state(3)}, told, 15.0, 2.5).lost == set()
+    assert verify.after_kill({"ada": state(4)}, told, 15.0, 2.5).lost == set()
+
+
+def test_who_comes_back_must_find_what_they_left() -> None:
+    """Or what they had asked for when they left; nothing else."""
+    returns = [[state(1), None, state(1)], [state(1), state(2), state(2)]]
+    assert verify.contradicted_returns(ledger(returns=returns)) == set()
+    assert verify.contradicted_returns(ledger(returns=[*returns, [state(2), None, state(1)]])) == {"ada"}
+
+
+def test_the_reader_shares_no_code_with_the_library() -> None:
+    """Its imports are the standard library's."""
+    code = f"import runpy, sys; runpy.run_path({verify.__file__!r}); print('cagey_sessions' in sys.modules)"
+    with python("-c", code) as process:
+        assert process.communicate() == ("False\n", "")
+
+
+def test_the_command_line_needs_no_extra_until_the_demo_runs() -> None:
+    code = "import sys, cagey_sessions.cli; print({'rich', 'websockets', 'uvloop'} & sys.modules.keys())"
+    with python("-c", code) as process:
+        assert process.communicate() == ("set()\n", "")
+
+
+def test_a_missing_extra_is_one_line_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "rich" else object())
+    assert cli.main(["demo"]) == 2
+    expected = 'cagey-sessions: the demo needs rich: pip install "cagey-sessions[demo]"\n'
+    assert capsys.readouterr() == ("", expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "required: COMMAND"),
+        (["demo", "--bots", "0"], "--bots: '0' is not a whole number from 1 to"),
+        (["demo", "--interval", "soon"], "--interval: time: cannot read 'soon' as a duration"),
+        (["demo", "--interval", "1ms"], "--interval: time: '1ms' is too short"),
+        (["demo", "--seconds", "nan"], "--seconds: time: nan is not a finite duration"),
+        (["demo", "--port", "70000"], "--port: '70000' is not a whole number"),
+        (["demo", "--db", __file__], "exists already"),
+        (["demo", "--db", "/no/such/folder/players.db"], "a folder that does not exist"),
+    ],
+)
+def test_wrong_arguments_are_quoted(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"cagey-sessions {cagey_sessions.__version__}\n"
+
+
+def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Ctrl-C: no process and no folder remains."""
+    environment = ENVIRONMENT | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "cagey_sessions", "demo", "--bots", "5"]
+    with subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert "joining" in process.stdout.readline()
+        assert "playing" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+    # The children have the same standard error: it is at its end only now that they are all gone.
+    assert (process.returncode, err) == (130, "cagey-sessions: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
