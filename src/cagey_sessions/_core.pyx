@@ -6,9 +6,12 @@ they move. What must not: asyncio, I/O, a clock. The core is handed ``now`` in w
 
 The rooms, in the order they are included:
 
-``core/wheel.pxi``   a hierarchical timing wheel over slot numbers
-``core/saves.pxi``   the states of a save, as one table
-``core/table.pxi``   the rows, the two indexes, `SessionTable`, `SessionCore` and `OldestFirst`
+``core/wheel.pxi``     a hierarchical timing wheel over slot numbers
+``core/saves.pxi``     the states of a save, as one table
+``core/session.pxi``   what every session object is made of
+``core/table.pxi``     the rows and the two indexes: `SessionTable`
+``core/ages.pxi``      walks over the sessions, oldest first
+``core/check.pxi``     what must be true of a table at any time
 
 Everything that links rows together is a circular list with a sentinel, and the sentinels are rows themselves: the
 first `FIRST_SLOT` rows of the array belong to the wheel's buckets, to the two lanes and to the two age lists. A
@@ -80,4 +83,7 @@ cdef struct Row:
 
 include "core/wheel.pxi"
 include "core/saves.pxi"
+include "core/session.pxi"
 include "core/table.pxi"
+include "core/ages.pxi"
+include "core/check.pxi"

@@ -1,8 +1,7 @@
-# The rows, the two indexes, and the objects Python sees.
+# The rows and the two indexes.
 #
-# What lives here: `SessionTable` (rows, key and user index, lanes, age lists), `SessionCore` (what every session object
-# is made of), `OldestFirst` (a walk that survives changes) and `Counters`. What must not: coroutines, events, retry
-# delays - the table is told deadlines, it does not choose them beyond spreading the first.
+# What lives here: `SessionTable` - rows, key and user index, lanes, age lists - and `Counters`. What must not:
+# coroutines, events, retry delays - the table is told deadlines, it does not choose them beyond spreading the first.
 #
 # Invariants
 #   - A row with state GONE is on the free list; every other row belongs to exactly one session, or is a mark of a walk.
@@ -25,7 +24,6 @@ cdef enum:
 cdef uint64_t fork_epoch = 0
 
 cdef enum:
-    MAX_USER_ID_BYTES = 1024
     INITIAL_SLOTS = 64
 
 
@@ -35,153 +33,6 @@ def _after_fork_in_child():
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def check_key(key):
-    """Raise `InvalidKeyError` unless the key is a non-empty `str` (a subclass has its own ideas of equality)."""
-    if type(key) is not str:
-        raise InvalidKeyError(f"a key is a non-empty str, not {type(key).__name__}")
-    if not key:
-        raise InvalidKeyError("a key is a non-empty str, and this one is empty; leave it out for a session without a key")
-
-
-def check_user_id(user_id, required=None):
-    """Raise `InvalidUserIdError` unless the id is an `int` of 64 bits or a `str` of 1 to 1,024 bytes of UTF-8.
-
-    `required` narrows it to ``int`` or ``str``. O(length).
-    """
-    kind = type(user_id)
-    if kind is not int and kind is not str:
-        raise InvalidUserIdError(f"a user id is an int or a str, not {kind.__name__}")
-    if required is not None and kind is not required:
-        raise InvalidUserIdError(f"this manager takes user ids of type {required.__name__}, not {kind.__name__}: {user_id!r:.80}")
-    if kind is int:
-        if not -0x8000000000000000 <= user_id <= 0x7FFFFFFFFFFFFFFF:
-            raise InvalidUserIdError("a user id that is an int has to fit into 64 signed bits")
-        return
-    if not user_id:
-        raise InvalidUserIdError("a user id that is a str must not be empty")
-    try:
-        size = len(user_id.encode())
-    except UnicodeEncodeError:
-        raise InvalidUserIdError(f"a user id must be valid text; this one holds a lone surrogate: {user_id!r:.80}") from None
-    if size > MAX_USER_ID_BYTES:
-        raise InvalidUserIdError(f"a user id that is a str takes at most {MAX_USER_ID_BYTES} bytes of UTF-8; this one takes {size}")
-    if "\0" in user_id:
-        raise InvalidUserIdError(f"a user id must not hold a NUL character: {user_id!r:.80}")
-
-
-cdef class SessionTable
-
-
-cdef class SessionCore:
-    """What every session is made of: its place in the table, its identity, its data and its bag.
-
-    Made by `SessionTable.create`, never by hand.
-    """
-    cdef SessionTable table
-    cdef uint32_t slot              # 0 once forgotten
-    cdef uint32_t generation
-    cdef readonly object key
-    cdef readonly object user_id
-    cdef object data
-    cdef object bag
-    cdef public object _listeners
-    cdef readonly object end_reason
-    cdef object __weakref__
-
-    def __init__(self):
-        raise UsageError("sessions are made by `await manager.create()`")
-
-    def __reduce__(self):
-        raise TypeError("a session is one human on this server: it cannot be copied or pickled; copy its user_data")
-
-    def __repr__(self):
-        if self.table is None:
-            return f"<{type(self).__name__} of no manager>"
-        who = "anonymous" if self.user_id is None else f"user {self.user_id!r:.80}"
-        if self.end_reason is not None:
-            life = f"ended: {self.end_reason}"
-        else:
-            life = "live" if self.slot and not is_ending(self.table.rows[self.slot].state) else "ending"
-        return f"<{type(self).__name__} {who}, {life}>"
-
-    @property
-    def alive(self):
-        """Whether the session has not ended. True until the last ``destroy`` listener has run."""
-        return self.table is not None and self.end_reason is None
-
-    @property
-    def user_data(self):
-        """The user's data: the very object given to `set_user`, or None while nobody is identified.
-
-        Change it in place, or assign another object. Raises `SessionEndedError` after the end.
-        """
-        table_of(self)
-        return self.data
-
-    @user_data.setter
-    def user_data(self, value):
-        table_of(self)
-        if self.user_id is None:
-            raise NotIdentifiedError("this session has no user yet; `await session.set_user(user_id, user_data)` comes first")
-        if value is None:
-            raise InvalidUserDataError("user_data must not be None: there would be nothing to save")
-        self.data = value
-
-    def set(self, key, value):
-        """Keep any live object under a name for as long as the session lives. It is never saved.
-
-        Raises `SessionEndedError` after the end. O(1).
-        """
-        table_of(self)
-        if type(key) is not str:
-            raise InvalidKeyError(f"a name in the bag is a str, not {type(key).__name__}")
-        if self.bag is None:
-            self.bag = {}
-        (<dict> self.bag)[key] = value
-
-    def get(self, key, default=None):
-        """The object kept under a name, or `default`. Works after the end too, on what is left. O(1)."""
-        if self.bag is None:
-            return default
-        return (<dict> self.bag).get(key, default)
-
-    @property
-    def _host(self):
-        """Whoever the table belongs to."""
-        if self.table is None:
-            raise_handmade()
-        return self.table.host
-
-    def _require_alive(self):
-        """Raise `SessionEndedError` after the end, and what any use from the wrong place raises."""
-        table_of(self)
-
-    def _end(self, reason):
-        """Let go of the data and the listeners; from here on the handle is dead."""
-        self.end_reason = reason
-        self.data = None
-        self._listeners = None
-
-
-cdef int raise_handmade() except -1:
-    raise UsageError("this session belongs to no manager; sessions are made by `await manager.create()`")
-
-
-cdef int raise_ended(SessionCore session) except -1:
-    who = "" if session.user_id is None else f" of user {session.user_id!r:.80}"
-    raise SessionEndedError(f"the session{who} has ended ({session.end_reason})")
-
-
-cdef inline SessionTable table_of(SessionCore session):
-    """The table of a session that has not ended, used from the right thread; raises otherwise."""
-    if session.table is None:
-        raise_handmade()
-    if session.end_reason is not None:
-        raise_ended(session)
-    session.table.check_thread()
-    return session.table
 
 
 @cython.final
@@ -350,7 +201,7 @@ cdef class SessionTable:
         self.age_append(ANONYMOUS, slot)
         self.counters.created += 1
         if CAGEY_DEBUG:
-            self._check()
+            check_table(self)
         return session
 
     def find_by_key(self, key):
@@ -433,14 +284,14 @@ cdef class SessionTable:
         if interval:
             wheel_arm(&self.wheel, self.rows, slot, now + self.spread(interval))
         if CAGEY_DEBUG:
-            self._check()
+            check_table(self)
 
     def ask(self, SessionCore session not None):
         """Want a save whose bytes are fixed from now on. O(1)."""
         cdef uint32_t slot = self.slot_of(session)
         self.enter_urgent(slot, ASK)
         if CAGEY_DEBUG:
-            self._check()
+            check_table(self)
 
     cdef int enter_urgent(self, uint32_t slot, int event) except -1:
         """Step by an event that may lead into the urgent lane, and move the row there if it does."""
@@ -474,7 +325,7 @@ cdef class SessionTable:
                 list_append(self.rows, URGENT, slot)
             self.counters.due += 1
         if CAGEY_DEBUG:
-            self._check()
+            check_table(self)
         return limit - budget
 
     def next_deadline(self):
@@ -511,7 +362,7 @@ cdef class SessionTable:
         self.counters.due -= 1
         self.counters.in_flight += 1
         if CAGEY_DEBUG:
-            self._check()
+            check_table(self)
         return self.sessions[slot], row.version
 
     def acknowledge(self, SessionCore session not None, uint64_t version, uint64_t taken_at, deadline=None):
@@ -531,7 +382,7 @@ cdef class SessionTable:
         self.age_append(IDENTIFIED, slot)
         self.counters.saved += 1
         if CAGEY_DEBUG:
-            self._check()
+            check_table(self)
         return True
 
     def fail(self, SessionCore session not None, uint64_t version, deadline=None):
@@ -548,7 +399,7 @@ cdef class SessionTable:
             row.failures += 1
         self.counters.failed += 1
         if CAGEY_DEBUG:
-            self._check()
+            check_table(self)
         return True
 
     cdef uint32_t in_flight_slot(self, SessionCore session, uint64_t version) except? 0:
@@ -589,7 +440,7 @@ cdef class SessionTable:
         step(row, END)
         self.forget_key(session)
         if CAGEY_DEBUG:
-            self._check()
+            check_table(self)
 
     cdef int forget_key(self, SessionCore session) except -1:
         if session.key is not None and self.by_key.get(session.key) is session:
@@ -622,7 +473,7 @@ cdef class SessionTable:
         self.release(slot)
         self.counters.ended += 1
         if CAGEY_DEBUG:
-            self._check()
+            check_table(self)
 
     @property
     def oldest_save(self):
@@ -641,153 +492,7 @@ cdef class SessionTable:
         return OldestFirst(self, identified, to_the_end)
 
     def _check(self):
-        """In a debug build, verify every structure against every other one and raise AssertionError; O(capacity)."""
-        if not CAGEY_DEBUG:
-            return False
-        cdef uint32_t slot, after, bucket, level, lane
-        cdef uint64_t start, span, in_wheel = 0, in_lanes = 0, in_flight = 0, live = 0, identified = 0, free = 0
-        cdef set seen = set()
-        for bucket in range(<uint32_t> FIRST_SLOT):
-            slot = self.rows[bucket].next
-            if bucket < BUCKETS:
-                level = bucket // BUCKETS_PER_LEVEL
-                assert listed(self.rows, bucket) == bool(
-                    self.wheel.occupied[level] >> (bucket % BUCKETS_PER_LEVEL) & 1), f"bitmap of bucket {bucket}"
-            while slot != bucket and bucket not in (ANONYMOUS, IDENTIFIED):
-                after = self.rows[slot].next
-                assert self.rows[after].prev == slot, f"links of slot {slot}"
-                assert slot >= FIRST_SLOT and slot not in seen, f"slot {slot} is listed twice"
-                seen.add(slot)
-                if bucket < BUCKETS:
-                    assert self.rows[slot].state in (IDLE, ENDING), f"slot {slot} is in the wheel"
-                    in_wheel += 1
-                    if self.rows[slot].deadline > self.wheel.elapsed:
-                        span = self.rows[slot].deadline >> (level * LEVEL_BITS)
-                        assert span & (BUCKETS_PER_LEVEL - 1) == bucket % BUCKETS_PER_LEVEL, f"bucket of slot {slot}"
-                        assert bucket == self.wheel.unfinished or level == 0 or (
-                            span > self.wheel.elapsed >> (level * LEVEL_BITS)), f"slot {slot} lies behind"
-                elif bucket == PERIODIC:
-                    assert self.rows[slot].state == DUE, f"slot {slot} is in the periodic lane"
-                    in_lanes += 1
-                elif bucket == URGENT:
-                    assert self.rows[slot].state in (ASKED, ENDING_ASKED), f"slot {slot} is in the urgent lane"
-                    in_lanes += 1
-                else:
-                    assert self.rows[slot].state == GONE, f"slot {slot} is free"
-                    free += 1
-                slot = after
-        cdef set aged = set()
-        for lane in (ANONYMOUS, IDENTIFIED):
-            slot = self.rows[lane].newer
-            while slot != lane:
-                assert self.rows[self.rows[slot].newer].older == slot, f"age links of slot {slot}"
-                assert slot not in aged
-                aged.add(slot)
-                if self.rows[slot].state != GONE:
-                    assert ((<SessionCore> self.sessions[slot]).user_id is None) == (lane == ANONYMOUS)
-                slot = self.rows[slot].newer
-        cdef SessionCore session
-        cdef uint64_t marks = 0
-        for slot in range(FIRST_SLOT, self.capacity):
-            if self.rows[slot].state == GONE:
-                assert self.sessions[slot] is None, f"slot {slot} is gone and has a session"
-                marks += slot in aged
-                continue
-            session = <SessionCore> self.sessions[slot]
-            live += 1
-            assert session.slot == slot and session.generation == self.rows[slot].generation, f"handle of slot {slot}"
-            assert slot in aged, f"slot {slot} has no age"
-            in_flight += has_save_in_flight(self.rows[slot].state)
-            if session.user_id is not None:
-                identified += 1
-                assert self.by_user.get(session.user_id) is session, f"user of slot {slot}"
-            if session.key is not None:
-                assert (self.by_key.get(session.key) is session) != is_ending(self.rows[slot].state), f"key of slot {slot}"
-            assert self.rows[slot].acknowledged <= self.rows[slot].version
-        assert <uint64_t> len(self.by_user) == identified == self.counters.identified
-        assert live == self.counters.created - self.counters.ended
-        assert live + free + marks == self.capacity - FIRST_SLOT
-        assert in_wheel == self.wheel.armed and in_lanes == self.counters.due and in_flight == self.counters.in_flight
-        bucket = wheel_next_bucket(&self.wheel, &start)
-        assert (bucket == NO_BUCKET) == (in_wheel == 0)
-        for slot in range(FIRST_SLOT, self.capacity):
-            if listed(self.rows, slot) and self.rows[slot].state in (IDLE, ENDING):
-                assert start <= max(self.rows[slot].deadline, self.wheel.elapsed), "next_deadline is late"
-        return True
-
-
-@cython.final
-cdef class OldestFirst:
-    """A walk over one age list that stays right while sessions join, leave and are saved.
-
-    It stops where the list ended when the walk began, so it ends although saves move sessions to the young end, and
-    meets each session at most once. It does not meet one that was acknowledged before its turn came; who needs what
-    such a save may have missed looks after the saves in flight. With `to_the_end` the walk goes on to the end of the list as
-    it is when it gets there: it misses nobody, and may meet a session twice.
-
-    Marks, rows without a session, stand in the list for the place reached and for the end. Call `close` when done; an
-    abandoned walk costs the table two rows. O(1) a step.
-    """
-    cdef SessionTable table
-    cdef uint32_t here
-    cdef uint32_t end
-
-    def __cinit__(self, SessionTable table not None, bint identified, bint to_the_end):
-        table.check_thread()
-        cdef uint32_t age_list = IDENTIFIED if identified else ANONYMOUS
-        self.table = table
-        self.here = table.allocate()
-        self.end = age_list
-        if not to_the_end:
-            try:
-                self.end = table.allocate()
-            except BaseException:
-                table.release(self.here)
-                raise
-            table.age_append(age_list, self.end)
-        cdef uint32_t oldest = table.rows[age_list].newer
-        table.rows[self.here].older = age_list
-        table.rows[self.here].newer = oldest
-        table.rows[oldest].older = self.here
-        table.rows[age_list].newer = self.here
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        cdef SessionTable table = self.table
-        cdef uint32_t slot
-        if table is None:
-            raise StopIteration
-        table.check_thread()
-        cdef Row* rows = table.rows
-        while True:
-            slot = rows[self.here].newer
-            if slot == self.end:
-                raise StopIteration
-            # the mark and the row it meets change places
-            rows[rows[self.here].older].newer = slot
-            rows[slot].older = rows[self.here].older
-            rows[self.here].newer = rows[slot].newer
-            rows[rows[slot].newer].older = self.here
-            rows[slot].newer = self.here
-            rows[self.here].older = slot
-            if rows[slot].state != GONE:
-                return table.sessions[slot]
-
-    def close(self):
-        """Take the marks out of the list. Idempotent."""
-        cdef SessionTable table = self.table
-        if table is None:
-            return
-        self.table = None
-        for slot in (self.here, self.end):
-            if slot >= FIRST_SLOT:
-                table.age_remove(slot)
-                table.release(slot)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        self.close()
+        """Raise AssertionError if any structure is wrong: True after a look, False in a release build, which takes none."""
+        if CAGEY_DEBUG:
+            check_table(self)
+        return bool(CAGEY_DEBUG)
