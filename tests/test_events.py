@@ -8,6 +8,7 @@ import functools
 import pytest
 
 from cagey_sessions import (
+    DrainError,
     InvalidListenerError,
     ListenerError,
     SessionManager,
@@ -203,6 +204,33 @@ async def test_base_exceptions_are_never_grouped_or_swallowed(make_manager):
     assert manager.find_by_key("k") is None
     assert len(manager) == 1
     await manager.destroy()
+
+
+async def test_a_listener_that_is_cancelled_from_outside_fails_like_any_other(make_manager, db):
+    """A CancelledError that is not ours must not leave an end without an outcome."""
+    manager = make_manager()
+    seen = []
+
+    async def cancelled(*_):
+        future = asyncio.get_running_loop().create_future()
+        future.cancel()
+        await future
+
+    for name in ("before_destroy", "destroy", "started"):
+        manager.on(name, cancelled)
+        manager.on(name, lambda session, name=name: seen.append(name))
+    session = await manager.create()
+    with pytest.raises(ListenerError):
+        await session.start()
+    await session.set_user(1, {"gold": 1})
+    with pytest.raises(ListenerError) as caught:
+        await session.destroy(True)
+    assert seen == ["started", "before_destroy", "destroy"]
+    assert len(caught.value.exceptions) == 2
+    assert db.stored == {1: {"gold": 1}}
+    await manager.create()
+    with pytest.raises(DrainError):
+        await manager.destroy(True)
 
 
 async def test_after_a_failing_identified_listener_the_user_stays_set(make_manager, db):

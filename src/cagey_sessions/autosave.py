@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine
-from contextvars import Context, copy_context
-from typing import Any, Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import Context
+from typing import Protocol
 
 from ._core import SessionCore, SessionTable
 from .clock import Clock, TimerHandle
@@ -50,8 +51,12 @@ class SaveHost(Protocol):
         """Take note of an error that no caller waits for."""
         ...
 
-    def settled(self, session: SessionCore, error: Exception | None) -> None:
-        """A save of a session that is being ended has come to its end."""
+    def fingerprint(self, session: SessionCore) -> object:
+        """Something that changes when the session's data does."""
+        ...
+
+    def settled(self, session: SessionCore, error: Exception | None, fingerprint: object) -> None:
+        """A save of a session that is being ended has come to its end; the fingerprint is of what was saved."""
         ...
 
 
@@ -91,22 +96,26 @@ class Autosave:
         self._context: Context | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: TimerHandle | None = None
-        self._wake_at = 0
+        self._wake_at = 0  # the tick the timer is set for
+        self._wake_due = 0  # when it may be expected to fire
         self._watch_timer: TimerHandle | None = None
         self._slice_ends = 0
         self._turn_is_queued = False
         self._asked: dict[SessionCore, _Flight] = {}
         self._in_flight: dict[SessionCore, _Flight] = {}
         self._workers: set[asyncio.Task[None]] = set()
+        self._employed = 0
+        self._starting = 0  # of those employed, who have not looked for work yet
+        self._lent = 0
         self._draining = False
-        self._gave_up: Exception | None = None
+        self.gave_up: Exception | None = None
         self._closed = False
         self.tick_lag = 0
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Work on this loop from now on."""
         self._loop = loop
-        self._context = copy_context()
+        self._context = Context()  # not that of whoever happens to call first
 
     def now_tick(self) -> int:
         return self._clock.now() // self.tick
@@ -122,15 +131,18 @@ class Autosave:
 
         Callers that come before the next save starts share it. Cancelling one of them stops the waiting, not the save.
         """
-        if self._gave_up is not None:
-            return self._gave_up
+        if self.gave_up is not None:
+            return self.gave_up
         self._table.ask(session)
         flight = self._asked.get(session)
         if flight is None:
             flight = self._asked[session] = _Flight()
-        flight.wait()
-        self._employ()
-        return await self._outcome(flight)
+        flight.waiting += 1
+        try:
+            self._employ()
+            return await self._outcome(flight)
+        finally:
+            flight.waiting -= 1
 
     async def settle(self, session: SessionCore, error: Exception | None = None) -> Exception | None:
         """Wait until no save of a session is under way or asked for.
@@ -138,9 +150,9 @@ class Autosave:
         Returns the outcome of the last one waited for, or `error` if there was none.
         """
         while flight := self._in_flight.get(session) or self._asked.get(session):
+            if self.gave_up is not None:
+                return self.gave_up  # the save may be under way for ever
             error = await self._outcome(flight)
-            if self._gave_up is not None:
-                break  # the save may be under way for ever
         return error
 
     async def _outcome(self, flight: _Flight) -> Exception | None:
@@ -152,16 +164,27 @@ class Autosave:
 
     def kick(self) -> None:
         """Look again at what is due: a listener that saves has been registered."""
-        if self._loop is not None and not self._closed:
-            self._employ()
+        if self._loop is not None and not self._loop.is_closed() and not self._closed:
+            self._loop.call_soon(self._employ, context=self._context)
 
-    def drain(self) -> None:
-        """From now on serve only what is asked for."""
-        self._draining = True
+    @contextmanager
+    def lending(self, slots: int) -> Iterator[None]:
+        """Within this block as many more saves may be under way: listeners inside others wait for them."""
+        self._lent += slots
+        try:
+            yield
+        finally:
+            self._lent -= slots
+
+    def drain(self, draining: bool = True) -> None:
+        """From now on serve only what is asked for; or again what is due by the timer, too."""
+        self._draining = draining
+        if not draining:
+            self._employ()
 
     def give_up(self, error: Exception) -> None:
         """From now on let nobody wait; what is under way goes on, and no more of it is started."""
-        self._gave_up = error
+        self.gave_up = error
         for flight in (*self._in_flight.values(), *self._asked.values()):
             flight.resolve(error)
         self._asked.clear()
@@ -177,6 +200,10 @@ class Autosave:
     def in_flight(self) -> list[SessionCore]:
         """The sessions whose saves are under way."""
         return list(self._in_flight)
+
+    def age(self, tick: int) -> float:
+        """How many seconds ago a tick was."""
+        return (self.now_tick() - tick) * self.tick / SECOND
 
     def overdue(self) -> tuple[int, int]:
         """How many saves are under way for longer than the interval, and for how long the oldest, in nanoseconds."""
@@ -213,14 +240,16 @@ class Autosave:
             return
         if self._timer is not None:
             self._timer.cancel()
+        now = self._clock.now()
         self._wake_at = tick
-        delay = max(0, tick * self.tick - self._clock.now() + extra)
+        self._wake_due = max(tick * self.tick, now)
+        delay = max(0, tick * self.tick - now + extra)
         assert self._context is not None
         self._timer = self._clock.call_later(delay, self._wake, self._context)
 
     def _wake(self) -> None:
         self._timer = None
-        lag = self._clock.now() - self._wake_at * self.tick
+        lag = self._clock.now() - self._wake_due
         if lag < 0:
             # loops may wake us a fraction of a millisecond early; asking for that fraction would spin
             self._arm(extra=SHORTEST_TICK)
@@ -249,11 +278,12 @@ class Autosave:
 
     def _employ(self) -> None:
         """Start workers for what is in the lanes, as far as there are free slots."""
-        if self._gave_up is not None or not self._table.has_due():
+        if self.gave_up is not None or not self._table.has_due():
             return
         if self._table.has_due(self._serves_periodic()):
-            for _ in range(min(self._max_in_flight - len(self._workers), self._table.counters.due)):
-                self._spawn(self._work())
+            free = self._max_in_flight + self._lent - self._employed
+            for _ in range(min(free, self._table.counters.due - self._starting)):
+                self._hire()
         self._watch()
 
     def _watch(self) -> None:
@@ -272,44 +302,54 @@ class Autosave:
             self._host.report(
                 NothingSavesError("sessions are due to be saved, and nobody listens to 'persist_user_data'"), None
             )
+        self._employ()  # somebody else may have cancelled a worker
         if waiting or self._in_flight:
             self._watch()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _hire(self) -> None:
         assert self._loop is not None and self._context is not None
-        task = self._loop.create_task(work, name="cagey-sessions autosave", context=self._context.copy())
+        self._employed += 1
+        self._starting += 1
+        task = self._loop.create_task(self._work(), name="cagey-sessions autosave", context=self._context.copy())
         self._workers.add(task)
         task.add_done_callback(self._workers.discard)
 
     async def _work(self) -> None:
         """Take and save until the lanes are empty."""
-        while True:
-            await self.slice()
-            taken = None if self._gave_up is not None else self._table.take(self._serves_periodic())
-            if taken is None:
-                return
-            await self._save(*taken)
+        starting = True
+        try:
+            while True:
+                await self.slice()
+                taken = None if self.gave_up is not None else self._table.take(self._serves_periodic())
+                if starting:
+                    starting = False
+                    self._starting -= 1
+                if taken is None:
+                    return
+                await self._save(*taken)
+        finally:
+            # here, and not when the task is seen to be done: whoever asks in between must find the slot free
+            self._employed -= 1
+            self._starting -= starting
 
     async def _save(self, session: SessionCore, version: int) -> None:
         flight = self._asked.pop(session, None) or _Flight()
         flight.started = self._clock.now()
         self._in_flight[session] = flight
+        fingerprint = self._host.fingerprint(session) if self._table.is_ending(session) else None
         error: Exception | None = ListenerCancelledError("the event loop was shut down during the save")
         try:
             with listening(Wait(session, is_save=True), self._host):
                 await self._host.perform(session)
             error = None
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            error = ListenerCancelledError("a listener of 'persist_user_data' was cancelled")
         except Exception as raised:
             error = raised
         finally:
-            self._settle(session, version, flight, error)
+            self._settle(session, version, flight, error, fingerprint)
 
-    def _settle(self, session: SessionCore, version: int, flight: _Flight, error: Exception | None) -> None:
+    def _settle(
+        self, session: SessionCore, version: int, flight: _Flight, error: Exception | None, fingerprint: object
+    ) -> None:
         del self._in_flight[session]
         taken_at = flight.started // self.tick
         if error is None:
@@ -319,12 +359,11 @@ class Autosave:
             owned = self._table.fail(session, version, self._retry_tick(session))
         heard = flight.waiting > 0
         flight.resolve(error)
+        if owned and self._table.is_ending(session):
+            self._host.settled(session, error, fingerprint)
+        self._arm()
         if error is not None and not heard:
             self._host.report(error, session)
-        if owned and self._table.is_ending(session):
-            self._host.settled(session, error)
-        if not self._closed:
-            self._arm()
 
     def _retry_tick(self, session: SessionCore) -> int | None:
         """When a failed save is tried again; None if only on request."""

@@ -22,7 +22,7 @@ CageySessionsError
 |-- UnsavedError                 a group: who could not be saved, in `.user_ids`
 |   `-- DrainError               the same at the end of a manager, in full in `.report`
 |-- SaveOverdueError             saves take longer than they should; reported, never raised
-|-- ListenerCancelledError       a listener was cancelled from outside; its save counts as failed
+|-- ListenerCancelledError       a listener was cancelled from outside: it failed like one that raises
 `-- DrainDeadlineError           the time of a drain was over before a user was saved
 """
 
@@ -188,7 +188,7 @@ class SaveOverdueError(CageySessionsError):
 
 
 class ListenerCancelledError(CageySessionsError):
-    """A listener was cancelled from outside; its save counts as failed."""
+    """A listener was cancelled from outside; it failed like one that raises."""
 
 
 class DrainDeadlineError(CageySessionsError):

@@ -7,10 +7,15 @@ next. One that is removed meanwhile is skipped; one that is added waits for the 
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import contextlib
 import functools
 from collections.abc import Awaitable, Callable
+from types import AsyncGeneratorType, GeneratorType
 
-from .errors import InvalidListenerError, ListenerError
+from ._core import SessionCore
+from .errors import InvalidListenerError, ListenerCancelledError, ListenerError
 from .options import known_event
 
 __all__ = ["MANAGER_EVENTS", "SESSION_EVENTS", "Listener", "Listeners", "listener_error"]
@@ -65,20 +70,31 @@ class Listeners:
                 registration.removed = True
         self._by_name.clear()
 
-    async def call(self, name: str, args: tuple[object, ...], errors: list[Exception]) -> None:
-        """Call the listeners of an event and collect what they raise, a note of the listener's name on each."""
+    async def call(
+        self, name: str, args: tuple[object, ...], errors: list[Exception], about: SessionCore | None = None
+    ) -> None:
+        """Call the listeners of an event and collect what they raise, a note of the listener's name on each.
+
+        Once the session it is `about` has ended, nobody else is called.
+        """
         for registration in tuple(self._by_name.get(name, ())):
-            if registration.removed:
+            if registration.removed or (about is not None and about.end_reason is not None):
                 continue
             if registration.once:
                 self._discard(name, registration)
             try:
                 result = registration.function(*args)
-                if result is not None and isinstance(result, Awaitable):
-                    await result
+                if result is not None:
+                    await _finish(result)
+            except asyncio.CancelledError as error:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                cancelled = ListenerCancelledError("a listener was cancelled from outside")
+                cancelled.__cause__ = error
+                errors.append(_with_name(cancelled, name, registration))
             except Exception as error:
-                error.add_note(f"raised by listener {_name_of(registration.function)} of event {name!r}")
-                errors.append(error)
+                errors.append(_with_name(error, name, registration))
 
     def _discard(self, name: str, registration: _Registration) -> None:
         registration.removed = True
@@ -87,6 +103,24 @@ class Listeners:
             registrations.remove(registration)
             if not registrations:
                 del self._by_name[name]
+
+
+async def _finish(result: object) -> None:
+    """Wait for what a listener returned, if there is anything to wait for."""
+    if isinstance(result, Awaitable):
+        await result
+    elif isinstance(result, concurrent.futures.Future):
+        await asyncio.wrap_future(result)
+    elif isinstance(result, GeneratorType | AsyncGeneratorType):
+        raise InvalidListenerError("a listener with a `yield` in it does nothing when it is called")
+
+
+def _with_name(error: Exception, name: str, registration: _Registration) -> Exception:
+    note = f"raised by listener {_name_of(registration.function)} of event {name!r}"
+    if note not in getattr(error, "__notes__", ()):
+        with contextlib.suppress(Exception):  # an exception may refuse a note
+            error.add_note(note)
+    return error
 
 
 def _name_of(function: Listener) -> str:

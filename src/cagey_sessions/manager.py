@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar, cast, overload
 
 from ._core import Counters
 from .clock import Clock, SystemClock
+from .drain import drain
 from .errors import OptionError
 from .events import Listener
 from .lifecycle import Lifecycle
@@ -41,7 +42,8 @@ class SessionManager:
         At which moments the program wants to save besides: any of ``"disconnect"`` and ``"shutdown"``. The program asks
         with `will_persist_user_data_on`; leaving ``async with`` asks for ``"shutdown"``.
     max_in_flight
-        How many saves may be under way at a time. A listener that never returns holds one of them.
+        How many saves may be under way at a time. A listener that never returns holds one of them; one that waits for
+        the save of another session lends its own meanwhile.
     user_id
         ``int`` or ``str`` to accept user ids of that type only.
     log
@@ -71,7 +73,7 @@ class SessionManager:
         self._life = Lifecycle(Session, checked, clock or SystemClock())
         self._saves = _Saves()
         self._warning = weakref.finalize(
-            self, _warn_of_unsaved, self._life.table.counters, self._saves, checked.log, os.getpid()
+            self._life, _warn_of_unsaved, self._life.table.counters, self._saves, checked.log, os.getpid()
         )
         self._saves.configured = checked.interval is not None or bool(checked.persist_on)
 
@@ -79,7 +81,7 @@ class SessionManager:
         """Make a session, emit ``created`` and return it.
 
         With `key`, a non-empty `str`, `find_by_key` finds it. A key that a live session has raises `KeyTakenError`;
-        `replace` ends that session first, its save included, and raises, leaving it live, if it cannot be saved.
+        `replace` saves and ends that session first; if it cannot be saved it stays live, and the call raises.
 
         If a ``created`` listener raises, the session is ended and a `ListenerError` raised. Raises `InvalidKeyError`,
         `ManagerClosedError`. O(1) amortised.
@@ -141,7 +143,7 @@ class SessionManager:
         changes.
         """
         longest = parse_duration(deadline, "deadline", shortest=0)
-        report = await self._life.drain(bool(persist), longest)
+        report = await drain(self._life, bool(persist), longest)
         if self._life.closed:
             self._warning.detach()
         return report
@@ -191,9 +193,11 @@ class SessionManager:
 
     def off(self, name: str, listener: Listener) -> None:
         """Take a listener back; nothing happens if it is not registered. Raises `UnknownEventError`."""
+        self._life.table.require_thread()
         self._life.listeners.remove(name, listener)
 
     def _add(self, name: str, listener: Listener, *, once: bool) -> None:
+        self._life.table.require_thread()
         self._life.listeners.add(name, listener, once=once)
         if name == "persist_user_data":
             self._saves.configured = True

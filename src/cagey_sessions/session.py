@@ -65,18 +65,20 @@ class Session(SessionCore):
     async def destroy(self, persist: bool | None = None) -> None:
         """End the session: ``before_destroy``, the last save if `persist`, ``destroy``.
 
-        The session is hidden from its key at once; its user stays taken until the last save is acknowledged. Calls that
-        come meanwhile join the first, and one that asks for a save still gets it as long as the last save has not been
-        passed over. After the end the call does nothing. Inside a listener that this end waits for it cannot wait
-        itself, and returns at once. Cancelling the call stops the waiting, not the end.
+        The session is hidden from its key at once; its user stays taken until the last save is acknowledged, and that
+        save is repeated if the data changed meanwhile. Calls that come later join the first, and one that asks for a
+        save still gets it as long as the last save has not been passed over. Without `persist` nothing is saved, unless
+        an earlier call has asked for it. After the end the call does nothing. Inside a listener that this end waits
+        for, or in a task that such a listener has started, it cannot wait itself, and returns at once. Cancelling the
+        call stops the waiting, not the end.
 
-        `persist` is False unless given. Raises `ListenerError`: with what the listeners of the two events raised,
-        and then the session has ended all the same; or with what the last save raised, and then it stays hidden, keeps
-        its user, and is tried again until it is saved. Call once more to try at once, or with ``persist=False`` to let
-        the data go. Raises `NothingSavesError` before anything changes if nobody would perform the save.
+        Raises `ListenerError`: with what the listeners of the two events raised, and then the session has ended all the
+        same; or with what the last save raised, and then it stays hidden, keeps its user, and is tried again until it
+        is saved. Call once more to try at once, or with ``persist=False`` to let the data go. Raises `NothingSavesError`
+        before anything changes if nobody would perform the save, and `SessionEndedError` if it is asked for too late.
         """
         host: Lifecycle = self._host
-        await host.end(self, bool(persist))
+        await host.end(self, persist)
 
     async def wait_ended(self) -> EndReason:
         """Wait until the session has ended; returns why. Raises `WouldDeadlockError` inside a listener of its end."""

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
-__all__ = ["Wait", "inside_save_of_host", "listening", "waiting_for", "within_host", "would_deadlock"]
+__all__ = ["Wait", "listening", "saves_inside", "waiting_for", "within_host", "would_deadlock"]
 
 
 class Wait(NamedTuple):
@@ -46,7 +46,8 @@ def listening(wait: Wait, host: object) -> Iterator[None]:
     empty, and what is still running counts as outside.
     """
     frame = _Frame(wait, host)
-    token = _frames.set((*_frames.get(), frame))
+    outer = tuple(other for other in _frames.get() if other.wait is not None)
+    token = _frames.set((*outer, frame))
     try:
         yield
     finally:
@@ -100,6 +101,6 @@ def within_host(host: object) -> bool:
     return any(frame.host is host for frame in _frames.get())
 
 
-def inside_save_of_host(host: object) -> bool:
-    """Whether this code runs inside a listener that a save within `host` waits for."""
-    return any(frame.host is host and frame.wait is not None and frame.wait.is_save for frame in _frames.get())
+def saves_inside(host: object) -> int:
+    """Inside how many listeners this code runs that saves within `host` wait for."""
+    return sum(frame.host is host and frame.wait is not None and frame.wait.is_save for frame in _frames.get())

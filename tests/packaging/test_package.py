@@ -21,7 +21,7 @@ FLOORS = [
     {"events"},
     {"autosave"},
     {"lifecycle"},
-    {"session"},
+    {"session", "drain"},
     {"manager"},
     {"__init__"},
     {"demo"},

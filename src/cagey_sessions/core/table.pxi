@@ -107,6 +107,7 @@ cdef class SessionTable:
         cdef uint32_t slot
         if wanted > MAX_SLOTS:
             raise MemoryError("the session table is full")
+        self.sessions.extend([None] * <Py_ssize_t> (wanted - len(self.sessions)))
         cdef Row* rows = <Row*> PyMem_RawRealloc(self.rows, wanted * sizeof(Row))
         if rows is NULL:
             raise MemoryError("no memory for more sessions")
@@ -120,7 +121,6 @@ cdef class SessionTable:
         while slot > (old if old else FIRST_SLOT):
             slot -= 1
             list_append(rows, FREE, slot)
-        self.sessions.extend([None] * <Py_ssize_t> (wanted - old))
         return 0
 
     cdef uint32_t allocate(self) except 0:
@@ -168,6 +168,10 @@ cdef class SessionTable:
             raise_ended(session)
         return session.slot
 
+    def require_thread(self):
+        """Raise `WrongLoopError` in another thread than the bound one, or after a fork."""
+        self.check_thread()
+
     def bind_thread(self):
         """Refuse every other thread, and every forked child, from now on."""
         self.thread = PyThread_get_thread_ident()
@@ -178,14 +182,12 @@ cdef class SessionTable:
         self.check_thread()
         if key is not None:
             check_key(key)
-            if key in self.by_key:
-                raise KeyTakenError("another live session has this key; end it first, or create with replace=True")
         cdef uint32_t slot = self.allocate()
         cdef SessionCore session
         try:
             session = <SessionCore> self.session_type.__new__(self.session_type)
-            if key is not None:
-                self.by_key[key] = session
+            if key is not None and self.by_key.setdefault(key, session) is not session:
+                raise KeyTakenError("another live session has this key; end it first, or create with replace=True")
         except BaseException:
             self.release(slot)
             raise
@@ -356,6 +358,7 @@ cdef class SessionTable:
         self.urgent_took_last = from_urgent
         cdef uint32_t slot = self.rows[URGENT if from_urgent else PERIODIC].next
         cdef Row* row = &self.rows[slot]
+        taken = self.sessions[slot], row.version + 1  # before anything changes: memory may run out
         list_remove(self.rows, slot)
         step(row, TAKE)
         row.version += 1
@@ -363,7 +366,7 @@ cdef class SessionTable:
         self.counters.in_flight += 1
         if CAGEY_DEBUG:
             check_table(self)
-        return self.sessions[slot], row.version
+        return taken
 
     def acknowledge(self, SessionCore session not None, uint64_t version, uint64_t taken_at, deadline=None):
         """The save of `version`, its bytes fixed at tick `taken_at`, has succeeded; the next one is due at `deadline`.

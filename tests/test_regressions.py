@@ -1,0 +1,514 @@
+"""Faults that were once in this library. Each was first seen red; none may come back."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from cagey_sessions import (
+    DrainError,
+    ListenerError,
+    NothingSavesError,
+    SessionEndedError,
+    SessionManager,
+    WrongLoopError,
+    waits,
+)
+from support import Db, let_time_pass, turns
+
+
+async def add_user(manager, user_id, data=None, key=None):
+    session = await manager.create(key)
+    await session.set_user(user_id, {"gold": 1} if data is None else data)
+    return session
+
+
+async def finishes(*calls, within=400):
+    """The tasks of these calls, done after a number of turns in which no time passes."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    await turns(within)
+    assert [task.done() for task in tasks] == [True] * len(tasks)
+    return tasks
+
+
+@pytest.mark.parametrize("slots", [1, 2, 50])
+async def test_who_asks_in_the_turn_in_which_workers_leave_is_saved(clock, slots):
+    """Workers counted as busy until their task was seen to be done; an ask in between found no slot, for ever."""
+    saved = []
+    manager = SessionManager(clock=clock, max_in_flight=slots)
+    manager.on("persist_user_data", lambda session: saved.append(session.user_id))
+    sessions = [await add_user(manager, user_id) for user_id in range(40)]
+
+    async def later(session, count):
+        for _ in range(count):
+            await asyncio.sleep(0)
+        await session.persist_now()
+
+    await finishes(*(later(session, number % 7) for number, session in enumerate(sessions)))
+    assert sorted(saved) == list(range(40))
+    await manager.destroy()
+
+
+async def test_a_worker_that_somebody_cancels_is_replaced(clock):
+    manager = SessionManager(interval="10s", max_in_flight=1, clock=clock)
+    saved = []
+
+    @manager.on("persist_user_data")
+    async def save(session):
+        await asyncio.sleep(0)
+        if session.user_id == 0 and not saved:
+            saved.append("cancelled")
+            asyncio.current_task().cancel()
+            await asyncio.sleep(0)
+        saved.append(session.user_id)
+
+    sessions = [await add_user(manager, user_id) for user_id in range(4)]
+    tasks = [asyncio.create_task(session.persist_now()) for session in sessions]
+    await clock.advance("10s")
+    assert [task.done() for task in tasks] == [True] * 4
+    assert {1, 2, 3} <= set(saved)
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await let_time_pass(clock, manager.destroy())
+
+
+@pytest.mark.parametrize("hang", ["save", "listener"])
+async def test_destroy_raises_when_the_manager_s_deadline_passed_before_the_save(make_manager, db, clock, hang):
+    manager = make_manager()
+    session = await add_user(manager, 1)
+    if hang == "listener":
+        session.on("before_destroy", asyncio.Event().wait)
+    db.always[1] = "hang"
+    end = asyncio.create_task(session.destroy(True))
+    await turns()
+    with pytest.raises(DrainError):
+        await let_time_pass(clock, manager.destroy(True, deadline="1s"))
+    with pytest.raises(ListenerError, match="deadline"):
+        await end
+    assert session.end_reason == "unsaved"
+    db.release.set()
+    await turns()
+
+
+@pytest.mark.parametrize(("slots", "call"), [(1, "persist_now"), (1, "destroy"), (4, "persist_now")])
+async def test_a_listener_that_waits_for_another_save_does_not_starve_it(clock, slots, call):
+    """All slots were held by listeners that waited for saves that needed a slot."""
+    manager = SessionManager(max_in_flight=slots, clock=clock)
+    stored = []
+
+    @manager.on("persist_user_data")
+    async def save(session):
+        await asyncio.sleep(0)
+        guild = session.get("guild")
+        if guild is not None and guild.alive:
+            await (guild.persist_now() if call == "persist_now" else guild.destroy(True))
+        stored.append(session.user_id)
+
+    members = []
+    for number in range(slots):
+        member = await add_user(manager, number)
+        member.set("guild", await add_user(manager, f"guild {number}"))
+        members.append(member)
+    await finishes(*(member.persist_now() for member in members))
+    assert len(stored) == 2 * slots
+    await manager.destroy()
+
+
+async def test_a_parked_end_is_not_over_while_newer_data_is_known(make_manager, db, clock):
+    manager = make_manager(interval="30s")
+    session = await add_user(manager, 1, {"gold": 0})
+    db.script = [OSError("down"), "1s", OSError("down again")]
+    with pytest.raises(ListenerError):
+        await session.destroy(True)
+    session.user_data["gold"] = 1
+    first = asyncio.create_task(session.persist_now())
+    await turns()
+    session.user_data["gold"] = 2
+    second = asyncio.create_task(session.persist_now())
+    await clock.advance("1s")
+    await first
+    with pytest.raises(ListenerError):
+        await second
+    await clock.advance("30s")
+    assert not session.alive
+    assert db.stored == {1: {"gold": 2}}
+    await manager.destroy()
+
+
+async def test_a_change_during_the_retry_of_a_parked_end_is_saved(make_manager, db, clock):
+    manager = make_manager(interval="30s")
+    session = await add_user(manager, 1, {"gold": 0})
+    db.script = [OSError("blip"), "1s"]
+    with pytest.raises(ListenerError):
+        await session.destroy(True)
+    while not db.open:
+        await clock.advance("100ms")
+    session.user_data["gold"] = 5
+    await clock.advance("10s")
+    assert not session.alive
+    assert db.stored == {1: {"gold": 5}}
+    assert len(db.log) == 3, "and no save more than needed"
+    await manager.destroy()
+
+
+async def test_a_drain_that_is_asked_to_save_after_all_saves_who_is_in_before_destroy(make_manager, db, clock):
+    manager = make_manager()
+    manager.on("before_destroy", lambda session: clock.sleep("1s"))
+    for user_id in range(60):
+        await add_user(manager, user_id)
+    without = asyncio.create_task(manager.destroy())
+    await turns()
+    report = await let_time_pass(clock, manager.destroy(True))
+    await without
+    assert report.saved == 60
+    assert len(db.stored) == 60
+
+
+async def test_listeners_that_dawdle_hold_up_no_save_but_their_own_session_s(make_manager, db, clock):
+    manager = make_manager(max_in_flight=5)
+    for user_id in range(300):
+        session = await add_user(manager, user_id)
+        if user_id < 50:
+            session.on("before_destroy", lambda: clock.sleep("60s"))
+    end = asyncio.create_task(manager.destroy(True, deadline="5s"))
+    await clock.advance("1s")
+    assert len(db.stored) == 250
+    await clock.advance("6s")
+    with pytest.raises(DrainError) as caught:
+        await end
+    assert sorted(caught.value.user_ids) == list(range(50))
+
+
+async def test_in_a_drain_a_listener_can_wait_for_the_end_of_anybody(make_manager, db):
+    manager = make_manager(max_in_flight=2)
+    sessions = [await add_user(manager, user_id) for user_id in range(10)]
+    for session in sessions[:5]:
+        session.on("before_destroy", sessions[9].wait_ended)
+    report = await manager.destroy(True)
+    assert report.saved == 10
+
+
+async def test_a_logger_that_fails_stops_nothing(clock, db):
+    class Log:
+        def fails(self, *_):
+            raise OSError("the disk of the log is full")
+
+        debug = info = warning = error = fails
+
+    manager = SessionManager(interval="10s", clock=clock, log=Log())
+    manager.on("persist_user_data", db.save)
+    await add_user(manager, 1)
+    db.script = [OSError("down")] * 2
+    await clock.advance("20s")
+    assert db.stored == {1: {"gold": 1}}
+    db.always[1] = OSError("down")
+    with pytest.raises(DrainError):
+        await let_time_pass(clock, manager.destroy(True, deadline="1s"))
+
+
+async def test_stopping_our_tasks_from_outside_leaves_nobody_waiting(make_manager, db, clock):
+    def stop_all():
+        for task in asyncio.all_tasks():
+            if task.get_name().startswith("cagey-sessions"):
+                task.cancel()
+
+    manager = make_manager()
+    manager.on("before_destroy", lambda session: clock.sleep("1s"))
+    session = await add_user(manager, 1)
+    end = asyncio.create_task(session.destroy(True))
+    await turns()
+    stop_all()
+    await turns()
+    with pytest.raises(ListenerError):
+        await end
+    assert session.alive
+    drain = asyncio.create_task(manager.destroy(True))
+    await turns(2)
+    stop_all()
+    await turns()
+    assert drain.cancelled()
+    report = await let_time_pass(clock, manager.destroy(True))
+    assert report.unsaved == ()
+    assert db.stored == {1: {"gold": 1}}
+
+
+async def test_a_destroy_that_asks_for_nothing_keeps_what_an_earlier_one_asked_for(make_manager, db, clock):
+    """`try: await session.destroy(True)` with `finally: await session.destroy()` threw away the data."""
+    manager = make_manager()
+    session = await add_user(manager, 1)
+    db.script = [OSError("down")]
+    with pytest.raises(ListenerError):
+        await session.destroy(True)
+    await session.destroy()
+    assert db.stored == {1: {"gold": 1}}
+    await manager.destroy()
+
+
+async def test_a_save_that_fails_under_an_end_without_save_is_reported(make_manager, db, clock):
+    manager = make_manager(interval="1s")
+    heard = []
+    manager.on("error", lambda error, session: heard.append(session))
+
+    async def fail():
+        await clock.sleep("900ms")
+        raise OSError("down")
+
+    db.script = [fail]
+    session = await add_user(manager, 1)
+    while not db.open:
+        await clock.advance("10ms")
+    await let_time_pass(clock, session.destroy())
+    assert heard == [session]
+    await manager.destroy()
+
+
+async def test_a_save_of_everybody_notices_a_circle_of_waits(clock):
+    manager = SessionManager(clock=clock)
+    go = asyncio.Event()
+    first, second = await add_user(manager, 1), await add_user(manager, 2)
+
+    @manager.on("persist_user_data")
+    async def save(session):
+        if session is first:
+            await second.destroy()
+
+    @second.on("before_destroy")
+    async def everybody():
+        await go.wait()
+        await manager.persist_all_user_data()
+
+    end, save_first = asyncio.create_task(second.destroy()), asyncio.create_task(first.persist_now())
+    await turns()
+    go.set()
+    await turns(100)
+    assert end.done()
+    assert save_first.done()
+    await asyncio.gather(end, save_first, return_exceptions=True)
+    await manager.destroy()
+
+
+async def test_replace_needs_one_save_if_nothing_changes_and_two_if_the_end_changes_something(make_manager, db):
+    manager = make_manager()
+    await add_user(manager, 1, key="k")
+    await manager.create("k", replace=True)
+    assert len(db.log) == 1
+    third = await add_user(manager, 2, key="j")
+    third.on("before_destroy", lambda: third.user_data.update(gold=7))
+    await manager.create("j", replace=True)
+    assert db.writes(2) == [{"gold": 1}, {"gold": 7}]
+    await manager.destroy()
+
+
+async def test_no_listener_is_called_after_the_end(make_manager, db, clock):
+    seen = []
+    manager = make_manager()
+    manager.on("error", lambda error, session: seen.append("error"))
+
+    async def fail():
+        await db.release.wait()
+        raise OSError("late")
+
+    db.script = [fail]
+    session = await add_user(manager, 1)
+
+    @session.on("before_destroy")
+    async def stubborn():
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+
+    session.on("before_destroy", lambda: seen.append("second"))
+    save = asyncio.create_task(session.persist_now())
+    await turns()
+    with pytest.raises(DrainError):
+        await let_time_pass(clock, manager.destroy(True, deadline="1s"))
+    db.release.set()
+    await turns()
+    assert seen == []
+    await asyncio.gather(save, return_exceptions=True)
+
+
+@pytest.mark.parametrize("event", ["created", "started"])
+async def test_no_listener_is_called_for_a_session_that_an_earlier_one_has_ended(make_manager, event):
+    manager = make_manager()
+    seen = []
+    manager.on(event, lambda session: session.destroy())
+    manager.on(event, seen.append)
+    if event == "created":
+        with pytest.raises(SessionEndedError):
+            await manager.create("k")
+    else:
+        session = await manager.create("k")
+        await session.start()
+    assert seen == []
+    assert manager.find_by_key("k") is None
+    await manager.destroy()
+
+
+async def test_joining_an_end_asks_who_saves_before_anything_changes(clock):
+    manager = SessionManager(clock=clock)
+    manager.on("before_destroy", lambda session: clock.sleep("1s"))
+    session = await add_user(manager, 1)
+    end = asyncio.create_task(session.destroy())
+    await turns()
+    with pytest.raises(NothingSavesError):
+        await session.destroy(True)
+    await let_time_pass(clock, end)
+    assert not session.alive
+    await manager.destroy()
+
+
+async def test_a_save_asked_for_too_late_is_an_error(make_manager, db, clock):
+    manager = make_manager()
+    session = await add_user(manager, 1)
+    session.on("destroy", lambda: clock.sleep("1s"))
+    end = asyncio.create_task(session.destroy())
+    await turns()
+    with pytest.raises(SessionEndedError, match="without"):
+        await let_time_pass(clock, session.destroy(True))
+    await end
+    await manager.destroy()
+
+
+async def test_a_listener_that_cannot_have_saved_is_no_save(clock):
+    manager = SessionManager(clock=clock)
+
+    async def stray(session):
+        yield session
+
+    manager.on("persist_user_data", stray)
+    session = await add_user(manager, 1)
+    with pytest.raises(ListenerError) as caught:
+        await session.persist_now()
+    assert "yield" in str(caught.value.exceptions[0])
+    assert manager.statistics().saved == 0
+    await manager.destroy()
+
+
+async def test_a_future_of_a_thread_pool_is_waited_for(clock):
+    with ThreadPoolExecutor(1) as pool:
+        manager = SessionManager(clock=clock)
+        manager.on("persist_user_data", lambda session: pool.submit(lambda: 1 / 0))
+        session = await add_user(manager, 1)
+        with pytest.raises(ListenerError) as caught:
+            await session.persist_now()
+        assert isinstance(caught.value.exceptions[0], ZeroDivisionError)
+        await manager.destroy()
+
+
+async def test_listeners_cannot_be_registered_from_another_thread(make_manager):
+    manager = make_manager()
+    await manager.create()
+    with pytest.raises(WrongLoopError):
+        await asyncio.to_thread(manager.on, "persist_user_data", print)
+    await manager.destroy()
+
+
+def test_a_listener_may_be_registered_while_the_loop_stands_still(clock):
+    manager = SessionManager(interval="1s", clock=clock)
+    saved = []
+
+    async def begin():
+        await add_user(manager, 1)
+        await clock.advance("2s")
+
+    async def go_on():
+        await turns()
+        await manager.destroy(True)
+
+    with asyncio.Runner() as runner:
+        runner.run(begin())
+        manager.on("persist_user_data", lambda session: saved.append(session.user_id))
+        runner.run(go_on())
+    assert saved == [1, 1]
+
+
+async def test_an_end_after_the_deadline_does_not_wait_for_a_save_that_hangs(clock):
+    manager = SessionManager(interval="1s", max_in_flight=1, clock=clock)
+    ended = []
+
+    @manager.on("persist_user_data")
+    async def save(session):
+        if session.user_id == "hangs":
+            await release.wait()
+
+    release = asyncio.Event()
+    manager.on("destroy", lambda session: ended.append(session.user_id))
+    slow = await add_user(manager, "slow")
+    slow.on("before_destroy", lambda: clock.sleep("25500ms"))
+    hangs = await add_user(manager, "hangs")
+    while not manager._life.autosave.in_flight():
+        await clock.advance("100ms")
+    hangs.on("before_destroy", lambda: clock.sleep("25500ms"))
+    with pytest.raises(DrainError) as caught:
+        await let_time_pass(clock, manager.destroy(True))
+    assert sorted(ended) == ["hangs", "slow"]
+    assert caught.value.report.seconds == pytest.approx(25.5)
+    release.set()
+    await turns()
+
+
+async def test_frames_and_notes_do_not_pile_up(clock):
+    manager = SessionManager(clock=clock)
+    failure = ValueError("the same each time")
+
+    @manager.on("persist_user_data")
+    def save(session):
+        raise failure
+
+    session = await add_user(manager, 1)
+    for _ in range(20):
+        with pytest.raises(ListenerError):
+            await session.persist_now()
+    assert len(failure.__notes__) == 1
+
+    depth = []
+
+    async def generation(left):
+        next_one = await manager.create()
+        depth.append(len(waits._frames.get()))
+        if left:
+            next_one.on("destroy", lambda: tasks.append(asyncio.create_task(generation(left - 1))))
+        await next_one.destroy()
+
+    tasks = [asyncio.create_task(generation(20))]
+    await turns(500)
+    assert len(tasks) == 21
+    assert max(depth) <= 2
+    await manager.destroy()
+
+
+async def test_tick_lag_is_not_the_time_without_users(make_manager, clock):
+    manager = make_manager(interval="10s")
+    assert manager.statistics().tick_lag == 0
+    await (await add_user(manager, 1)).destroy()
+    await clock.advance("5h")
+    await add_user(manager, 1)
+    await clock.advance("9s")
+    assert manager.statistics().tick_lag <= 0.01
+    await clock.jump("20s")
+    assert manager.statistics().tick_lag >= 9
+    await manager.destroy()
+
+
+async def test_the_warning_comes_when_the_last_session_goes_not_when_the_manager_object_does(caplog, clock):
+    caplog.set_level(logging.WARNING)
+    db = Db(clock)
+
+    async def begin():
+        manager = SessionManager(clock=clock)
+        manager.on("persist_user_data", db.save)
+        return await manager.create()
+
+    session = await begin()
+    gc.collect()
+    await session.set_user(1, {})
+    assert "unsaved" not in caplog.text
+    del session
+    await turns()
+    gc.collect()
+    assert "unsaved users: 1" in caplog.text
