@@ -74,8 +74,9 @@ class Session(SessionCore):
 
         Raises `ListenerError`: with what the listeners of the two events raised, and then the session has ended all the
         same; or with what the last save raised, and then it stays hidden, keeps its user, and is tried again until it
-        is saved. Call once more to try at once, or with ``persist=False`` to let the data go. Raises `NothingSavesError`
-        before anything changes if nobody would perform the save, and `SessionEndedError` if it is asked for too late.
+        is saved: call once more to try at once, or with ``persist=False`` to let the data go. Raises
+        `NothingSavesError` before anything changes if nobody would perform the save, and `SessionEndedError` if it is
+        asked for too late.
         """
         host: Lifecycle = self._host
         await host.end(self, persist)
