@@ -43,7 +43,7 @@ GOOD = {
 BAD = [
     *("90", "", "1m30", "1h 30", "1y", "1e3s", "8h:57m:28s", "5:1", "-5s", "0s", "abc", "1 fortnight", "-1ms", "0ms"),
     *("999999999999999d", "1e400s"),
-    *(math.nan, math.inf, -math.inf, 0, -5, 1e300, 10**400),
+    *(math.nan, math.inf, -math.inf, 0, -5, 1e300, 10**400, 10**5000),
     *(True, False, b"30s", [], {}, object(), timedelta(0), timedelta(seconds=-1)),
 ]
 
@@ -53,7 +53,7 @@ def test_case_70_durations_that_are_understood(value):
     assert parse_duration(value, "interval") == GOOD[value] * SECOND
 
 
-@pytest.mark.parametrize("value", BAD, ids=repr)
+@pytest.mark.parametrize("value", BAD, ids=range(len(BAD)))
 def test_case_70_durations_that_are_not(value):
     with pytest.raises(DurationError) as caught:
         SessionManager(interval=value)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+from cagey_sessions import SessionManager
+from cagey_sessions.options import Options
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,3 +46,16 @@ def test_links_of_the_pages_lead_somewhere():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_table_of_settings_is_complete_and_true():
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", page, re.MULTILINE))
+    parameters = inspect.signature(SessionManager).parameters.values()
+    assert list(rows) == [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    defaults = Options()
+    assert rows["max_in_flight"] == f"`{defaults.max_in_flight}`"
+    assert (rows["interval"], defaults.interval) == ("none", None)
+    assert (rows["persist_on"], defaults.persist_on) == ("`[]`", frozenset())
+    deadline = inspect.signature(SessionManager.destroy).parameters["deadline"].default
+    assert f'`"{deadline}"`' in page

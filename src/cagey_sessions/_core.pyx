@@ -6,6 +6,7 @@ they move. What must not: asyncio, I/O, a clock. The core is handed ``now`` in w
 
 The rooms, in the order they are included:
 
+``core/values.pxi``    which values are plain data
 ``core/wheel.pxi``     a hierarchical timing wheel over slot numbers
 ``core/saves.pxi``     the states of a save, as one table
 ``core/session.pxi``   what every session object is made of
@@ -19,8 +20,12 @@ session's slot number is therefore never 0, and a row that is on no list is link
 """
 
 cimport cython
+from cpython.dict cimport PyDict_Next
 from cpython.mem cimport PyMem_RawFree, PyMem_RawRealloc
+from cpython.ref cimport Py_INCREF, PyObject
+from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.math cimport isfinite
 from libc.string cimport memset
 
 import os
@@ -81,6 +86,7 @@ cdef struct Row:
     uint8_t failures        # saves failed since the last acknowledged one, at most 255
 
 
+include "core/values.pxi"
 include "core/wheel.pxi"
 include "core/saves.pxi"
 include "core/session.pxi"

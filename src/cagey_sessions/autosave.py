@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import Context
 from typing import Protocol
 
@@ -52,11 +50,14 @@ class SaveHost(Protocol):
         ...
 
     def fingerprint(self, session: SessionCore) -> object:
-        """Something that changes when the session's data does."""
+        """Something that changes when the session's data does, and is not None."""
         ...
 
     def settled(self, session: SessionCore, error: Exception | None, fingerprint: object) -> None:
-        """A save of a session that is being ended has come to its end; the fingerprint is of what was saved."""
+        """A save of a session that is being ended has come to its end.
+
+        The fingerprint is of what was saved; None if that was before the end began.
+        """
         ...
 
 
@@ -78,6 +79,17 @@ class _Flight:
     def resolve(self, error: Exception | None) -> None:
         if self.outcome is not None and not self.outcome.done():
             self.outcome.set_result(error)
+
+
+class _Worker:
+    """A task that saves, and what is still to be accounted for when it ends."""
+
+    __slots__ = ("released", "started", "task")
+
+    def __init__(self) -> None:
+        self.started = False
+        self.released = False
+        self.task: asyncio.Task[None] | None = None
 
 
 class Autosave:
@@ -162,25 +174,28 @@ class Autosave:
         finally:
             flight.waiting -= 1
 
+    def ask_later(self, session: SessionCore) -> None:
+        """Have a session saved when next we look, an interval from now at the latest; nobody waits for it."""
+        self._table.ask(session)
+        self._watch()
+
     def kick(self) -> None:
         """Look again at what is due: a listener that saves has been registered."""
         if self._loop is not None and not self._loop.is_closed() and not self._closed:
             self._loop.call_soon(self._employ, context=self._context)
 
-    @contextmanager
-    def lending(self, slots: int) -> Iterator[None]:
-        """Within this block as many more saves may be under way: listeners inside others wait for them."""
+    def _lend(self, slots: int) -> None:
+        """A listener waits for another save, or does no longer: meanwhile its slot may be used for that one."""
         self._lent += slots
-        try:
-            yield
-        finally:
-            self._lent -= slots
+        if slots > 0:
+            self._employ()
 
     def drain(self, draining: bool = True) -> None:
         """From now on serve only what is asked for; or again what is due by the timer, too."""
         self._draining = draining
         if not draining:
-            self._employ()
+            self.gave_up = None
+            self._watch()
 
     def give_up(self, error: Exception) -> None:
         """From now on let nobody wait; what is under way goes on, and no more of it is started."""
@@ -310,36 +325,51 @@ class Autosave:
         assert self._loop is not None and self._context is not None
         self._employed += 1
         self._starting += 1
-        task = self._loop.create_task(self._work(), name="cagey-sessions autosave", context=self._context.copy())
-        self._workers.add(task)
-        task.add_done_callback(self._workers.discard)
+        worker = _Worker()
+        worker.task = asyncio.Task(  # not by the loop's factory, which may run it here and now
+            self._work(worker), loop=self._loop, name="cagey-sessions autosave", context=self._context.copy()
+        )
+        self._workers.add(worker.task)
+        worker.task.add_done_callback(lambda task: self._dismiss(worker, task))
 
-    async def _work(self) -> None:
+    async def _work(self, worker: _Worker) -> None:
         """Take and save until the lanes are empty."""
-        starting = True
-        try:
-            while True:
-                await self.slice()
-                taken = None if self.gave_up is not None else self._table.take(self._serves_periodic())
-                if starting:
-                    starting = False
-                    self._starting -= 1
-                if taken is None:
-                    return
-                await self._save(*taken)
-        finally:
-            # here, and not when the task is seen to be done: whoever asks in between must find the slot free
-            self._employed -= 1
-            self._starting -= starting
+        while True:
+            await self.slice()
+            if self.gave_up is not None or self._employed > self._max_in_flight + self._lent:
+                break
+            taken = self._table.take(self._serves_periodic())
+            self._has_started(worker)
+            if taken is None:
+                break
+            await self._save(*taken)
+        # here, and not when the task is seen to be done: whoever asks in between must find the slot free
+        self._release(worker)
+
+    def _has_started(self, worker: _Worker) -> None:
+        self._starting -= not worker.started
+        worker.started = True
+
+    def _release(self, worker: _Worker) -> None:
+        self._has_started(worker)
+        self._employed -= not worker.released
+        worker.released = True
+
+    def _dismiss(self, worker: _Worker, task: asyncio.Task[None]) -> None:
+        """The task is done, perhaps because somebody cancelled it, perhaps before its first step."""
+        self._workers.discard(task)
+        self._release(worker)
 
     async def _save(self, session: SessionCore, version: int) -> None:
         flight = self._asked.pop(session, None) or _Flight()
         flight.started = self._clock.now()
         self._in_flight[session] = flight
-        fingerprint = self._host.fingerprint(session) if self._table.is_ending(session) else None
+        fingerprint = None
         error: Exception | None = ListenerCancelledError("the event loop was shut down during the save")
         try:
-            with listening(Wait(session, is_save=True), self._host):
+            if self._table.is_ending(session):
+                fingerprint = self._host.fingerprint(session)
+            with listening(Wait(session, is_save=True), self._host, self._lend):
                 await self._host.perform(session)
             error = None
         except Exception as raised:
@@ -353,7 +383,7 @@ class Autosave:
         del self._in_flight[session]
         taken_at = flight.started // self.tick
         if error is None:
-            deadline = taken_at + self._interval_ticks if self._interval and not self._draining else None
+            deadline = taken_at + self._interval_ticks if self._interval else None
             owned = self._table.acknowledge(session, version, taken_at, deadline)
         else:
             owned = self._table.fail(session, version, self._retry_tick(session))

@@ -13,7 +13,7 @@ import asyncio
 from contextvars import Context
 
 from ._core import SessionCore
-from .errors import DrainDeadlineError, DrainError, ListenerError
+from .errors import DrainDeadlineError, DrainError, ListenerError, ManagerClosedError
 from .lifecycle import Ending, Lifecycle, name_some
 from .options import SECOND
 from .records import DrainReport, EndReason, UnsavedUser
@@ -24,6 +24,8 @@ __all__ = ["drain"]
 AFTER_DEADLINE = SECOND
 """How long listeners of ``destroy`` may still run when the deadline has passed."""
 MOST_ENDS_AT_WORK = 10_000
+MOST_ENDS_ANNOUNCING = 100_000
+"""How many listeners of ``before_destroy`` may be waited for at a time."""
 MOST_ERRORS = 1000
 
 
@@ -31,12 +33,12 @@ async def drain(life: Lifecycle, persist: bool, deadline: int) -> DrainReport:
     """End all sessions within `deadline` nanoseconds; whoever calls again joins. Raises `DrainError`."""
     life.enter()
     current = life.drain
+    if persist and life.table.counters.identified and not (isinstance(current, _Drain) and current.persist):
+        life.require_saver()
     if not isinstance(current, _Drain):
-        if persist and life.table.counters.identified:
-            life.require_saver()
         current = life.drain = _Drain(life, persist)
         current.begin(deadline)
-    elif persist and not current.persist and life.can_save():
+    elif persist and not current.persist:
         current.save_after_all()
     if within_host(life):
         return current.report()
@@ -52,6 +54,8 @@ async def drain(life: Lifecycle, persist: bool, deadline: int) -> DrainReport:
             user_ids=user_ids,
             report=report,
         )
+    if persist and current.passed_over:
+        raise ManagerClosedError(f"{current.passed_over} users had ended without a save before this call asked for one")
     return report
 
 
@@ -61,26 +65,34 @@ class _Drain:
     def __init__(self, life: Lifecycle, persist: bool) -> None:
         self.persist = persist
         self.gave_up = False
+        self.passed_over = 0
+        """Users who have ended without a save, as was asked at first."""
         self.errors: list[Exception] = []
         self.outcome: asyncio.Future[DrainReport] = asyncio.get_running_loop().create_future()
         self._life = life
         self._started = life.clock.now()
         self._saved = 0
         self._unsaved: list[UnsavedUser] = []
+        self._task: asyncio.Task[None] | None = None
         self._sweep: asyncio.Task[None] | None = None
         self._room = asyncio.Event()
         self._quiet: asyncio.Future[bool] | None = None
 
     def begin(self, deadline: int) -> None:
+        # in a context of its own: a listener that calls for the end of everybody is not waited for by it
         self._life.autosave.drain()
-        self._life.spawn(self._run(deadline), "drain")
+        self._task = self._life.spawn(self._run(deadline), "drain", Context())
+        self._task.add_done_callback(self._see_stopped)
 
     def save_after_all(self) -> None:
         """Somebody has asked for the saves that the first caller did not want: all that are still possible."""
         self.persist = True
         for session, ending in self._life.endings.items():
-            if ending.reason is EndReason.DRAINED and not ending.decided and session.user_id is not None:
-                ending.persist = True
+            self._upgrade(session, ending)
+
+    def _upgrade(self, session: SessionCore, ending: Ending) -> None:
+        if self.persist and not ending.decided and session.user_id is not None:
+            ending.persist = ending.persist or ending.reason is EndReason.DRAINED
 
     def note(self, session: SessionCore, ending: Ending, error: ListenerError | None) -> None:
         if error is not None:
@@ -94,6 +106,8 @@ class _Drain:
             self._unsaved.append(UnsavedUser(session.user_id, age, ending.last_error))
         elif ending.persist:
             self._saved += 1
+        elif session.user_id is not None and ending.reason is EndReason.DRAINED:
+            self.passed_over += 1
 
     def look(self) -> None:
         self._room.set()
@@ -109,32 +123,28 @@ class _Drain:
 
     async def _run(self, deadline: int) -> None:
         life = self._life
-        try:
-            self._sweep = life.spawn(self._end_everybody(), "drain")
-            self._sweep.add_done_callback(lambda _: self.look())
-            if not await self._wait_quiet(deadline):
-                self._give_up()
-                await self._wait_quiet(AFTER_DEADLINE)
-            self._end_the_rest_by_force()
-        except BaseException:
-            # stopped from outside: nobody else has been ended, and another call may begin anew
-            life.drain = None
-            life.autosave.drain(False)
-            self.outcome.cancel()
-            raise
+        self._start_sweep()
+        if not await self._wait_quiet(deadline):
+            self.gave_up = True
+            life.say("error", "%d sessions had not ended when the deadline of the drain passed", len(life.table))
+            life.autosave.give_up(DrainDeadlineError("the save had not come to its end when the deadline passed"))
+            self._start_sweep()
+            await self._wait_quiet(AFTER_DEADLINE)
+        await self._end_the_rest_by_force()
         life.autosave.close()
         life.listeners.clear()
         life.closed = True
         self.outcome.set_result(self.report())
 
-    def _give_up(self) -> None:
-        life = self._life
-        self.gave_up = True
-        life.say("error", "%d sessions had not ended when the deadline of the drain passed", len(life.table))
-        life.autosave.give_up(DrainDeadlineError("the save had not come to its end when the deadline passed"))
-        for session, ending in list(life.endings.items()):
-            if ending.parked:
-                life.resume(session, ending)
+    def _see_stopped(self, _: object) -> None:
+        """If we were stopped by somebody else, perhaps before our first step, another call may begin anew."""
+        if self.outcome.done():
+            return
+        if self._sweep is not None:
+            self._sweep.cancel()
+        self._life.drain = None
+        self._life.autosave.drain(False)
+        self.outcome.cancel()
 
     async def _wait_quiet(self, limit: int) -> bool:
         """Wait until everybody has ended, but no longer than `limit`: whether they have."""
@@ -152,8 +162,23 @@ class _Drain:
         finally:
             timer.cancel()
 
+    def _start_sweep(self) -> None:
+        earlier, self._sweep = self._sweep, self._life.spawn(self._end_everybody(), "drain", Context())
+        if earlier is not None:
+            earlier.cancel()
+        self._sweep.add_done_callback(self._see_swept)
+
+    def _see_swept(self, sweep: asyncio.Task[None]) -> None:
+        if sweep is not self._sweep:
+            return
+        if sweep.cancelled() or sweep.exception() is not None:
+            if self._task is not None:
+                self._task.cancel()  # without a sweep nobody is met any more
+        else:
+            self.look()
+
     async def _end_everybody(self) -> None:
-        """Start the end of each session, oldest save first, as there is room."""
+        """Start the end of each session, oldest save first, as there is room, and go on with those that are parked."""
         life = self._life
         with (
             life.table.oldest_first(to_the_end=True) as identified,
@@ -162,7 +187,7 @@ class _Drain:
             for walk in (identified, anonymous):
                 for session in walk:
                     self._end_one(session)
-                    while life.ends_at_work >= MOST_ENDS_AT_WORK:
+                    while life.ends_at_work >= MOST_ENDS_AT_WORK or life.ends_announcing >= MOST_ENDS_ANNOUNCING:
                         self._room.clear()
                         await self._room.wait()
                     await life.autosave.slice()
@@ -171,19 +196,22 @@ class _Drain:
         life = self._life
         ending = life.endings.get(session)
         if ending is not None:
+            self._upgrade(session, ending)
             if ending.parked:
                 life.resume(session, ending)
             return
         persist = self.persist and session.user_id is not None
-        if persist or not life.end_at_once(session, EndReason.DRAINED):
+        if not persist and life.end_at_once(session, EndReason.DRAINED):
+            self.passed_over += session.user_id is not None
+        else:
             life.begin_end(session, persist, EndReason.DRAINED)
 
-    def _end_the_rest_by_force(self) -> None:
+    async def _end_the_rest_by_force(self) -> None:
         """Listeners do not return: end what is left without them."""
         life = self._life
-        if self._sweep is not None:
-            self._sweep.cancel()
         for session in life.table.sessions_now():
+            if life.table.state(session) == "gone":
+                continue
             ending = life.endings.get(session)
             if ending is None:
                 ending = life.begin_end(session, self.persist, EndReason.DRAINED, parked=True)
@@ -194,7 +222,12 @@ class _Drain:
                 )
             self.note(session, ending, None)
             life.table.forget(session)
+            self._finish_by_force(session, ending)
+            await life.autosave.slice()
         for session, ending in list(life.endings.items()):
-            if ending.task is not None:
-                ending.task.cancel()
-            life.finish(session, ending)
+            self._finish_by_force(session, ending)
+
+    def _finish_by_force(self, session: SessionCore, ending: Ending) -> None:
+        self._life.finish(session, ending)
+        if ending.task is not None:
+            ending.task.cancel()

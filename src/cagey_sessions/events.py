@@ -11,7 +11,8 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
-from collections.abc import Awaitable, Callable
+import inspect
+from collections.abc import Callable
 from types import AsyncGeneratorType, GeneratorType
 
 from ._core import SessionCore
@@ -72,13 +73,15 @@ class Listeners:
 
     async def call(
         self, name: str, args: tuple[object, ...], errors: list[Exception], about: SessionCore | None = None
-    ) -> None:
+    ) -> int:
         """Call the listeners of an event and collect what they raise, a note of the listener's name on each.
 
-        Once the session it is `about` has ended, nobody else is called.
+        Once the session it is `about` has ended, nobody else is called. Returns how many were passed over.
         """
+        passed_over = 0
         for registration in tuple(self._by_name.get(name, ())):
             if registration.removed or (about is not None and about.end_reason is not None):
+                passed_over += 1
                 continue
             if registration.once:
                 self._discard(name, registration)
@@ -95,6 +98,7 @@ class Listeners:
                 errors.append(_with_name(cancelled, name, registration))
             except Exception as error:
                 errors.append(_with_name(error, name, registration))
+        return passed_over
 
     def _discard(self, name: str, registration: _Registration) -> None:
         registration.removed = True
@@ -107,7 +111,7 @@ class Listeners:
 
 async def _finish(result: object) -> None:
     """Wait for what a listener returned, if there is anything to wait for."""
-    if isinstance(result, Awaitable):
+    if inspect.isawaitable(result):
         await result
     elif isinstance(result, concurrent.futures.Future):
         await asyncio.wrap_future(result)

@@ -14,13 +14,14 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from contextvars import Context
 from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 import orjson
 
-from ._core import SessionCore, SessionTable, check_user_id
+from ._core import SessionCore, SessionTable, check_user_id, is_plain
 from .autosave import Autosave
 from .clock import Clock
 from .errors import (
@@ -46,7 +47,7 @@ T = TypeVar("T")
 LONGEST_REPORT_QUEUE = 1000
 MOST_LAST_SAVES = 20
 """How often the last save is repeated for data that does not stop changing."""
-NOT_SAVED = object()
+NOT_SAVED, UNSEEN = object(), object()
 
 
 class Ending:
@@ -63,6 +64,7 @@ class Ending:
         "reason",
         "saved",
         "task",
+        "waiting",
     )
 
     def __init__(self, persist: bool, reason: EndReason, loop: asyncio.AbstractEventLoop) -> None:
@@ -76,6 +78,7 @@ class Ending:
         self.errors: list[Exception] = []
         self.attempt: asyncio.Future[ListenerError | None] = loop.create_future()
         self.task: asyncio.Task[None] | None = None
+        self.waiting = 0  # callers who will hear of the attempt
 
 
 class Drain(Protocol):
@@ -103,6 +106,7 @@ class Lifecycle:
         self.autosave = Autosave(self.table, clock, options, self)
         self.endings: dict[SessionCore, Ending] = {}
         self.ends_at_work = 0
+        self.ends_announcing = 0
         self.drain: Drain | None = None
         self.closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -124,19 +128,12 @@ class Lifecycle:
             self.autosave.bind(loop)
         return loop
 
-    def spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-        """Start a task that this manager owns."""
-        assert self._loop is not None
-        task = self._loop.create_task(work, name=f"cagey-sessions {name}")
+    def spawn(self, work: Coroutine[Any, Any, T], name: str, context: Context | None = None) -> asyncio.Task[T]:
+        """Start a task that this manager owns; not by the loop's factory, which may run it here and now."""
+        task = asyncio.Task(work, loop=self._loop, name=f"cagey-sessions {name}", context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    @contextmanager
-    def _waiting_for(self, target: Wait) -> Iterator[None]:
-        """Note the wait; a listener that waits inside a save lends its slot, or the save it waits for may find none."""
-        with waiting_for(target), self.autosave.lending(saves_inside(self)):
-            yield
 
     # Events
 
@@ -190,16 +187,20 @@ class Lifecycle:
     async def perform(self, session: SessionCore) -> None:
         self.require_saver()
         errors: list[Exception] = []
-        await self.listeners.call("persist_user_data", (session,), errors)
+        if await self.listeners.call("persist_user_data", (session,), errors):
+            errors.append(ListenerCancelledError("a listener was removed while the save was under way"))
         if errors:
             raise listener_error("persist_user_data", errors)
 
-    def fingerprint(self, session: SessionCore) -> bytes | None:
-        """Bytes that change when the data does; None for data that is not JSON, whose changes cannot be seen."""
+    def fingerprint(self, session: SessionCore) -> object:
+        """Bytes that change when the data does, or `UNSEEN` for data that is not JSON, whose changes cannot be seen."""
+        data = session.user_data
+        if not is_plain(data):
+            return UNSEEN  # a serialiser may call different values equal, or crash on them
         try:
-            return orjson.dumps(session.user_data, option=orjson.OPT_NON_STR_KEYS)
-        except (TypeError, RecursionError):
-            return None
+            return orjson.dumps(data)
+        except TypeError:  # a lone surrogate, or an int of more than 64 bits
+            return UNSEEN
 
     async def persist(self, session: SessionCore) -> None:
         self.enter()
@@ -216,7 +217,7 @@ class Lifecycle:
         target = Wait(session, is_save=True)
         if would_deadlock(target):
             raise WouldDeadlockError("this listener would wait for a save that waits for this listener")
-        with self._waiting_for(target):
+        with waiting_for(target):
             return await self.autosave.save(session)
 
     async def persist_all(self) -> None:
@@ -294,9 +295,8 @@ class Lifecycle:
         if older.user_id is None or not self.can_save():
             await self.end(older, False, EndReason.REPLACED)
             return
-        before = self.fingerprint(older)
         await self.persist(older)
-        await self.end(older, True, EndReason.REPLACED, saved=NOT_SAVED if before is None else before)
+        await self.end(older, True, EndReason.REPLACED)
 
     async def start(self, session: SessionCore) -> None:
         self.enter()
@@ -327,18 +327,10 @@ class Lifecycle:
 
     # Ending
 
-    async def end(
-        self,
-        session: SessionCore,
-        persist: bool | None,
-        reason: EndReason = EndReason.DESTROYED,
-        *,
-        saved: object = NOT_SAVED,
-    ) -> None:
+    async def end(self, session: SessionCore, persist: bool | None, reason: EndReason = EndReason.DESTROYED) -> None:
         """End a session, or join its end. Raises what the listeners and the last save raised.
 
-        `persist` of None asks for nothing: a new end makes no save, one under way keeps what was asked of it. `saved`
-        is the fingerprint of data known to be saved.
+        `persist` of None asks for nothing: a new end makes no save, one under way keeps what was asked of it.
         """
         self.enter()
         if session.end_reason is not None:
@@ -351,7 +343,6 @@ class Lifecycle:
             if not wants_save and self.end_at_once(session, reason):
                 return
             ending = self.begin_end(session, wants_save, reason)
-            ending.saved = saved
         elif ending.parked:
             if persist is not None:
                 ending.persist = persist
@@ -370,8 +361,12 @@ class Lifecycle:
         target = Wait(session, is_save=False)
         if would_deadlock(target):
             return None
-        with self._waiting_for(target):
-            return await asyncio.shield(ending.attempt)
+        ending.waiting += 1
+        try:
+            with waiting_for(target):
+                return await asyncio.shield(ending.attempt)
+        finally:
+            ending.waiting -= 1
 
     def end_at_once(self, session: SessionCore, reason: EndReason) -> bool:
         """End a session right here if there is nothing to wait for: no save under way, and no listener."""
@@ -405,14 +400,29 @@ class Lifecycle:
 
     def _work_on(self, session: SessionCore, ending: Ending) -> None:
         self.ends_at_work += 1
-        ending.task = self.spawn(self._end(session, ending), "end of session")
+        task = ending.task = self.spawn(self._end(session, ending), "end of session")
+        task.add_done_callback(lambda _: self._see_stopped(session, ending))
+
+    def _see_stopped(self, session: SessionCore, ending: Ending) -> None:
+        """If the task was stopped by somebody else, perhaps before its first step, whoever waits hears of it."""
+        if self.endings.get(session) is not ending or ending.parked or ending.task is None or not ending.task.done():
+            return
+        stopped = ListenerCancelledError("the task that was ending this session was stopped")
+        if self.table.state(session) != "gone" and ending.persist:
+            self._park(session, ending, stopped)
+            self.autosave.ask_later(session)
+            return
+        ending.errors.append(stopped)
+        if self.table.state(session) != "gone":
+            self._forget(session, ending)
+        self.finish(session, ending)
 
     def settled(self, session: SessionCore, error: Exception | None, fingerprint: object) -> None:
         ending = self.endings.get(session)
         if ending is None:
             return
         if error is None:
-            ending.saved = fingerprint
+            ending.saved = NOT_SAVED if fingerprint is None else fingerprint
             if ending.parked:
                 self.resume(session, ending)
         else:
@@ -420,35 +430,32 @@ class Lifecycle:
             ending.last_error = error
 
     async def _end(self, session: SessionCore, ending: Ending) -> None:
-        """Bring an end to its end, or park it; whoever waits hears of it in any case."""
-        try:
-            await self._take_steps(session, ending)
-        except BaseException:
-            if self.endings.get(session) is ending and not ending.parked:
-                cancelled = ListenerCancelledError("the task that was ending this session was stopped")
-                if self.table.state(session) == "gone":
-                    ending.errors.append(cancelled)
-                    self.finish(session, ending)
-                else:
-                    self._park(ending, cancelled)
-            raise
-
-    async def _take_steps(self, session: SessionCore, ending: Ending) -> None:
         """The steps of an end, from wherever the last attempt stopped."""
         if not ending.announced:
             ending.announced = True
-            with listening(Wait(session, is_save=False), self):
-                await self.emit("before_destroy", session, errors=ending.errors)
+            if self.is_heard("before_destroy", session):
+                self.ends_at_work -= 1
+                self.ends_announcing += 1
+                try:
+                    with listening(Wait(session, is_save=False), self):
+                        await self.emit("before_destroy", session, errors=ending.errors)
+                finally:
+                    self.ends_announcing -= 1
+                    self.ends_at_work += 1
+                    if self.drain is not None:
+                        self.drain.look()
         error = await self.autosave.settle(session)
         if self.endings.get(session) is not ending:
             return  # ended by force meanwhile
         ending.decided = True
+        if ending.saved is UNSEEN:
+            ending.saved = NOT_SAVED  # it may have changed since
         if ending.persist:
             error = await self._save_last(session, ending)
             if error is not None:
                 ending.last_error = error
                 if not self._gave_up():
-                    self._park(ending, error)
+                    self._park(session, ending, error)
                     return
                 ending.reason = EndReason.UNSAVED
         elif error is not None:
@@ -462,7 +469,7 @@ class Lifecycle:
     async def _save_last(self, session: SessionCore, ending: Ending) -> Exception | None:
         """Save a session that is being ended, again while its data changes meanwhile: what went wrong, if anything."""
         for _ in range(MOST_LAST_SAVES):
-            if ending.saved is not NOT_SAVED and ending.saved == self.fingerprint(session):
+            if ending.saved is UNSEEN or (ending.saved is not NOT_SAVED and ending.saved == self.fingerprint(session)):
                 return None
             if self._gave_up():
                 return ending.last_error or self.autosave.gave_up
@@ -480,16 +487,22 @@ class Lifecycle:
     def _gave_up(self) -> bool:
         return self.drain is not None and self.drain.gave_up
 
-    def _park(self, ending: Ending, error: Exception) -> None:
+    def _park(self, session: SessionCore, ending: Ending, error: Exception) -> None:
         """Tell whoever waits that the last save failed, and leave the session to the wheel."""
         self.ends_at_work -= 1
         ending.parked = True
         ending.decided = False
         errors = [*ending.errors, *(error.exceptions if isinstance(error, ListenerError) else [error])]
-        ending.errors = []
         failed = listener_error("persist_user_data", errors)
         failed.add_note("the session is hidden and keeps its user; its last save is tried again until it succeeds")
-        ending.attempt.set_result(failed)
+        if ending.waiting:
+            ending.errors = []
+            ending.attempt.set_result(failed)
+        else:
+            ending.attempt.set_result(None)
+            self.report(failed, session)
+        if not ending.waiting:
+            _drop_tracebacks(error)  # what waits for the store is to be small
         if self.drain is not None:
             self.drain.look()
 
@@ -511,6 +524,8 @@ class Lifecycle:
             )
         if not ending.attempt.done():
             ending.attempt.set_result(error)
+        if error is not None and not ending.waiting and self.drain is None:
+            self.report(error, session)
         if self.drain is not None:
             if ending.errors:
                 self.drain.note(session, ending, listener_error("destroy", ending.errors))
@@ -535,7 +550,7 @@ class Lifecycle:
         waiting = self._ended.get(session)
         if waiting is None:
             waiting = self._ended[session] = loop.create_future()
-        with self._waiting_for(target):
+        with waiting_for(target):
             return await asyncio.shield(waiting)
 
     # Looking
@@ -571,7 +586,13 @@ def _again(error: Exception) -> Exception:
         for note in getattr(error, "__notes__", ()):
             copy.add_note(note)
         return copy
-    return error
+    return error.with_traceback(None)
+
+
+def _drop_tracebacks(error: BaseException) -> None:
+    error.__traceback__ = None
+    for part in getattr(error, "exceptions", ()):
+        _drop_tracebacks(part)
 
 
 def _summary(error: BaseException) -> str:

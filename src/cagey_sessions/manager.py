@@ -138,7 +138,8 @@ class SessionManager:
         ``report`` is the `DrainReport`. Listeners of ``destroy`` may run for one second more. A save that is
         under way by then is left to itself.
 
-        Calls that come later join the first. Inside a listener that this end waits for the call returns at once.
+        Calls that come later join the first. Inside a listener that this end waits for, or in a task that such a
+        listener has started, the call returns at once.
         Cancelling the call stops the waiting, not the end. Raises `NothingSavesError`, `DurationError` before anything
         changes.
         """

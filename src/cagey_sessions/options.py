@@ -55,6 +55,14 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(map(repr, known))}"
 
 
+def quote(value: object) -> str:
+    """A value as messages show it: short, and whatever its `repr` does."""
+    try:
+        return f"{value!r:.80}"
+    except Exception:  # an int of more digits than Python writes, or a repr that raises
+        return f"a {type(value).__name__}"
+
+
 def parse_duration(value: object, name: str, *, shortest: int = 1, longest: int = LONGEST) -> int:
     """A duration in nanoseconds.
 
@@ -71,22 +79,22 @@ def parse_duration(value: object, name: str, *, shortest: int = 1, longest: int 
             seconds = pytimeparse.parse(value)  # type: ignore[attr-defined]  # untyped, and it does not list its names
         if seconds is None:
             raise DurationError(
-                f"{name}: cannot read {value!r:.80} as a duration; write '30s', '1h30m', '500ms', or seconds"
+                f"{name}: cannot read {quote(value)} as a duration; write '30s', '1h30m', '500ms', or seconds"
             )
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         seconds = value
     else:
         raise DurationError(
-            f"{name}: a duration is a number of seconds, a timedelta or text like '30s', not {value!r:.80}"
+            f"{name}: a duration is a number of seconds, a timedelta or text like '30s', not {quote(value)}"
         )
     if isinstance(seconds, float) and not math.isfinite(seconds):
-        raise DurationError(f"{name}: {value!r:.80} is not a finite duration")
+        raise DurationError(f"{name}: {quote(value)} is not a finite duration")
     nanoseconds = round(max(-BEYOND, min(BEYOND, seconds)) * SECOND)
     if nanoseconds < shortest:
-        raise DurationError(f"{name}: {value!r:.80} is too short; the shortest is {shortest / SECOND:g} s")
+        raise DurationError(f"{name}: {quote(value)} is too short; the shortest is {shortest / SECOND:g} s")
     if nanoseconds > longest:
         years = longest / (365 * 86_400 * SECOND)
-        raise DurationError(f"{name}: {value!r:.80} is too long; the longest is {years:g} years")
+        raise DurationError(f"{name}: {quote(value)} is too long; the longest is {years:g} years")
     return nanoseconds
 
 
@@ -127,7 +135,7 @@ def _branch(value: object, place: str, known: tuple[str, ...]) -> Mapping[str, A
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise OptionError(f"{place} is a mapping, not {value!r:.80}")
+        raise OptionError(f"{place} is a mapping, not {quote(value)}")
     for name in value:
         if name not in known:
             raise OptionError(f"{place} has no setting {name!r:.80}{suggest(str(name), known)}")
@@ -140,7 +148,7 @@ def _interval(value: object) -> int:
 
 def _persist_on(value: object) -> frozenset[str]:
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise OptionError(f"persist_on is a list of names, like ['disconnect', 'shutdown'], not {value!r:.80}")
+        raise OptionError(f"persist_on is a list of names, like ['disconnect', 'shutdown'], not {quote(value)}")
     names = list(value)
     for name in names:
         if name not in PERSIST_EVENTS:
@@ -150,13 +158,13 @@ def _persist_on(value: object) -> frozenset[str]:
 
 def _max_in_flight(value: object) -> int:
     if type(value) is not int or value < 1:
-        raise OptionError(f"max_in_flight is a whole number from 1 upwards, not {value!r:.80}")
+        raise OptionError(f"max_in_flight is a whole number from 1 upwards, not {quote(value)}")
     return value
 
 
 def _user_id(value: object) -> object:
     if value is not int and value is not str:
-        raise OptionError(f"user_id is the type of all user ids, int or str, not {value!r:.80}")
+        raise OptionError(f"user_id is the type of all user ids, int or str, not {quote(value)}")
     return value
 
 
@@ -164,7 +172,7 @@ def _log(value: object) -> object:
     missing = [name for name in _LOG_METHODS if not callable(getattr(value, name, None))]
     if missing:
         wanted = ", ".join(_LOG_METHODS)
-        raise OptionError(f"log is a logger with the methods {wanted}; {value!r:.80} has no {missing[0]}")
+        raise OptionError(f"log is a logger with the methods {wanted}; {quote(value)} has no {missing[0]}")
     return value
 
 

@@ -9,8 +9,8 @@ asked before the wait, finds that out. Cost: one look at each wait under way, an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -24,14 +24,35 @@ class Wait(NamedTuple):
     is_save: bool
 
 
+Lend = Callable[[int], None]
+
+
 class _Frame:
     """The listeners of one emit, under way."""
 
-    __slots__ = ("host", "wait")
+    __slots__ = ("host", "lend", "wait", "waiting")
 
-    def __init__(self, wait: Wait, host: object) -> None:
+    def __init__(self, wait: Wait, host: object, lend: Lend | None) -> None:
         self.wait: Wait | None = wait
         self.host: object = host
+        self.lend = lend
+        self.waiting = 0
+
+    def begin_waiting(self) -> None:
+        self.waiting += 1
+        if self.waiting == 1 and self.lend is not None:
+            self.lend(1)
+
+    def end_waiting(self) -> None:
+        self.waiting -= 1
+        if self.waiting == 0 and self.lend is not None:
+            self.lend(-1)
+
+    def close(self) -> None:
+        """The listeners have returned; tasks they have left behind wait for themselves."""
+        if self.waiting and self.lend is not None:
+            self.lend(-1)
+        self.wait = self.host = self.lend = None
 
 
 _frames: ContextVar[tuple[_Frame, ...]] = ContextVar("cagey_sessions_frames", default=())
@@ -39,20 +60,22 @@ _waits: dict[Wait, Counter[Wait]] = {}
 
 
 @contextmanager
-def listening(wait: Wait, host: object) -> Iterator[None]:
+def listening(wait: Wait, host: object, lend: Lend | None = None) -> Iterator[None]:
     """Within this block listeners run that `wait` waits for.
 
     Tasks that a listener starts inherit the frame, for it may well wait for them; once the block is left the frame is
-    empty, and what is still running counts as outside.
+    empty, and what is still running counts as outside. While anything inside waits for a save or an end, `lend` is told
+    so, once with 1 and then with -1.
     """
-    frame = _Frame(wait, host)
+    frame = _Frame(wait, host, lend)
     outer = tuple(other for other in _frames.get() if other.wait is not None)
     token = _frames.set((*outer, frame))
     try:
         yield
     finally:
-        _frames.reset(token)
-        frame.wait = frame.host = None
+        frame.close()
+        with suppress(ValueError):  # a task that is thrown away is closed in another context
+            _frames.reset(token)
 
 
 def _inside() -> list[Wait]:
@@ -81,12 +104,17 @@ def would_deadlock(target: Wait) -> bool:
 @contextmanager
 def waiting_for(target: Wait) -> Iterator[None]:
     """Within this block the listeners this code runs inside wait for `target`."""
-    inside = _inside()
+    frames = [frame for frame in _frames.get() if frame.wait is not None]
+    inside = [frame.wait for frame in frames if frame.wait is not None]
     for wait in inside:
         _waits.setdefault(wait, Counter())[target] += 1
+    for frame in frames:
+        frame.begin_waiting()
     try:
         yield
     finally:
+        for frame in frames:
+            frame.end_waiting()
         for wait in inside:
             targets = _waits[wait]
             targets[target] -= 1

@@ -72,6 +72,7 @@ cdef class OldestFirst:
         cdef SessionTable table = self.table
         if table is None:
             return
+        table.check_thread()
         self.table = None
         for slot in (self.here, self.end):
             if slot >= FIRST_SLOT:

@@ -30,7 +30,7 @@ def check_user_id(user_id, required=None):
     if kind is not int and kind is not str:
         raise InvalidUserIdError(f"a user id is an int or a str, not {kind.__name__}")
     if required is not None and kind is not required:
-        raise InvalidUserIdError(f"this manager takes user ids of type {required.__name__}, not {kind.__name__}: {user_id!r:.80}")
+        raise InvalidUserIdError(f"this manager takes user ids of type {required.__name__}, not {kind.__name__}")
     if kind is int:
         if not -0x8000000000000000 <= user_id <= 0x7FFFFFFFFFFFFFFF:
             raise InvalidUserIdError("a user id that is an int has to fit into 64 signed bits")

@@ -35,6 +35,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+cdef inline void fill_pair(tuple pair, first, second) noexcept:
+    """Set the two items of a tuple that nobody else has seen."""
+    Py_INCREF(first)
+    PyTuple_SET_ITEM(pair, 0, first)
+    Py_INCREF(second)
+    PyTuple_SET_ITEM(pair, 1, second)
+
+
 @cython.final
 cdef class Counters:
     """Running totals of one table. They outlive it, so that a forgotten manager can still say what was not saved."""
@@ -157,10 +165,16 @@ cdef class SessionTable:
         self.rows[self.rows[slot].newer].older = self.rows[slot].older
         self.rows[slot].newer = self.rows[slot].older = slot
 
+    cdef inline int refuse_stranger(self, SessionCore session) except -1:
+        if session.table is not self and session.table is not None:
+            raise UsageError("this session belongs to another manager")
+        return 0
+
     cdef uint32_t slot_of(self, SessionCore session) except 0:
         """The slot of a session of this table that has a row; raises otherwise."""
-        if session.table is not self:
-            raise UsageError("this session belongs to another manager")
+        self.refuse_stranger(session)
+        if session.table is None:
+            raise_handmade()
         self.check_thread()
         if session.slot == 0 or self.rows[session.slot].generation != session.generation:
             if session.end_reason is None:
@@ -185,7 +199,7 @@ cdef class SessionTable:
         cdef uint32_t slot = self.allocate()
         cdef SessionCore session
         try:
-            session = <SessionCore> self.session_type.__new__(self.session_type)
+            session = <SessionCore?> self.session_type.__new__(self.session_type)
             if key is not None and self.by_key.setdefault(key, session) is not session:
                 raise KeyTakenError("another live session has this key; end it first, or create with replace=True")
         except BaseException:
@@ -199,7 +213,7 @@ cdef class SessionTable:
         cdef Row* row = &self.rows[slot]
         row.state = NONE
         row.failures = 0
-        row.version = row.acknowledged = 0
+        row.version = row.acknowledged = row.saved_at = 0
         self.age_append(ANONYMOUS, slot)
         self.counters.created += 1
         if CAGEY_DEBUG:
@@ -233,6 +247,7 @@ cdef class SessionTable:
 
     def state(self, SessionCore session not None):
         """The state of a session's save, as a name from `SAVE_STATES`. O(1)."""
+        self.refuse_stranger(session)
         if session.slot == 0:
             return "gone"
         return SAVE_STATES[self.rows[session.slot].state]
@@ -252,6 +267,7 @@ cdef class SessionTable:
 
     def is_ending(self, SessionCore session not None):
         """Whether a session is being ended, or has been forgotten. O(1)."""
+        self.refuse_stranger(session)
         return session.slot == 0 or is_ending(self.rows[session.slot].state)
 
     def identify(self, SessionCore session not None, user_id, user_data, uint64_t now, uint64_t interval=0):
@@ -273,7 +289,7 @@ cdef class SessionTable:
             raise UserActiveError(
                 f"user {user_id!r:.80} has a session that is {'ending' if self.is_ending(active) else 'live'}: "
                 "end it and wait for its end, then load the data again", session=active)
-        if now > NEVER - interval - 1:
+        if now == NEVER or interval > NEVER - 1 - now:
             raise UsageError("the deadline lies past the end of time")
         self.by_user[user_id] = session
         session.user_id = user_id
@@ -291,6 +307,8 @@ cdef class SessionTable:
     def ask(self, SessionCore session not None):
         """Want a save whose bytes are fixed from now on. O(1)."""
         cdef uint32_t slot = self.slot_of(session)
+        if session.user_id is None:
+            raise UsageError("a session without a user has nothing to save")
         self.enter_urgent(slot, ASK)
         if CAGEY_DEBUG:
             check_table(self)
@@ -333,7 +351,7 @@ cdef class SessionTable:
     def next_deadline(self):
         """A tick no later than the next deadline in the wheel, or None if it is empty. O(1)."""
         cdef uint64_t tick = wheel_next(&self.wheel)
-        return None if tick == NEVER else tick
+        return tick if self.wheel.armed else None
 
     @property
     def armed(self):
@@ -350,6 +368,9 @@ cdef class SessionTable:
         The urgent lane and the periodic lane take turns while both hold somebody, so neither starves; without
         `periodic` only the urgent lane is served.
         """
+        self.check_thread()
+        # before the rows are looked at: making a tuple may run a collection, and that may run anything
+        cdef tuple taken = PyTuple_New(2)
         cdef bint from_urgent = listed(self.rows, URGENT)
         if periodic and listed(self.rows, PERIODIC):
             from_urgent = from_urgent and not self.urgent_took_last
@@ -358,7 +379,8 @@ cdef class SessionTable:
         self.urgent_took_last = from_urgent
         cdef uint32_t slot = self.rows[URGENT if from_urgent else PERIODIC].next
         cdef Row* row = &self.rows[slot]
-        taken = self.sessions[slot], row.version + 1  # before anything changes: memory may run out
+        version = row.version + 1
+        fill_pair(taken, self.sessions[slot], version)
         list_remove(self.rows, slot)
         step(row, TAKE)
         row.version += 1
@@ -373,11 +395,12 @@ cdef class SessionTable:
 
         False, and nothing changes, if that save is not in flight any more: the session was forgotten. O(1).
         """
+        cdef uint64_t tick = 0 if deadline is None else deadline  # first: the conversion may run anything
         cdef uint32_t slot = self.in_flight_slot(session, version)
         if slot == 0:
             return False
         cdef Row* row = &self.rows[slot]
-        self.settle(slot, ACKNOWLEDGE, None if is_ending(row.state) else deadline)
+        self.settle(slot, ACKNOWLEDGE, deadline is not None and not is_ending(row.state), tick)
         row.failures = 0
         row.acknowledged = version
         row.saved_at = taken_at
@@ -393,11 +416,12 @@ cdef class SessionTable:
 
         False, and nothing changes, if that save is not in flight any more.
         """
+        cdef uint64_t tick = 0 if deadline is None else deadline
         cdef uint32_t slot = self.in_flight_slot(session, version)
         if slot == 0:
             return False
         cdef Row* row = &self.rows[slot]
-        self.settle(slot, FAIL, deadline)
+        self.settle(slot, FAIL, deadline is not None, tick)
         if row.failures < 255:
             row.failures += 1
         self.counters.failed += 1
@@ -407,8 +431,9 @@ cdef class SessionTable:
 
     cdef uint32_t in_flight_slot(self, SessionCore session, uint64_t version) except? 0:
         self.check_thread()
-        if session.table is not self:
-            raise UsageError("this session belongs to another manager")
+        self.refuse_stranger(session)
+        if session.table is None:
+            raise_handmade()
         cdef uint32_t slot = session.slot
         if slot == 0 or self.rows[slot].generation != session.generation:
             return 0
@@ -416,18 +441,15 @@ cdef class SessionTable:
             raise UsageError(f"version {version} of this session is not in flight")
         return slot
 
-    cdef int settle(self, uint32_t slot, int event, deadline) except -1:
+    cdef int settle(self, uint32_t slot, int event, bint again, uint64_t deadline) except -1:
         cdef Row* row = &self.rows[slot]
-        cdef uint64_t tick = 0
-        if deadline is not None:
-            tick = deadline
         self.counters.in_flight -= 1
         cdef int after = step(row, event)
         if after == ASKED or after == ENDING_ASKED:
             list_append(self.rows, URGENT, slot)
             self.counters.due += 1
-        elif deadline is not None:
-            wheel_arm(&self.wheel, self.rows, slot, tick)
+        elif again:
+            wheel_arm(&self.wheel, self.rows, slot, deadline)
         return 0
 
     def begin_end(self, SessionCore session not None):
