@@ -35,6 +35,7 @@ $(VENV)/dev: $(VENV)/python $(SOURCES)
 $(DEBUG)/built: $(VENV)/dev $(SOURCES) $(wildcard src/cagey_sessions/*.py)
 	rm -rf $(DEBUG)
 	CAGEY_SESSIONS_DEBUG=1 $(BIN)/pip install --quiet --no-deps --target $(DEBUG) .
+	PYTHONPATH=$(DEBUG) $(BIN)/python -c 'from cagey_sessions import _core; assert _core.DEBUG'
 	@touch $@
 
 demo: $(VENV)/demo

@@ -20,6 +20,6 @@ def _register(name: str, examples: int, steps: int) -> None:
     )
 
 
-_register("default", examples=300, steps=50)
+_register("default", examples=250, steps=50)
 _register("nightly", examples=2000, steps=200)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
