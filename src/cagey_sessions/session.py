@@ -66,11 +66,11 @@ class Session(SessionCore):
         """End the session: ``before_destroy``, the last save if `persist`, ``destroy``.
 
         The session is hidden from its key at once; its user stays taken until the last save is acknowledged, and that
-        save is repeated if the data changed meanwhile. Calls that come later join the first, and one that asks for a
-        save still gets it as long as the last save has not been passed over. Without `persist` nothing is saved, unless
-        an earlier call has asked for it. After the end the call does nothing. Inside a listener that this end waits
-        for, or in a task that such a listener has started, it cannot wait itself, and returns at once. Cancelling the
-        call stops the waiting, not the end.
+        save is repeated if the data changed meanwhile (data that is not JSON: its changes cannot be seen). Calls that
+        come later join the first, and one that asks for a save still gets it as long as the last save has not been
+        passed over. Without `persist` nothing is saved, unless an earlier call has asked for it. After the end the call
+        does nothing. Inside a listener that this end waits for, or in a task that such a listener has started, it
+        cannot wait itself, and returns at once. Cancelling the call stops the waiting, not the end.
 
         Raises `ListenerError`: with what the listeners of the two events raised, and then the session has ended all the
         same; or with what the last save raised, and then it stays hidden, keeps its user, and is tried again until it
