@@ -380,7 +380,7 @@ class SessionManager:
             self._spawn(call(self._listeners, "error", (error, session), []))
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = self._loop.create_task(work)
+        task = asyncio.Task(work, loop=self._loop)  # not by the loop's factory, which may run it here and now
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
