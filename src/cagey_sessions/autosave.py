@@ -27,6 +27,9 @@ ROWS_PER_STEP = 256
 SLICE = SECOND // 2000
 """How long autosave works on the loop before others get a turn."""
 
+PAUSE = SECOND
+"""How long no task is begun after somebody has cancelled one of ours."""
+
 FIRST_RETRY = 16
 """The first retry comes after this part of the interval, each later one after twice as long, at most half of it."""
 INTERVAL_FOR_RETRIES = 16 * SECOND
@@ -120,6 +123,7 @@ class Autosave:
         self._starting = 0  # of those employed, who have not looked for work yet
         self._lent = 0
         self._draining = False
+        self._pause: TimerHandle | None = None
         self.gave_up: Exception | None = None
         self._closed = False
         self.tick_lag = 0
@@ -175,9 +179,9 @@ class Autosave:
             flight.waiting -= 1
 
     def ask_later(self, session: SessionCore) -> None:
-        """Have a session saved when next we look, an interval from now at the latest; nobody waits for it."""
+        """Have a session saved after a pause; nobody waits for it."""
         self._table.ask(session)
-        self._watch()
+        self._interrupt()
 
     def kick(self) -> None:
         """Look again at what is due: a listener that saves has been registered."""
@@ -207,10 +211,10 @@ class Autosave:
     def close(self) -> None:
         """Stop all timers."""
         self._closed = True
-        for timer in (self._timer, self._watch_timer):
+        for timer in (self._timer, self._watch_timer, self._pause):
             if timer is not None:
                 timer.cancel()
-        self._timer = self._watch_timer = None
+        self._timer = self._watch_timer = self._pause = None
 
     def in_flight(self) -> list[SessionCore]:
         """The sessions whose saves are under way."""
@@ -248,7 +252,7 @@ class Autosave:
 
     def _arm(self, *, extra: int = 0) -> None:
         """Have the timer wake us at the next deadline, or `extra` nanoseconds after it."""
-        if self._closed or self._turn_is_queued:
+        if self._closed or self._turn_is_queued or self._loop is None or self._loop.is_closed():
             return
         tick = self._table.next_deadline()
         if tick is None or (self._timer is not None and self._wake_at <= tick):
@@ -283,8 +287,22 @@ class Autosave:
                 assert self._loop is not None
                 self._loop.call_soon(self._turn, context=self._context)
                 break
-        self._employ()
+        if self._pause is None:
+            self._employ()
         self._arm()
+
+    def _interrupt(self) -> None:
+        """Somebody has cancelled a task of ours, most likely to shut down the loop: begin no other for a while.
+
+        A task begun then would be thrown away in the middle of its save.
+        """
+        if self._pause is None and not self._closed and self._loop is not None and not self._loop.is_closed():
+            assert self._context is not None
+            self._pause = self._clock.call_later(PAUSE, self._go_on, self._context)
+
+    def _go_on(self) -> None:
+        self._pause = None
+        self._employ()
 
     # Work
 
@@ -303,7 +321,7 @@ class Autosave:
 
     def _watch(self) -> None:
         """Look once an interval, while there is anything to do, whether it gets done."""
-        if self._watch_timer is None and not self._closed:
+        if self._watch_timer is None and not self._closed and self._loop is not None and not self._loop.is_closed():
             assert self._context is not None
             self._watch_timer = self._clock.call_later(self._overdue_after, self._look, self._context)
 
@@ -372,6 +390,9 @@ class Autosave:
             with listening(Wait(session, is_save=True), self._host, self._lend):
                 await self._host.perform(session)
             error = None
+        except asyncio.CancelledError:
+            self._interrupt()
+            raise
         except Exception as raised:
             error = raised
         finally:
