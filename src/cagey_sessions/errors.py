@@ -7,6 +7,7 @@ CageySessionsError
 |   |-- InvalidKeyError          (also a ValueError and a TypeError)
 |   |-- InvalidUserIdError       (also a ValueError and a TypeError)
 |   |-- InvalidUserDataError     (also a ValueError)
+|   |-- EncodingError            a value that is not JSON, or not what the decoder takes; `.path` (also a ValueError)
 |   |-- UnknownEventError        (also a ValueError)
 |   |-- InvalidListenerError     (also a TypeError)
 |   |-- KeyTakenError            another live session has the key
@@ -16,8 +17,24 @@ CageySessionsError
 |   |-- SessionEndedError
 |   |-- ManagerClosedError
 |   |-- NothingSavesError        a save is asked for, and nobody would perform it
+|   |-- StoreModeError           the call needs a manager with a store, or one without
+|   |-- UserNotFoundError        the store has no such user, and no default was given (also a LookupError)
+|   |-- MissingExtraError        a package that is not installed; `.extra` (also an ImportError)
 |   |-- WouldDeadlockError       a listener waits for the very save it is part of
 |   `-- WrongLoopError           another event loop, another thread, or after a fork (also a RuntimeError)
+|-- StoreError                   the store's: what it could not do, or will not
+|   |-- StoreUnavailableError    it failed, hangs or cannot be reached; what was asked for may have been done or not
+|   |-- StoreInUseError          another process has it; `.pid`
+|   |-- StoreLayoutError         what is there is not ours, or made by a newer version; left untouched
+|   |-- StoreContractError       an adapter, or a function handed to `CallbackStore`, does not keep its contract
+|   `-- RecordError              about one user, `.user_id`
+|       |-- OwnedElsewhereError  another live node has the user; `.owner`
+|       |-- FencedError          another node has taken the user over; nothing more of this session is saved
+|       |-- UserErasedError      the user was erased; nothing more of this session is saved
+|       |-- LostRecordError      the store no longer has the record; it is claimed and saved again
+|       |-- CorruptRecordError   a stored body that cannot be read; `.body`
+|       `-- NewerSchemaError     written by a newer version of the program; `.schema`
+|-- UnsavableError               data that is not saved as long as it is what it is; `.user_id`, `.path`
 |-- ListenerError                a group: what the listeners of one event raised
 |-- UnsavedError                 a group: who could not be saved, in `.user_ids`
 |   `-- DrainError               the same at the end of a manager, in full in `.report`
@@ -37,9 +54,12 @@ if TYPE_CHECKING:
 __all__ = [
     "AlreadyIdentifiedError",
     "CageySessionsError",
+    "CorruptRecordError",
     "DrainDeadlineError",
     "DrainError",
     "DurationError",
+    "EncodingError",
+    "FencedError",
     "InvalidKeyError",
     "InvalidListenerError",
     "InvalidUserDataError",
@@ -47,16 +67,30 @@ __all__ = [
     "KeyTakenError",
     "ListenerCancelledError",
     "ListenerError",
+    "LostRecordError",
     "ManagerClosedError",
+    "MissingExtraError",
+    "NewerSchemaError",
     "NotIdentifiedError",
     "NothingSavesError",
     "OptionError",
+    "OwnedElsewhereError",
+    "RecordError",
     "SaveOverdueError",
     "SessionEndedError",
+    "StoreContractError",
+    "StoreError",
+    "StoreInUseError",
+    "StoreLayoutError",
+    "StoreModeError",
+    "StoreUnavailableError",
     "UnknownEventError",
+    "UnsavableError",
     "UnsavedError",
     "UsageError",
     "UserActiveError",
+    "UserErasedError",
+    "UserNotFoundError",
     "WouldDeadlockError",
     "WrongLoopError",
 ]
@@ -133,12 +167,119 @@ class NothingSavesError(UsageError):
     """A save is asked for, and nobody would perform it."""
 
 
+class StoreModeError(UsageError):
+    """The call needs a manager with a store, or one without."""
+
+
+class EncodingError(UsageError, ValueError):
+    """A value that is not JSON, or that the decoder does not take.
+
+    `path` says where, like a Python expression: ``user_data["bag"][3]["price"]``. The value is not quoted in full.
+    """
+
+    def __init__(self, message: str, *, path: str = "user_data") -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class UserNotFoundError(UsageError, LookupError):
+    """The store has no such user, and no default was given."""
+
+
+class MissingExtraError(UsageError, ImportError):
+    """Something needs a package that is not installed: ``pip install "cagey-sessions[extra]"`` with this `extra`."""
+
+    def __init__(self, message: str, *, extra: str) -> None:
+        super().__init__(message)
+        self.extra = extra
+
+
 class WouldDeadlockError(UsageError):
     """A listener waits for the save, or the end, that itself waits for this listener."""
 
 
 class WrongLoopError(UsageError, RuntimeError):
     """The manager is used from another event loop or thread, or after a fork."""
+
+
+class StoreError(CageySessionsError):
+    """The store could not do what it was asked for, or will not."""
+
+
+class StoreUnavailableError(StoreError):
+    """The store failed, hangs or cannot be reached. What was asked for may have been done or not."""
+
+
+class StoreInUseError(StoreError):
+    """Another process has the store; `pid` is its process id, or None if that could not be read."""
+
+    def __init__(self, message: str, *, pid: int | None = None) -> None:
+        super().__init__(message)
+        self.pid = pid
+
+
+class StoreLayoutError(StoreError):
+    """What is in the store's place is not ours, or made by a newer version of this library; it is left untouched."""
+
+
+class StoreContractError(StoreError):
+    """An adapter, or a function handed to `CallbackStore`, does not do what its contract says."""
+
+
+class RecordError(StoreError):
+    """About the record of one user, `user_id`."""
+
+    def __init__(self, message: str, *, user_id: int | str) -> None:
+        super().__init__(message)
+        self.user_id = user_id
+
+
+class OwnedElsewhereError(RecordError):
+    """Another live node has the user: `owner`."""
+
+    def __init__(self, message: str, *, user_id: int | str, owner: str) -> None:
+        super().__init__(message, user_id=user_id)
+        self.owner = owner
+
+
+class FencedError(RecordError):
+    """Another node has taken the user over: nothing more of this session is saved."""
+
+
+class UserErasedError(RecordError):
+    """The user was erased: nothing more of this session is saved."""
+
+
+class LostRecordError(RecordError):
+    """The store no longer has the record of a live user; it is claimed again and saved."""
+
+
+class CorruptRecordError(RecordError):
+    """A stored body that cannot be read: `body`, as it is. It is never saved over."""
+
+    def __init__(self, message: str, *, user_id: int | str, body: bytes) -> None:
+        super().__init__(message, user_id=user_id)
+        self.body = body
+
+
+class NewerSchemaError(RecordError):
+    """A stored body written by a newer version of the program: `schema` is its number. It is never saved over."""
+
+    def __init__(self, message: str, *, user_id: int | str, schema: int) -> None:
+        super().__init__(message, user_id=user_id)
+        self.schema = schema
+
+
+class UnsavableError(CageySessionsError):
+    """Data that is not saved as long as it is what it is: not JSON, too large, or refused by the store for good.
+
+    `user_id` says whose; `path` where in the data, or None where that is not known. What was saved last is untouched.
+    """
+
+    def __init__(self, message: str, *, user_id: int | str, path: str | None = None) -> None:
+        super().__init__(message)
+        self.user_id = user_id
+        self.path = path
 
 
 class ListenerError(CageySessionsError, ExceptionGroup[Exception]):

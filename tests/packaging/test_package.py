@@ -17,7 +17,7 @@ FLOORS = [
     {"_version", "records", "clock"},
     {"errors"},
     {"_core"},
-    {"options", "waits"},
+    {"options", "waits", "encoding", "stores"},
     {"events"},
     {"autosave"},
     {"lifecycle"},

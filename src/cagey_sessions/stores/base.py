@@ -1,0 +1,182 @@
+"""The store contract. What lives here: the record, the verdicts, and the methods every store has. What must not: any
+engine, any retry, any choice of when to save.
+
+Ownership follows the sequencers of Chubby (Burrows, OSDI 2006), which others call fencing tokens: a claim raises the
+record's `epoch`, a number that never falls, and a write is accepted only from the owner of the current epoch. Within an
+epoch the `version` counts the writes, so that one that is repeated, or comes late, changes nothing.
+
+The words *new*, *released*, *owned* and *erased* below are the four states of a row:
+
+=========  ==========================================================  =============
+state      what is stored                                              who may claim
+=========  ==========================================================  =============
+new        nothing, or a row that was claimed and never saved          everybody
+released   body and version, no owner                                  everybody
+owned      the owner; body and version unless it was never saved       the same owner; anybody, if the owner is dead
+erased     a tombstone with the epoch; no body                         everybody; it is new again
+=========  ==========================================================  =============
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import orjson
+
+__all__ = ["MAX_NUMBER", "Claim", "Outcome", "Record", "Store", "Verdict"]
+
+MAX_NUMBER = 2**53
+"""Epochs and versions stay below it, so that any engine and any JSON reader keeps them exact."""
+
+
+class Record(NamedTuple):
+    """One user as the store has it, or is to have it."""
+
+    user_id: int | str
+    epoch: int
+    """Of the claim under which it is written."""
+    owner: str
+    """The node that writes it."""
+    version: int
+    """Counts the writes of one user from 1; never used for different bytes within an epoch."""
+    schema: int
+    """The program's own number for the shape of the data; 0 where it has none."""
+    body: bytes
+    """JSON in UTF-8."""
+    saved_at: float
+    """When the bytes were fixed, by the writer's wall clock, in Unix seconds; for people to read, not for decisions."""
+    release: bool = False
+    """This is the last save: the user is released by the same write."""
+
+    def value(self) -> Any:
+        """The data as plain Python values: `body`, parsed. O(size)."""
+        return orjson.loads(self.body)
+
+
+class Outcome(StrEnum):
+    """What became of one record of a `Store.save_many`."""
+
+    SAVED = "saved"
+    """Written."""
+    ALREADY = "already"
+    """This very version was there already: a repeat, and as good as written."""
+    FENCED = "fenced"
+    """Another owner, or a later epoch, has the row; nothing was written."""
+    MISSING = "missing"
+    """There is no row; nothing was written."""
+    ERASED = "erased"
+    """The row is a tombstone; nothing was written."""
+    INVALID = "invalid"
+    """The engine will never take this body; `detail` says why."""
+    FAILED = "failed"
+    """Not written now; may succeed when repeated."""
+
+
+class Verdict(NamedTuple):
+    """The outcome for one record, with the reason where there is one."""
+
+    outcome: Outcome
+    detail: str = ""
+    """For `INVALID` and `FAILED`: why, in words without the body."""
+
+
+class Claim(NamedTuple):
+    """The answer to a claim of one user."""
+
+    user_id: int | str
+    epoch: int
+    """The new epoch if granted; the current one if not."""
+    record: Record | None
+    """What is stored, if the claim was granted and anything is; None for a user who is new."""
+    owner: str = ""
+    """Who has the user, if the claim was refused; empty if it was granted."""
+
+    @property
+    def granted(self) -> bool:
+        return not self.owner
+
+
+class Store(ABC):
+    """Where user data is kept. Subclass it to write an adapter; `cagey_sessions` calls every method on one event loop.
+
+    A method that cannot reach its engine, or does not know what became of a call, raises `StoreUnavailableError`; it
+    never answers "new" because a read failed. Any other exception of a call counts as a failure of the whole call.
+    Methods are called concurrently. They are not cancelled by the library while the loop runs: `abort` ends a call.
+    """
+
+    fenced: bool = True
+    """Whether `save_many` refuses what comes from an owner or an epoch that is not the row's, and what comes late.
+
+    Where it does not, the library waits for the end of each call before it writes the same users again.
+    """
+    shared: bool = False
+    """Whether several processes use the store at a time. Where they do, the library releases users it no longer has."""
+    loss_class: str = ""
+    """What a crash may cost of what was acknowledged, in one line, as read from the engine at `open`."""
+
+    @property
+    def name(self) -> str:
+        """What receipts, statistics and logs call the store; without credentials."""
+        return type(self).__name__
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Connect, check the layout, create what is missing.
+
+        Raises `StoreInUseError`, `StoreLayoutError`, `StoreUnavailableError`.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Finish what is under way and let go of everything; does nothing on a store that is not open."""
+
+    @abstractmethod
+    async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> list[Claim]:
+        """Claim users for `owner`, each in one atomic step; answers in the order of `user_ids`, which are distinct.
+
+        Granted if the user is new, released, erased, owned by this very `owner`, or owned by one that is dead by the
+        store's own rule; the epoch is then raised by one. Refused otherwise, and nothing changes.
+        """
+
+    @abstractmethod
+    async def save_many(self, records: Sequence[Record]) -> list[Verdict]:
+        """Write records of claimed users; one verdict each, in order.
+
+        A record is written if its row is owned by the same owner under the same epoch and has a lower version. Only
+        rows that exist are updated. `release` releases the row in the same write, also where the same version is there
+        already. ``already`` is the answer under the row's epoch to the version that is there, whether the row has been
+        released since or not, and to a lower one, which has come late and changes nothing, a release included. A later
+        version for a row that has been released is ``fenced``. Of several records of one user the highest version is
+        written, and all of them get its verdict. A record that can never be written makes no other fail.
+        """
+
+    @abstractmethod
+    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
+        """Let go of a user without a save, if it is still owned by `owner` under `epoch`: whether it was."""
+
+    @abstractmethod
+    async def erase(self, user_id: int | str, owner: str = "") -> bool:
+        """Put a tombstone in the place of a user, with the epoch raised by one: whether there was anything to erase.
+
+        Raises `OwnedElsewhereError` while a live owner other than `owner` has the user.
+        """
+
+    @abstractmethod
+    async def load(self, user_id: int | str) -> Record | None:
+        """The record as stored, whoever owns it; None for a user who is new or erased. Claims nothing."""
+
+    @abstractmethod
+    def scan(self) -> AsyncIterator[Record]:
+        """All records with a body, in no order; for tools. Saves go on meanwhile."""
+
+    def abort(self, call: asyncio.Task[Any]) -> None:
+        """End a call that has not returned at its deadline, by closing the connection under it.
+
+        `call` is the task that runs the method; the method is to raise `StoreUnavailableError` soon. May do nothing
+        where that is impossible: the call then keeps its place among those in flight.
+        """
+        return
