@@ -35,7 +35,8 @@ MOST_WALKS = 11
 """How often the wheel may walk over a row for one deadline: once to hand it out, and once a level above the lowest."""
 
 NEXT = {(before, event): after for before, event, after in SAVE_TRANSITIONS}
-CAN_BE_TAKEN = {before for before, event in NEXT if event == "take"}
+LANES = ("urgent", "final", "periodic")
+LANE_OF = {"asked": "urgent", "ending_asked": "final", "due": "periodic"}
 IN_FLIGHT = {before for before, event in NEXT if event == "acknowledge"}
 
 
@@ -104,11 +105,10 @@ class Model:
     seed: int
     by_key: dict[str, Person] = field(default_factory=dict)
     by_user: dict[tuple[type, int | str], Person] = field(default_factory=dict)
-    urgent: list[Waiting] = field(default_factory=list)
-    periodic: list[Waiting] = field(default_factory=list)
+    lanes: dict[str, list[Waiting]] = field(default_factory=lambda: {name: [] for name in LANES})
     anonymous: list[Person] = field(default_factory=list)
     identified: list[Person] = field(default_factory=list)
-    served_last: list[Waiting] | None = None
+    served_last: str = "periodic"
     low: int = 0
     high: int = 0
     armed: int = 0
@@ -127,7 +127,7 @@ class Model:
 
     @property
     def due(self) -> int:
-        return len(self.urgent) + len(self.periodic)
+        return sum(map(len, self.lanes.values()))
 
     @property
     def in_flight(self) -> int:
@@ -155,7 +155,7 @@ class Model:
         return None if person is None or person.ending else person
 
     def has_due(self, periodic: bool) -> bool:
-        return bool(self.urgent or (periodic and self.periodic))
+        return self._next_lane(periodic) is not None
 
     # Moving
 
@@ -172,13 +172,12 @@ class Model:
         if person.timer is not None:
             person.timer = None
             self.armed -= 1
-        if before in CAN_BE_TAKEN and after in CAN_BE_TAKEN and before != "due":
-            return  # it keeps its place in the urgent lane
-        for lane in (self.urgent, self.periodic):
+        if before == after and after in LANE_OF:
+            return  # it keeps its place
+        for lane in self.lanes.values():
             lane[:] = [other for other in lane if other.person is not person]
-        if after in CAN_BE_TAKEN:
-            lane = self.periodic if after == "due" else self.urgent
-            lane.append(place or Waiting(person, next(self._number)))
+        if after in LANE_OF:
+            self.lanes[LANE_OF[after]].append(place or Waiting(person, next(self._number)))
 
     def _arm(self, person: Person, deadline: int) -> None:
         person.timer = Timer(max(deadline, self.low), max(deadline, self.high))
@@ -265,24 +264,26 @@ class Model:
 
     def takeable(self, periodic: bool) -> list[Person]:
         """Whoever may be taken next; nobody if the answer has to be None."""
-        lane = self._next_lane(periodic)
-        if not lane:
+        name = self._next_lane(periodic)
+        if name is None:
             return []
+        lane = self.lanes[name]
         batch = [place for place in lane if place.arrival == lane[0].arrival]
         first = min(place.high for place in batch)
         return [place.person for place in batch if place.low <= first]
 
-    def _next_lane(self, periodic: bool) -> list[Waiting]:
-        if not (periodic and self.periodic):
-            return self.urgent
-        if not self.urgent:
-            return self.periodic
-        return self.periodic if self.served_last is self.urgent else self.urgent
+    def _next_lane(self, periodic: bool) -> str | None:
+        """The lanes take turns: the first after the one served last that holds somebody."""
+        served = LANES.index(self.served_last)
+        for name in LANES[served + 1 :] + LANES[: served + 1]:
+            if self.lanes[name] and (periodic or name != "periodic"):
+                return name
+        return None
 
     def take(self, periodic: bool, person: Person) -> int:
         """Hear that this one was taken; the version."""
         assert person in self.takeable(periodic), "taken out of turn"
-        self.served_last = self._next_lane(periodic)
+        self.served_last = self._next_lane(periodic) or self.served_last
         self._move(person, "take")
         person.version += 1
         return person.version
@@ -310,7 +311,7 @@ class Model:
         if person.state not in IN_FLIGHT or version != person.version:
             raise Refused(UsageError)
         self._move(person, event)
-        if deadline is not None and person.state not in CAN_BE_TAKEN:
+        if deadline is not None and person.state not in LANE_OF:
             self._arm(person, deadline)
         return True
 

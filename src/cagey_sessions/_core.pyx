@@ -15,13 +15,13 @@ The rooms, in the order they are included:
 ``core/check.pxi``     what must be true of a table at any time
 
 Everything that links rows together is a circular list with a sentinel, and the sentinels are rows themselves: the
-first `FIRST_SLOT` rows of the array belong to the wheel's buckets, to the two lanes and to the two age lists. A
+first `FIRST_SLOT` rows of the array belong to the wheel's buckets, to the three lanes and to the two age lists. A
 session's slot number is therefore never 0, and a row that is on no list is linked to itself.
 """
 
 cimport cython
 from cpython.dict cimport PyDict_Next
-from cpython.mem cimport PyMem_RawFree, PyMem_RawRealloc
+from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree, PyMem_RawRealloc
 from cpython.ref cimport Py_INCREF, PyObject
 from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -75,7 +75,7 @@ DEBUG = bool(CAGEY_DEBUG)
 cdef struct Row:
     uint64_t deadline       # tick at which the wheel hands the row out; read only while the row is in the wheel
     uint64_t saved_at       # tick at which the bytes last acknowledged were fixed; at first, when the user was set
-    uint64_t version        # the version last taken
+    uint64_t version        # the version last taken, or with a store last fixed
     uint64_t acknowledged   # the version last acknowledged
     uint32_t next           # wheel bucket, lane or free list
     uint32_t prev

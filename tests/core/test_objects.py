@@ -326,6 +326,10 @@ OPERATIONS: dict[str, Callable[[SessionTable, Any], Any]] = {
     "forget": lambda table, session: table.forget(session),
     "state": lambda table, session: table.state(session),
     "is_ending": lambda table, session: table.is_ending(session),
+    "own": lambda table, session: table.own(session, 1, 1, 1),
+    "epoch": lambda table, session: table.epoch(session),
+    "fix": lambda table, session: table.fix(session, 1),
+    "is_current": lambda table, session: table.is_current(session, 1),
 }
 
 
@@ -906,6 +910,10 @@ GUARDED: dict[str, Callable[[SessionTable, Any], Any]] = {
     "fail": lambda table, session: table.fail(session, 1),
     "begin_end": lambda table, session: table.begin_end(session),
     "forget": lambda table, session: table.forget(session),
+    "own": lambda table, session: table.own(session, 1, 1, 1),
+    "epoch": lambda table, session: table.epoch(session),
+    "fix": lambda table, session: table.fix(session, 1),
+    "is_current": lambda table, session: table.is_current(session, 1),
     "oldest_first": lambda table, session: table.oldest_first(),
     "user_data": lambda table, session: session.user_data,
     "user_data=": lambda table, session: setattr(session, "user_data", {}),

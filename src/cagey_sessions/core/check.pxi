@@ -28,11 +28,8 @@ cdef int check_table(SessionTable table) except -1:
                     assert span & (BUCKETS_PER_LEVEL - 1) == bucket % BUCKETS_PER_LEVEL, f"bucket of slot {slot}"
                     assert bucket == table.wheel.unfinished or level == 0 or (
                         span > table.wheel.elapsed >> (level * LEVEL_BITS)), f"slot {slot} lies behind"
-            elif bucket == PERIODIC:
-                assert table.rows[slot].state == DUE, f"slot {slot} is in the periodic lane"
-                in_lanes += 1
-            elif bucket == URGENT:
-                assert table.rows[slot].state in (ASKED, ENDING_ASKED), f"slot {slot} is in the urgent lane"
+            elif bucket <= PERIODIC:
+                assert lane_of(table.rows[slot].state) == bucket, f"slot {slot} is in lane {bucket - URGENT}"
                 in_lanes += 1
             else:
                 assert table.rows[slot].state == GONE, f"slot {slot} is free"

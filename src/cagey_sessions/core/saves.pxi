@@ -19,7 +19,7 @@ cdef enum:
     SAVING                  # in flight
     SAVING_ASKED            # in flight, and somebody asked since its bytes were fixed
     ENDING                  # being ended; in the wheel while a failed last save waits for its retry
-    ENDING_ASKED            # being ended, a save is wanted; in the urgent lane
+    ENDING_ASKED            # being ended, a save is wanted; in the final lane
     ENDING_SAVING           # being ended, a save is in flight
     ENDING_SAVING_ASKED     # being ended, in flight, and asked again
     GONE                    # forgotten, or never was

@@ -8,14 +8,15 @@
 #   - `sessions[slot]` is the session whose `slot` is that number, else None; its `generation` is the row's.
 #   - A key is in the index while its session is live and not ending; a user until the row is forgotten. An entry is
 #     removed only if it is this very session.
-#   - DUE rows are in the periodic lane, *ASKED rows without a save in flight in the urgent lane, rows with a deadline in
-#     the wheel, all others on no list. Every row of a session is on one age list: anonymous, or identified.
+#   - DUE rows are in the periodic lane, ASKED ones in the urgent lane, ENDING_ASKED ones in the final lane, rows with a
+#     deadline in the wheel, all others on no list. Every row of a session is on one age list: anonymous, or identified.
 #
 # Cost: every operation is O(1) amortised; `advance` O(limit).
 
 cdef enum:
-    URGENT = BUCKETS
-    PERIODIC
+    URGENT = BUCKETS        # the three lanes: somebody waits for the save,
+    FINAL                   # it is the last one of a session,
+    PERIODIC                # or its time has come
     ANONYMOUS
     IDENTIFIED
     FREE
@@ -33,6 +34,20 @@ def _after_fork_in_child():
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+cdef struct Copy:
+    uint64_t epoch          # of the claim under which the session is saved
+    uint64_t digest         # of the bytes of the version last fixed
+
+
+cdef inline uint32_t lane_of(int state) noexcept nogil:
+    """The lane a row in that state stands in, or 0."""
+    if state == ASKED:
+        return URGENT
+    if state == ENDING_ASKED:
+        return FINAL
+    return PERIODIC if state == DUE else 0
 
 
 cdef inline void fill_pair(tuple pair, first, second) noexcept:
@@ -63,15 +78,17 @@ cdef class SessionTable:
     """All sessions of one server: rows in one C array, found by key, by user, by deadline and by age.
 
     `session_type` is the subclass of `SessionCore` to make; `host` is handed to its methods as ``_host``; `seed` starts
-    the generator that spreads first deadlines. Not thread-safe: after `bind_thread` any other thread is refused.
+    the generator that spreads first deadlines. With `stored` a version stands for certain bytes, and `fix` says which;
+    without, every save that is taken is a new version. Not thread-safe: after `bind_thread` any other thread is refused.
     """
     cdef readonly Counters counters
     cdef readonly object host
     cdef type session_type
     cdef Row* rows
+    cdef Copy* copies           # one for each row, or NULL where no store keeps any
     cdef uint32_t capacity
     cdef Wheel wheel
-    cdef bint urgent_took_last
+    cdef uint32_t served_last   # a lane
     cdef uint64_t random
     cdef unsigned long thread
     cdef uint64_t forked
@@ -79,7 +96,7 @@ cdef class SessionTable:
     cdef dict by_key
     cdef dict by_user
 
-    def __cinit__(self, type session_type not None, host, *, uint64_t seed=0):
+    def __cinit__(self, type session_type not None, host, *, uint64_t seed=0, bint stored=False):
         if not issubclass(session_type, SessionCore):
             raise UsageError("session_type has to be a subclass of SessionCore")
         self.session_type = session_type
@@ -89,11 +106,17 @@ cdef class SessionTable:
         self.sessions = []
         self.by_key = {}
         self.by_user = {}
+        self.served_last = PERIODIC
         wheel_init(&self.wheel)
         self.grow()
+        if stored:
+            self.copies = <Copy*> PyMem_RawCalloc(self.capacity, sizeof(Copy))
+            if self.copies is NULL:
+                raise MemoryError("no memory for a session table")
 
     def __dealloc__(self):
         PyMem_RawFree(self.rows)
+        PyMem_RawFree(self.copies)
 
     def __reduce__(self):
         raise TypeError("a session table cannot be copied or pickled")
@@ -116,6 +139,12 @@ cdef class SessionTable:
         if wanted > MAX_SLOTS:
             raise MemoryError("the session table is full")
         self.sessions.extend([None] * <Py_ssize_t> (wanted - len(self.sessions)))
+        cdef Copy* copies
+        if self.copies is not NULL:
+            copies = <Copy*> PyMem_RawRealloc(self.copies, wanted * sizeof(Copy))
+            if copies is NULL:
+                raise MemoryError("no memory for more sessions")
+            self.copies = copies
         cdef Row* rows = <Row*> PyMem_RawRealloc(self.rows, wanted * sizeof(Row))
         if rows is NULL:
             raise MemoryError("no memory for more sessions")
@@ -214,6 +243,8 @@ cdef class SessionTable:
         row.state = NONE
         row.failures = 0
         row.version = row.acknowledged = row.saved_at = 0
+        if self.copies is not NULL:
+            self.copies[slot].epoch = self.copies[slot].digest = 0
         self.age_append(ANONYMOUS, slot)
         self.counters.created += 1
         if CAGEY_DEBUG:
@@ -309,22 +340,24 @@ cdef class SessionTable:
         cdef uint32_t slot = self.slot_of(session)
         if session.user_id is None:
             raise UsageError("a session without a user has nothing to save")
-        self.enter_urgent(slot, ASK)
+        self.enter_lane(slot, ASK)
         if CAGEY_DEBUG:
             check_table(self)
 
-    cdef int enter_urgent(self, uint32_t slot, int event) except -1:
-        """Step by an event that may lead into the urgent lane, and move the row there if it does."""
+    cdef int enter_lane(self, uint32_t slot, int event) except -1:
+        """Step by an event that may lead into a lane, or from one into another, and move the row if it does."""
         cdef Row* row = &self.rows[slot]
-        cdef uint8_t before = row.state
-        cdef bint was_in_lane = before == DUE or before == ASKED or before == ENDING_ASKED
-        if transitions[before][event] != STATES and before != ASKED and before != ENDING_ASKED:
-            unlist(&self.wheel, self.rows, slot)
+        cdef uint32_t before = lane_of(row.state), after = lane_of(transitions[row.state][event])
+        if transitions[row.state][event] == STATES or (before == after and before):
+            step(row, event)  # or raise
+            return 0  # it keeps its place
+        unlist(&self.wheel, self.rows, slot)
         step(row, event)
-        if before != ASKED and before != ENDING_ASKED and (row.state == ASKED or row.state == ENDING_ASKED):
-            list_append(self.rows, URGENT, slot)
-            if not was_in_lane:
-                self.counters.due += 1
+        if before:
+            self.counters.due -= 1
+        if after:
+            list_append(self.rows, after, slot)
+            self.counters.due += 1
         return 0
 
     def advance(self, uint64_t now, uint32_t limit):
@@ -339,10 +372,7 @@ cdef class SessionTable:
             slot = wheel_pop(&self.wheel, self.rows, now, &budget)
             if slot == 0:
                 break
-            if step(&self.rows[slot], BECOME_DUE) == DUE:
-                list_append(self.rows, PERIODIC, slot)
-            else:
-                list_append(self.rows, URGENT, slot)
+            list_append(self.rows, lane_of(step(&self.rows[slot], BECOME_DUE)), slot)
             self.counters.due += 1
         if CAGEY_DEBUG:
             check_table(self)
@@ -360,35 +390,89 @@ cdef class SessionTable:
 
     def has_due(self, bint periodic=True):
         """Whether `take` would return a session. O(1)."""
-        return listed(self.rows, URGENT) or (periodic and listed(self.rows, PERIODIC))
+        return self.next_lane(periodic) != 0
+
+    cdef uint32_t next_lane(self, bint periodic) noexcept:
+        """The lane whose turn it is among those that hold somebody, or 0."""
+        cdef uint32_t lane = self.served_last
+        for _ in range(3):
+            lane = URGENT if lane == PERIODIC else lane + 1
+            if listed(self.rows, lane) and (periodic or lane != PERIODIC):
+                return lane
+        return 0
 
     def take(self, bint periodic=True):
-        """The next session to save and the version taken, or None. Its save is in flight from here on. O(1).
+        """The next session to save and its version, or None. Its save is in flight from here on. O(1).
 
-        The urgent lane and the periodic lane take turns while both hold somebody, so neither starves; without
-        `periodic` only the urgent lane is served.
+        The lanes take turns while several hold somebody, so none starves; without `periodic` that lane is passed over.
+        With `stored` the version is the one last fixed; without, it is the next.
         """
         self.check_thread()
         # before the rows are looked at: making a tuple may run a collection, and that may run anything
         cdef tuple taken = PyTuple_New(2)
-        cdef bint from_urgent = listed(self.rows, URGENT)
-        if periodic and listed(self.rows, PERIODIC):
-            from_urgent = from_urgent and not self.urgent_took_last
-        elif not from_urgent:
+        cdef uint32_t lane = self.next_lane(periodic)
+        if lane == 0:
             return None
-        self.urgent_took_last = from_urgent
-        cdef uint32_t slot = self.rows[URGENT if from_urgent else PERIODIC].next
+        cdef uint32_t slot = self.rows[lane].next
         cdef Row* row = &self.rows[slot]
-        version = row.version + 1
+        version = row.version + (self.copies is NULL)
         fill_pair(taken, self.sessions[slot], version)
+        self.served_last = lane
         list_remove(self.rows, slot)
         step(row, TAKE)
-        row.version += 1
+        row.version += self.copies is NULL
         self.counters.due -= 1
         self.counters.in_flight += 1
         if CAGEY_DEBUG:
             check_table(self)
         return taken
+
+    def own(self, SessionCore session not None, uint64_t epoch, version=None, digest=None):
+        """Note the epoch of a claim and, after a load, the version and the digest of what is stored. O(1)."""
+        cdef uint64_t stored_version = 0 if version is None else version
+        cdef uint64_t stored_digest = 0 if digest is None else digest
+        cdef uint32_t slot = self.slot_of(session)
+        self.require_copies()
+        self.copies[slot].epoch = epoch
+        if version is not None:
+            self.rows[slot].version = self.rows[slot].acknowledged = stored_version
+            self.copies[slot].digest = stored_digest
+
+    def epoch(self, SessionCore session not None):
+        """The epoch of the claim under which a session is saved. O(1)."""
+        cdef uint32_t slot = self.slot_of(session)
+        self.require_copies()
+        return self.copies[slot].epoch
+
+    def fix(self, SessionCore session not None, uint64_t digest):
+        """The bytes of a save in flight are fixed: the version they are written as, or 0 if that is not needed.
+
+        Bytes with the digest of the version last fixed are that version: 0 if it is acknowledged, else a repeat of it.
+        Any other bytes are the next version. O(1).
+        """
+        cdef uint32_t slot = self.slot_of(session)
+        cdef Row* row = &self.rows[slot]
+        self.require_copies()
+        if not has_save_in_flight(row.state):
+            raise UsageError("no save of this session is in flight")
+        if row.version == 0 or self.copies[slot].digest != digest:
+            row.version += 1
+            self.copies[slot].digest = digest
+        elif row.version == row.acknowledged:
+            return 0
+        return row.version
+
+    def is_current(self, SessionCore session not None, uint64_t digest):
+        """Whether bytes with that digest are the ones last acknowledged. O(1)."""
+        cdef uint32_t slot = self.slot_of(session)
+        cdef Row* row = &self.rows[slot]
+        self.require_copies()
+        return row.version != 0 and row.version == row.acknowledged and self.copies[slot].digest == digest
+
+    cdef int require_copies(self) except -1:
+        if self.copies is NULL:
+            raise UsageError("this table was made without a store")
+        return 0
 
     def acknowledge(self, SessionCore session not None, uint64_t version, uint64_t taken_at, deadline=None):
         """The save of `version`, its bytes fixed at tick `taken_at`, has succeeded; the next one is due at `deadline`.
@@ -445,8 +529,9 @@ cdef class SessionTable:
         cdef Row* row = &self.rows[slot]
         self.counters.in_flight -= 1
         cdef int after = step(row, event)
-        if after == ASKED or after == ENDING_ASKED:
-            list_append(self.rows, URGENT, slot)
+        cdef uint32_t lane = lane_of(after)
+        if lane:
+            list_append(self.rows, lane, slot)
             self.counters.due += 1
         elif again:
             wheel_arm(&self.wheel, self.rows, slot, deadline)
@@ -458,11 +543,7 @@ cdef class SessionTable:
         cdef Row* row = &self.rows[slot]
         if is_ending(row.state):
             return
-        if row.state == IDLE or row.state == DUE:
-            if row.state == DUE:
-                self.counters.due -= 1
-            unlist(&self.wheel, self.rows, slot)
-        step(row, END)
+        self.enter_lane(slot, END)
         self.forget_key(session)
         if CAGEY_DEBUG:
             check_table(self)
