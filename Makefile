@@ -45,7 +45,8 @@ test: $(VENV)/dev test-debug
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 test-debug: $(DEBUG)/built
-	PYTHONPATH=$(DEBUG) CAGEY_TEST_EXAMPLES=40 $(BIN)/python -m pytest tests/core tests/test_manager_machine.py $(TEST_ARGS)
+	PYTHONPATH=$(DEBUG) CAGEY_TEST_EXAMPLES=40 $(BIN)/python -m pytest tests/core tests/test_manager_machine.py \
+	  tests/test_store_users.py $(TEST_ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What the tests share: a clock that is turned by hand, and a database that does what it is told."""
+"""What the tests share: a clock that is turned by hand, and databases and stores that do what they are told."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 
+from cagey_sessions import StoreUnavailableError
 from cagey_sessions.options import parse_duration
+from cagey_sessions.stores import Claim, MemoryStore, Record, Verdict
+from cagey_sessions.stores.memory import MemoryBacking, Row
 
 SECOND = 1_000_000_000
 
@@ -161,3 +164,126 @@ async def let_time_pass(clock: ManualClock, work: Any, limit: Any = "60s") -> An
         await clock.advance(min(0.05, (until - clock.now()) / SECOND))
     assert task.done(), f"not done after {limit}"
     return await task
+
+
+@dataclass
+class Batch:
+    """One call of `save_many`."""
+
+    records: list[Record]
+    start: int
+    end: int | None = None
+    error: BaseException | None = None
+
+
+class ScriptedStore(MemoryStore):
+    """A store that does what it is told, and checks what no saver may do.
+
+    `script` holds what the next calls of `save_many` do, in order: a delay (``"50ms"``), an exception to raise before
+    anything is written, ``"hang"`` (until `release_all` is set, then nothing is written), ``"lose"`` (write, then raise
+    `StoreUnavailableError`), or a callable that is awaited with the records in place of the delay. Without one a call
+    takes `delay`. `verdict_of` replaces the verdicts of users, `poison` makes every call raise that has one of them.
+    """
+
+    def __init__(self, clock: ManualClock, delay: Any = 0, backing: MemoryBacking | None = None) -> None:
+        super().__init__(backing)
+        self.clock = clock
+        self.delay = delay
+        self.script: Any = []
+        self.claim_script: list[Any] = []
+        self.verdict_of: dict[int | str, Verdict] = {}
+        self.poison: set[int | str] = set()
+        self.down = False
+        self.check = True
+        self.batches: list[Batch] = []
+        self.claims: list[list[int | str]] = []
+        self.releases: list[int | str] = []
+        self.open_calls = 0
+        self.most_open = 0
+        self.release_all = asyncio.Event()
+        self.aborted: list[Any] = []
+        self._sent: dict[int | str, Record] = {}
+        self._open_users: set[int | str] = set()
+
+    def abort(self, call: Any) -> None:
+        self.aborted.append(call)
+
+    async def _take_a_step(self, step: Any, records: list[Record]) -> None:
+        if isinstance(step, BaseException):
+            raise step
+        if step == "hang":
+            await self.release_all.wait()
+            raise StoreUnavailableError("let go")
+        if callable(step):
+            await step(records)
+        elif step and step != "lose":
+            await self.clock.sleep(step)
+
+    async def claim_many(self, user_ids: Any, owner: str) -> list[Claim]:
+        self.claims.append(list(user_ids))
+        if self.down:
+            raise StoreUnavailableError("down")
+        if self.claim_script:
+            await self._take_a_step(self.claim_script.pop(0), [])
+        return await super().claim_many(user_ids, owner)
+
+    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
+        self.releases.append(user_id)
+        return await super().release(user_id, epoch, owner)
+
+    async def save_many(self, records: Any) -> list[Verdict]:
+        records = list(records)
+        batch = Batch(records, self.clock.now())
+        if self.check:
+            self.batches.append(batch)
+        users = {record.user_id for record in records}
+        assert len(users) == len(records), "a user is twice in a batch"
+        assert not users & self._open_users, "two saves of a user in flight"
+        for record in records if self.check else ():
+            last = self._sent.get(record.user_id)
+            if last is not None and last.epoch == record.epoch:
+                assert record.version >= last.version, "versions reach the store in rising order"
+                assert record.version > last.version or record.body == last.body, "a version stands for other bytes"
+            self._sent[record.user_id] = record
+        self._open_users |= users
+        self.open_calls += 1
+        self.most_open = max(self.most_open, self.open_calls)
+        try:
+            if self.down:
+                raise StoreUnavailableError("down")
+            step = self.script.pop(0) if self.script else self.delay
+            await self._take_a_step(step, records)
+            if users & self.poison:
+                raise ValueError("a row that the engine chokes on")
+            verdicts = await super().save_many([record for record in records if record.user_id not in self.verdict_of])
+            if step == "lose":
+                raise StoreUnavailableError("the reply is lost")
+            written = iter(verdicts)
+            return [self.verdict_of.get(record.user_id) or next(written) for record in records]
+        except BaseException as error:
+            batch.error = error
+            raise
+        finally:
+            batch.end = self.clock.now()
+            self.open_calls -= 1
+            self._open_users -= users
+
+    def put(self, user_id: int | str, body: bytes, *, version: int = 1, schema: int = 0) -> None:
+        """Have a user in the store, saved and released by somebody else."""
+        row = self.backing.rows.setdefault(user_id, Row())
+        row.epoch += 1
+        row.record = Record(user_id, row.epoch, "somebody", version, schema, body, 0.0)
+
+    def owner_of(self, user_id: int | str) -> str:
+        """Who has a user; empty if nobody."""
+        row = self.backing.rows.get(user_id)
+        return "" if row is None else row.owner
+
+    def stored(self, user_id: int | str) -> Any:
+        """What the store has of a user, as plain values; None if nothing."""
+        row = self.backing.rows.get(user_id)
+        return None if row is None or row.record is None else row.record.value()
+
+    def versions(self, user_id: int | str) -> list[int]:
+        """The versions of a user's saves, in the order they were sent."""
+        return [record.version for batch in self.batches for record in batch.records if record.user_id == user_id]

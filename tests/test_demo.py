@@ -41,7 +41,7 @@ class Run(NamedTuple):
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A short demo; its database and ledgers are kept."""
     db = tmp_path_factory.mktemp("demo") / "players.db"
-    arguments = ["--bots", "20", "--seconds", "4", "--interval", "500ms", "--db", str(db)]
+    arguments = ["--bots", "20", "--seconds", "4", "--interval", "500ms", "--store", str(db)]
     with python("-m", "cagey_sessions", "demo", *arguments) as process:
         out, err = process.communicate()
     return Run(process.returncode, out, err, db)
@@ -50,14 +50,27 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_a_short_demo_loses_nothing_that_was_acknowledged(finished: Run) -> None:
     """Exit status 0, nothing on stderr, and a last line of JSON that says so."""
     summary = json.loads(finished.out.splitlines()[-1])
-    names = ["bots", "saves", "receipts", "reconnects", "lost", "older_than_interval", "changes_lost_by_kill"]
+    names = ["bots", "saves", "skipped", "receipts", "reconnects", "lost", "older_than_interval"]
+    names += ["changes_lost_by_kill"]
     assert (finished.status, finished.err, list(summary)) == (0, "", names)
     assert (summary["bots"], summary["lost"], summary["older_than_interval"]) == (20, 0, 0)
     assert summary["changes_lost_by_kill"] > 0, "the kill hit no unsaved work"
     assert summary["saves"] > 20
+    assert summary["skipped"] > 0
     assert summary["receipts"] > 0
     assert summary["reconnects"] >= 40, "every bot comes back after the stop and after the kill"
     assert "graceful stop" in finished.out
+
+
+def test_the_listener_loses_nothing_either(tmp_path: Path) -> None:
+    """``--events``: the server saves by itself, in a listener."""
+    arguments = ["--bots", "10", "--seconds", "2", "--interval", "300ms", "--events", "--store", str(tmp_path / "p.db")]
+    with python("-m", "cagey_sessions", "demo", *arguments) as process:
+        out, err = process.communicate()
+    summary = json.loads(out.splitlines()[-1])
+    assert (process.returncode, err) == (0, "")
+    assert (summary["lost"], summary["older_than_interval"], summary["skipped"]) == (0, 0, 0)
+    assert summary["saves"] > 10
 
 
 @pytest.fixture
@@ -77,20 +90,20 @@ VICTIM = "bot-00007"
 
 
 def drop(db: sqlite3.Connection) -> None:
-    db.execute("DELETE FROM players WHERE user_id = ?", (VICTIM,))
+    db.execute("DELETE FROM cagey_sessions WHERE user_id = ?", (VICTIM,))
 
 
 def roll_back(db: sqlite3.Connection) -> None:
-    db.execute("UPDATE players SET body = json_set(body, '$.seq', 0, '$.gold', 0) WHERE user_id = ?", (VICTIM,))
+    db.execute("UPDATE cagey_sessions SET body = json_set(body, '$.seq', 0, '$.gold', 0) WHERE user_id = ?", (VICTIM,))
 
 
 def falsify(db: sqlite3.Connection) -> None:
-    db.execute("UPDATE players SET body = json_set(body, '$.gold', 1000000) WHERE user_id = ?", (VICTIM,))
+    db.execute("UPDATE cagey_sessions SET body = json_set(body, '$.gold', 1000000) WHERE user_id = ?", (VICTIM,))
 
 
 def swap(db: sqlite3.Connection) -> None:
-    (body,) = db.execute("SELECT body FROM players WHERE user_id = 'bot-00001'").fetchone()
-    db.execute("UPDATE players SET body = ? WHERE user_id = ?", (body, VICTIM))
+    (body,) = db.execute("SELECT body FROM cagey_sessions WHERE user_id = 'bot-00001'").fetchone()
+    db.execute("UPDATE cagey_sessions SET body = ? WHERE user_id = ?", (body, VICTIM))
 
 
 @pytest.mark.parametrize("harm", [drop, roll_back, falsify, swap])
@@ -186,8 +199,8 @@ def test_a_missing_extra_is_one_line_with_the_remedy(
         (["demo", "--interval", "1ms"], "--interval: time: '1ms' is too short"),
         (["demo", "--seconds", "nan"], "--seconds: time: nan is not a finite duration"),
         (["demo", "--port", "70000"], "--port: '70000' is not a whole number"),
-        (["demo", "--db", __file__], "exists already"),
-        (["demo", "--db", "/no/such/folder/players.db"], "a folder that does not exist"),
+        (["demo", "--store", __file__], "exists already"),
+        (["demo", "--store", "/no/such/folder/players.db"], "a folder that does not exist"),
     ],
 )
 def test_wrong_arguments_are_quoted(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:

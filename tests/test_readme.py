@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cagey_sessions import SessionManager
-from cagey_sessions.options import Options
+from cagey_sessions import Session, SessionManager
+from cagey_sessions.encoding import Encoding
+from cagey_sessions.options import PERSIST_EVENTS, SECOND, read_options
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,19 +21,32 @@ def blocks(page: str, language: str) -> list[str]:
     )
 
 
-def test_the_quickstart_of_the_readme_runs():
-    (code,) = blocks("README.md", "python")
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
-    assert done.stderr == ""
-    assert done.stdout == 'saved alice {"gold": 10}\n' * 2
+def run(code: str, folder: Path) -> tuple[str, str]:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False, cwd=folder
+    )
+    return done.stdout, done.stderr
 
 
-def test_the_quickstart_has_about_twelve_lines_of_code():
-    (code,) = blocks("README.md", "python")
-    lines = [
-        line for line in code.splitlines() if line.strip() and not line.startswith(("import", "from", "asyncio.run"))
-    ]
-    assert len(lines) <= 12
+def test_the_program_of_the_readme_runs_and_remembers(tmp_path):
+    stored, _ = blocks("README.md", "python")
+    for gold in (10, 20):
+        assert run(stored, tmp_path) == (f"alice has {gold} gold, saved as version {gold // 10}\n", "")
+
+
+def test_the_program_without_a_store_runs(tmp_path):
+    _, code = blocks("README.md", "python")
+    assert run(code, tmp_path) == ('saved alice {"gold": 10}\n' * 2, "")
+
+
+def test_the_programs_have_about_twelve_lines_of_code():
+    for code in blocks("README.md", "python"):
+        lines = [
+            line
+            for line in code.splitlines()
+            if line.strip() and not line.startswith(("import", "from", "asyncio.run"))
+        ]
+        assert len(lines) <= 12
 
 
 def test_the_commands_of_the_readme_exist():
@@ -50,12 +64,20 @@ def test_links_of_the_pages_lead_somewhere():
 
 def test_the_table_of_settings_is_complete_and_true():
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", page, re.MULTILINE))
+    found = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|", page, re.MULTILINE)
+    rows = {name: (stored, without) for name, stored, without in found}
     parameters = inspect.signature(SessionManager).parameters.values()
     assert list(rows) == [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    defaults = Options()
-    assert rows["max_in_flight"] == f"`{defaults.max_in_flight}`"
-    assert (rows["interval"], defaults.interval) == ("none", None)
-    assert (rows["persist_on"], defaults.persist_on) == ("`[]`", frozenset())
+    stored, without = read_options(None, stored=True), read_options(None)
+    assert rows["max_in_flight"] == (f"`{stored.max_in_flight}`", f"`{without.max_in_flight}`")
+    assert (rows["interval"], stored.interval, without.interval) == (('`"30s"`', "none"), 30 * SECOND, None)
+    assert rows["persist_on"] == ("both", "`[]`")
+    assert (stored.persist_on, without.persist_on) == (frozenset(PERSIST_EVENTS), frozenset())
+    assert (rows["save_timeout"][0], stored.save_timeout) == ('`"10s"`', 10 * SECOND)
+    assert rows["max_bytes"][0] == f"`{Encoding().max_bytes}`"
+    assert rows["schema"][0] == f"`{Encoding().schema}`"
     deadline = inspect.signature(SessionManager.destroy).parameters["deadline"].default
     assert f'`"{deadline}"`' in page
+    for method, name in ((Session.login, "session.login"), (SessionManager.open, "manager.open")):
+        default = inspect.signature(method).parameters["when_active"].default
+        assert f'`{name}(when_active=…)` | `"{default}"`' in page

@@ -28,18 +28,22 @@ except ImportError as error:  # a checkout that was never built, or a wheel for 
 
 from ._version import __version__
 from .clock import Clock, TimerHandle
+from .encoding import Codec, dataclass_codec, msgspec_codec
 from .errors import *  # noqa: F403 - its __all__ is ours, see below
 from .errors import __all__ as _errors
 from .manager import SessionManager, create
 from .options import Duration
-from .records import DrainReport, EndReason, Statistics, UnsavedUser
+from .records import DrainReport, EndReason, Health, Receipt, Statistics, UnsavedUser
 from .session import Session
 
 __all__ = [
     "Clock",
+    "Codec",
     "DrainReport",
     "Duration",
     "EndReason",
+    "Health",
+    "Receipt",
     "Session",
     "SessionManager",
     "Statistics",
@@ -47,5 +51,7 @@ __all__ = [
     "UnsavedUser",
     "__version__",
     "create",
+    "dataclass_codec",
+    "msgspec_codec",
     *_errors,
 ]

@@ -6,7 +6,8 @@ they move. What must not: asyncio, I/O, a clock. The core is handed ``now`` in w
 
 The rooms, in the order they are included:
 
-``core/values.pxi``    which values are plain data
+``core/values.pxi``    which values are plain data, and their bytes
+``core/digest.pxi``    a number that stands for the bytes last acknowledged
 ``core/wheel.pxi``     a hierarchical timing wheel over slot numbers
 ``core/saves.pxi``     the states of a save, as one table
 ``core/session.pxi``   what every session object is made of
@@ -20,18 +21,22 @@ session's slot number is therefore never 0, and a row that is on no list is link
 """
 
 cimport cython
-from cpython.dict cimport PyDict_Next
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.exc cimport PyErr_Clear
 from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree, PyMem_RawRealloc
-from cpython.ref cimport Py_INCREF, PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.math cimport isfinite
 from libc.string cimport memset
 
 import os
 
+import orjson
+
 from cagey_sessions.errors import (
     AlreadyIdentifiedError,
+    EncodingError,
     InvalidKeyError,
     InvalidUserDataError,
     InvalidUserIdError,
@@ -87,6 +92,7 @@ cdef struct Row:
 
 
 include "core/values.pxi"
+include "core/digest.pxi"
 include "core/wheel.pxi"
 include "core/saves.pxi"
 include "core/session.pxi"

@@ -2,8 +2,9 @@
 who waits for which, retries and what is overdue. What must not: how a save is performed, or the end of a session.
 
 A save passes through four hands: the wheel in the core says who is due; `_turn` moves them into the core's lanes, in
-slices; up to `max_in_flight` workers take from the lanes and call `perform`; the outcome goes back to the core and to
-whoever waits. What waits for a slot is a mark in a row of the core, never a task or a body.
+slices; up to `max_in_flight` workers have a `Saver` take from the lanes and save, one session at a time where a
+listener does it, a batch where a store does; the outcome goes back to the core and to whoever waits. What waits for a
+slot is a mark in a row of the core, never a task or a body.
 """
 
 from __future__ import annotations
@@ -15,11 +16,21 @@ from typing import Protocol
 
 from ._core import SessionCore, SessionTable
 from .clock import Clock, TimerHandle
-from .errors import ListenerCancelledError, NothingSavesError, SaveOverdueError
+from .errors import (
+    ListenerCancelledError,
+    NothingSavesError,
+    SaveOverdueError,
+    StoreUnavailableError,
+    UnsavableError,
+)
 from .options import SECOND, Options
+from .records import Receipt
 from .waits import Wait, listening
 
-__all__ = ["Autosave", "SaveHost"]
+__all__ = ["Autosave", "Flight", "ListenerSaver", "SaveHost", "Saver"]
+
+Outcome = Exception | Receipt | None
+"""Of a save: what went wrong, or the receipt of the store, or None where a listener has saved."""
 
 LONGEST_TICK = SECOND // 100
 SHORTEST_TICK = SECOND // 1000
@@ -35,73 +46,122 @@ FIRST_RETRY = 16
 INTERVAL_FOR_RETRIES = 16 * SECOND
 """What retries are measured by where there is no interval."""
 LONGEST_RETRY_IN_DRAIN = SECOND
+LONGEST_RETRY_FOR_CALLER = SECOND
+"""While somebody waits for a save that the store did not take."""
+PATIENCE_GRID = SECOND // 20
+"""Callers whose patience ends within the same fraction of a second are told together."""
 
 
 class SaveHost(Protocol):
     """What autosave needs of whoever it works for."""
 
+    def report(self, error: Exception, session: SessionCore | None) -> None:
+        """Take note of an error that no caller waits for."""
+        ...
+
+    def settled(self, session: SessionCore, error: Exception | None, flight: Flight) -> None:
+        """A save of a session that is being ended has come to its end."""
+        ...
+
+
+class ListenerHost(SaveHost, Protocol):
+    """What a saver by listeners needs besides."""
+
     def can_save(self) -> bool:
-        """Whether anybody would perform a save."""
+        """Whether there is such a listener."""
         ...
 
     async def perform(self, session: SessionCore) -> None:
-        """Save one session; raises if that failed."""
-        ...
-
-    def report(self, error: Exception, session: SessionCore | None) -> None:
-        """Take note of an error that no caller waits for."""
+        """Have the listeners save one session; raises if that failed."""
         ...
 
     def fingerprint(self, session: SessionCore) -> object:
         """Something that changes when the session's data does, and is not None."""
         ...
 
-    def settled(self, session: SessionCore, error: Exception | None, fingerprint: object) -> None:
-        """A save of a session that is being ended has come to its end.
 
-        The fingerprint is of what was saved; None if that was before the end began.
+class Saver(Protocol):
+    """How saves are performed."""
+
+    one_at_a_time: bool
+    """Whether a worker takes all there is before another is needed."""
+    patience: int | None
+    """For how many nanoseconds a caller waits while attempts fail; None if the first failure is the answer."""
+
+    def can_save(self) -> bool:
+        """Whether anybody would perform a save."""
+        ...
+
+    def may_start(self) -> bool:
+        """Whether a worker may begin now; if not, `Autosave.employ` is called when it may."""
+        ...
+
+    def serves_periodic(self) -> bool:
+        """Whether those may be taken now whose time has come."""
+        ...
+
+    async def serve(self, autosave: Autosave, worker: Worker) -> bool:
+        """Take a load of work and save it: False if there was none.
+
+        Between `Worker.start`, called as soon as all is taken, and the end every session taken is settled.
         """
         ...
 
 
-class _Flight:
+class Flight:
     """A save that is asked for or under way, and who waits for it."""
 
-    __slots__ = ("outcome", "started", "waiting")
+    __slots__ = ("error", "fingerprint", "outcome", "patient_until", "releases", "started", "waiting")
 
     def __init__(self) -> None:
-        self.outcome: asyncio.Future[Exception | None] | None = None
+        self.outcome: asyncio.Future[Outcome] | None = None
         self.started = 0
         self.waiting = 0
+        self.patient_until: int | None = None
+        self.error: Exception | None = None  # of the last attempt
+        self.fingerprint: object = None  # of what is being saved, if the session was ending when it was fixed
+        self.releases = False  # the store lets go of the user with this save
 
-    def wait(self) -> asyncio.Future[Exception | None]:
+    def wait(self) -> asyncio.Future[Outcome]:
         if self.outcome is None:
             self.outcome = asyncio.get_running_loop().create_future()
         return self.outcome
 
-    def resolve(self, error: Exception | None) -> None:
+    def resolve(self, outcome: Outcome) -> None:
         if self.outcome is not None and not self.outcome.done():
-            self.outcome.set_result(error)
+            self.outcome.set_result(outcome)
+
+    @property
+    def is_resolved(self) -> bool:
+        return self.outcome is not None and self.outcome.done()
 
 
-class _Worker:
+class Worker:
     """A task that saves, and what is still to be accounted for when it ends."""
 
-    __slots__ = ("released", "started", "task")
+    __slots__ = ("_autosave", "released", "started", "task")
 
-    def __init__(self) -> None:
+    def __init__(self, autosave: Autosave) -> None:
+        self._autosave = autosave
         self.started = False
         self.released = False
         self.task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """It has taken what it could; what is left is for another."""
+        if not self.started:
+            self.started = True
+            self._autosave._starting -= 1
 
 
 class Autosave:
     """The saves of one manager."""
 
-    def __init__(self, table: SessionTable, clock: Clock, options: Options, host: SaveHost) -> None:
+    def __init__(self, table: SessionTable, clock: Clock, options: Options, host: SaveHost, saver: Saver) -> None:
         self._table = table
         self._clock = clock
         self._host = host
+        self._saver = saver
         self._max_in_flight = options.max_in_flight
         self._interval = options.interval
         self.tick = min(LONGEST_TICK, max(SHORTEST_TICK, options.interval // 100)) if options.interval else LONGEST_TICK
@@ -116,8 +176,9 @@ class Autosave:
         self._watch_timer: TimerHandle | None = None
         self._slice_ends = 0
         self._turn_is_queued = False
-        self._asked: dict[SessionCore, _Flight] = {}
-        self._in_flight: dict[SessionCore, _Flight] = {}
+        self._asked: dict[SessionCore, Flight] = {}
+        self._in_flight: dict[SessionCore, Flight] = {}
+        self._patience_timer: TimerHandle | None = None
         self._workers: set[asyncio.Task[None]] = set()
         self._employed = 0
         self._starting = 0  # of those employed, who have not looked for work yet
@@ -127,6 +188,8 @@ class Autosave:
         self.gave_up: Exception | None = None
         self._closed = False
         self.tick_lag = 0
+        self.slice_overruns = 0
+        self._slice_is_overrun = False
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Work on this loop from now on."""
@@ -142,8 +205,8 @@ class Autosave:
         if self._interval:
             self._arm()
 
-    async def save(self, session: SessionCore) -> Exception | None:
-        """Have a session saved as it is now, or later: what went wrong, if anything.
+    async def save(self, session: SessionCore) -> Outcome:
+        """Have a session saved as it is now, or later: the outcome.
 
         Callers that come before the next save starts share it. Cancelling one of them stops the waiting, not the save.
         """
@@ -152,47 +215,88 @@ class Autosave:
         self._table.ask(session)
         flight = self._asked.get(session)
         if flight is None:
-            flight = self._asked[session] = _Flight()
+            flight = self._asked[session] = Flight()
+            self._be_patient(flight)
         flight.waiting += 1
         try:
-            self._employ()
+            self.employ()
             return await self._outcome(flight)
         finally:
             flight.waiting -= 1
 
-    async def settle(self, session: SessionCore, error: Exception | None = None) -> Exception | None:
+    async def settle(self, session: SessionCore, outcome: Outcome = None) -> Outcome:
         """Wait until no save of a session is under way or asked for.
 
-        Returns the outcome of the last one waited for, or `error` if there was none.
+        Returns the outcome of the last one waited for, or the one given if there was none.
         """
         while flight := self._in_flight.get(session) or self._asked.get(session):
             if self.gave_up is not None:
                 return self.gave_up  # the save may be under way for ever
-            error = await self._outcome(flight)
-        return error
+            if flight.is_resolved:
+                return await flight.wait()  # its outcome is known as far as it will be: it is not waited for any longer
+            outcome = await self._outcome(flight)
+        return outcome
 
-    async def _outcome(self, flight: _Flight) -> Exception | None:
+    async def _outcome(self, flight: Flight) -> Outcome:
         flight.waiting += 1
         try:
             return await asyncio.shield(flight.wait())
         finally:
             flight.waiting -= 1
 
+    # Patience
+
+    def _be_patient(self, flight: Flight) -> None:
+        if self._saver.patience is not None:
+            until = self._clock.now() + self._saver.patience
+            flight.patient_until = -(-until // PATIENCE_GRID) * PATIENCE_GRID
+            if self._patience_timer is None:
+                self._set_patience_timer(flight.patient_until)
+
+    def _set_patience_timer(self, when: int) -> None:
+        if not self._closed:
+            delay = max(when - self._clock.now(), SHORTEST_TICK)
+            assert self._context is not None
+            self._patience_timer = self._clock.call_later(delay, self._lose_patience, self._context)
+
+    def _lose_patience(self) -> None:
+        """Tell callers who have waited long enough; their sessions stay due."""
+        self._patience_timer = None
+        now = self._clock.now()
+        next_time: int | None = None
+        for flights in (self._asked, self._in_flight):
+            for session, flight in list(flights.items()):
+                if flight.patient_until is None or flight.is_resolved:
+                    continue
+                if flight.patient_until > now:
+                    next_time = min(next_time or flight.patient_until, flight.patient_until)
+                    continue
+                if flights is self._asked:
+                    del self._asked[session]
+                flight.resolve(_out_of_patience(self._saver.patience or 0, flight.error))
+        if next_time is not None:
+            self._set_patience_timer(next_time)
+
     def ask_later(self, session: SessionCore) -> None:
         """Have a session saved after a pause; nobody waits for it."""
         self._table.ask(session)
-        self._interrupt()
+        self.interrupt()
+
+    def hasten(self, session: SessionCore) -> None:
+        """Do not leave whoever waits for the next attempt to the timer: the session is to end."""
+        if session in self._asked:
+            self._table.ask(session)
 
     def kick(self) -> None:
         """Look again at what is due: a listener that saves has been registered."""
         if self._loop is not None and not self._loop.is_closed() and not self._closed:
-            self._loop.call_soon(self._employ, context=self._context)
+            self._loop.call_soon(self.employ, context=self._context)
 
-    def _lend(self, slots: int) -> None:
+    def lend(self, slots: int) -> None:
         """A listener waits for another save, or does no longer: meanwhile its slot may be used for that one."""
         self._lent += slots
         if slots > 0:
-            self._employ()
+            self.employ()
 
     def drain(self, draining: bool = True) -> None:
         """From now on serve only what is asked for; or again what is due by the timer, too."""
@@ -211,10 +315,10 @@ class Autosave:
     def close(self) -> None:
         """Stop all timers."""
         self._closed = True
-        for timer in (self._timer, self._watch_timer, self._pause):
+        for timer in (self._timer, self._watch_timer, self._pause, self._patience_timer):
             if timer is not None:
                 timer.cancel()
-        self._timer = self._watch_timer = self._pause = None
+        self._timer = self._watch_timer = self._pause = self._patience_timer = None
 
     def in_flight(self) -> list[SessionCore]:
         """The sessions whose saves are under way."""
@@ -243,10 +347,14 @@ class Autosave:
             assert self._loop is not None
             self._loop.call_soon(self._open_slice)
             return False
+        if now > self._slice_ends + SLICE and not self._slice_is_overrun:
+            self._slice_is_overrun = True
+            self.slice_overruns += 1
         return now > self._slice_ends
 
     def _open_slice(self) -> None:
         self._slice_ends = 0
+        self._slice_is_overrun = False
 
     # Time
 
@@ -288,10 +396,10 @@ class Autosave:
                 self._loop.call_soon(self._turn, context=self._context)
                 break
         if self._pause is None:
-            self._employ()
+            self.employ()
         self._arm()
 
-    def _interrupt(self) -> None:
+    def interrupt(self) -> None:
         """Somebody has cancelled a task of ours, most likely to shut down the loop: begin no other for a while.
 
         A task begun then would be thrown away in the middle of its save.
@@ -302,20 +410,23 @@ class Autosave:
 
     def _go_on(self) -> None:
         self._pause = None
-        self._employ()
+        self.employ()
 
     # Work
 
     def _serves_periodic(self) -> bool:
-        return not self._draining and self._host.can_save()
+        return not self._draining and self._saver.serves_periodic()
 
-    def _employ(self) -> None:
+    def employ(self) -> None:
         """Start workers for what is in the lanes, as far as there are free slots."""
         if self.gave_up is not None or not self._table.has_due():
             return
-        if self._table.has_due(self._serves_periodic()):
+        if self._saver.may_start() and self._table.has_due(self._serves_periodic()):
             free = self._max_in_flight + self._lent - self._employed
-            for _ in range(min(free, self._table.counters.due - self._starting)):
+            wanted = self._table.counters.due - self._starting
+            if self._saver.one_at_a_time:
+                wanted = min(wanted, 1 - self._starting)
+            for _ in range(min(free, wanted)):
                 self._hire()
         self._watch()
 
@@ -331,11 +442,11 @@ class Autosave:
         if count:
             self._host.report(SaveOverdueError(count, oldest / SECOND), None)
         waiting = self._table.has_due()
-        if waiting and not self._draining and not self._host.can_save():
+        if waiting and not self._draining and not self._saver.can_save():
             self._host.report(
                 NothingSavesError("sessions are due to be saved, and nobody listens to 'persist_user_data'"), None
             )
-        self._employ()  # somebody else may have cancelled a worker
+        self.employ()  # somebody else may have cancelled a worker
         if waiting or self._in_flight:
             self._watch()
 
@@ -343,87 +454,172 @@ class Autosave:
         assert self._loop is not None and self._context is not None
         self._employed += 1
         self._starting += 1
-        worker = _Worker()
+        worker = Worker(self)
         worker.task = asyncio.Task(  # not by the loop's factory, which may run it here and now
             self._work(worker), loop=self._loop, name="cagey-sessions autosave", context=self._context.copy()
         )
         self._workers.add(worker.task)
         worker.task.add_done_callback(lambda task: self._dismiss(worker, task))
 
-    async def _work(self, worker: _Worker) -> None:
-        """Take and save until the lanes are empty."""
+    async def _work(self, worker: Worker) -> None:
+        """Save until the lanes are empty."""
         while True:
             await self.slice()
-            if self.gave_up is not None or self._employed > self._max_in_flight + self._lent:
+            is_wanted = self._employed <= self._max_in_flight + self._lent
+            if self.gave_up is not None or not is_wanted or not self._saver.may_start():
                 break
-            taken = self._table.take(self._serves_periodic())
-            self._has_started(worker)
-            if taken is None:
+            if not await self._saver.serve(self, worker):
                 break
-            await self._save(*taken)
         # here, and not when the task is seen to be done: whoever asks in between must find the slot free
         self._release(worker)
 
-    def _has_started(self, worker: _Worker) -> None:
-        self._starting -= not worker.started
-        worker.started = True
-
-    def _release(self, worker: _Worker) -> None:
-        self._has_started(worker)
+    def _release(self, worker: Worker) -> None:
+        worker.start()
         self._employed -= not worker.released
         worker.released = True
 
-    def _dismiss(self, worker: _Worker, task: asyncio.Task[None]) -> None:
+    def _dismiss(self, worker: Worker, task: asyncio.Task[None]) -> None:
         """The task is done, perhaps because somebody cancelled it, perhaps before its first step."""
         self._workers.discard(task)
         self._release(worker)
 
-    async def _save(self, session: SessionCore, version: int) -> None:
-        flight = self._asked.pop(session, None) or _Flight()
+    # For savers
+
+    def take(self) -> tuple[SessionCore, int, Flight] | None:
+        """The next session to save, with its version; from here on its save is under way. None if there is nobody."""
+        taken = self._table.take(self._serves_periodic())
+        if taken is None:
+            return None
+        session, version = taken
+        flight = self._asked.pop(session, None) or Flight()
         flight.started = self._clock.now()
         self._in_flight[session] = flight
-        fingerprint = None
+        return session, version, flight
+
+    def acknowledge(self, session: SessionCore, version: int, flight: Flight, receipt: Receipt | None) -> None:
+        """A save has succeeded."""
+        del self._in_flight[session]
+        taken_at = flight.started // self.tick
+        deadline = taken_at + self._interval_ticks if self._interval else None
+        owned = self._table.acknowledge(session, version, taken_at, deadline)
+        flight.resolve(receipt)
+        self._tell_host(session, owned, None, flight)
+
+    def fail(
+        self, session: SessionCore, version: int, flight: Flight, error: Exception, *, report: bool = True
+    ) -> None:
+        """A save has failed. Whoever waits hears of it, unless there is patience left; then the next attempt counts."""
+        del self._in_flight[session]
+        is_patient = (
+            flight.waiting > 0
+            and flight.patient_until is not None
+            and not isinstance(error, UnsavableError)
+            and self.gave_up is None
+            and not flight.is_resolved
+        )
+        owned = self._table.fail(session, version, self._retry_tick(session, is_patient, error))
+        heard = flight.waiting > 0
+        if is_patient and owned and self._table.state(session) != "gone":
+            self._wait_on(session, flight, error)
+            return
+        flight.resolve(error)
+        self._tell_host(session, owned, error, flight)
+        if report and not heard:
+            self._host.report(error, session)
+
+    def drop(self, session: SessionCore, version: int, flight: Flight, error: Exception) -> None:
+        """A save has failed, and no other is to be tried: the store will take nothing more of this session."""
+        del self._in_flight[session]
+        self._table.fail(session, version, None)
+        flight.resolve(error)
+        later = self._asked.pop(session, None)
+        if later is not None:
+            later.resolve(error)
+
+    def _wait_on(self, session: SessionCore, flight: Flight, error: Exception) -> None:
+        """Leave the callers of a failed attempt to the next one."""
+        flight.error = error
+        later = self._asked.setdefault(session, flight)
+        if later is not flight:  # somebody has asked meanwhile; all of them wait for the same save from now on
+            later.error = error
+            later.patient_until = min(later.patient_until or 0, flight.patient_until or 0)
+            later.wait().add_done_callback(lambda outcome: flight.resolve(outcome.result()))
+            later.waiting += flight.waiting
+        if not self._saver.may_start() and self._table.state(session) in ("idle", "ending"):
+            self._table.ask(session)  # nothing is tried by the clock now: be among the first when it is
+        self._arm()
+
+    def _tell_host(self, session: SessionCore, owned: bool, error: Exception | None, flight: Flight) -> None:
+        if owned and self._table.is_ending(session):
+            self._host.settled(session, error, flight)
+        self._arm()
+
+    def _retry_tick(self, session: SessionCore, is_patient: bool, error: Exception) -> int | None:
+        """When a failed save is tried again; None if only on request."""
+        if session.end_reason is not None or self._table.state(session) == "gone":
+            return None
+        if self._interval is None and not is_patient and not self._table.is_ending(session):
+            return None
+        interval = self._interval or INTERVAL_FOR_RETRIES
+        delay = min(interval // FIRST_RETRY << self._table.failures(session), interval // 2)
+        if isinstance(error, UnsavableError):
+            delay = interval  # not before the data has had time to change
+        if self._draining:
+            delay = min(delay, LONGEST_RETRY_IN_DRAIN)
+        if is_patient:
+            delay = min(delay, LONGEST_RETRY_FOR_CALLER)
+        return (self._clock.now() + int(delay * self._jitter.uniform(0.5, 1.0))) // self.tick
+
+
+class ListenerSaver:
+    """Has the program save, one session at a time, in its listeners of ``persist_user_data``."""
+
+    one_at_a_time = False
+    patience: int | None = None
+
+    def __init__(self, table: SessionTable, host: ListenerHost) -> None:
+        self._table = table
+        self._host = host
+
+    def can_save(self) -> bool:
+        return self._host.can_save()
+
+    def may_start(self) -> bool:
+        return True
+
+    def serves_periodic(self) -> bool:
+        return self._host.can_save()
+
+    async def serve(self, autosave: Autosave, worker: Worker) -> bool:
+        taken = autosave.take()
+        worker.start()
+        if taken is None:
+            return False
+        session, version, flight = taken
         error: Exception | None = ListenerCancelledError("the event loop was shut down during the save")
         try:
             if self._table.is_ending(session):
-                fingerprint = self._host.fingerprint(session)
-            with listening(Wait(session, is_save=True), self._host, self._lend):
+                flight.fingerprint = self._host.fingerprint(session)
+            with listening(Wait(session, is_save=True), self._host, autosave.lend):
                 await self._host.perform(session)
             error = None
         except asyncio.CancelledError:
-            self._interrupt()
+            autosave.interrupt()
             raise
         except Exception as raised:
             error = raised
         finally:
-            self._settle(session, version, flight, error, fingerprint)
+            if error is None:
+                autosave.acknowledge(session, version, flight, None)
+            else:
+                autosave.fail(session, version, flight, error)
+        return True
 
-    def _settle(
-        self, session: SessionCore, version: int, flight: _Flight, error: Exception | None, fingerprint: object
-    ) -> None:
-        del self._in_flight[session]
-        taken_at = flight.started // self.tick
-        if error is None:
-            deadline = taken_at + self._interval_ticks if self._interval else None
-            owned = self._table.acknowledge(session, version, taken_at, deadline)
-        else:
-            owned = self._table.fail(session, version, self._retry_tick(session))
-        heard = flight.waiting > 0
-        flight.resolve(error)
-        if owned and self._table.is_ending(session):
-            self._host.settled(session, error, fingerprint)
-        self._arm()
-        if error is not None and not heard:
-            self._host.report(error, session)
 
-    def _retry_tick(self, session: SessionCore) -> int | None:
-        """When a failed save is tried again; None if only on request."""
-        if session.end_reason is not None or self._table.state(session) == "gone":
-            return None
-        if self._interval is None and not self._table.is_ending(session):
-            return None
-        interval = self._interval or INTERVAL_FOR_RETRIES
-        delay = min(interval // FIRST_RETRY << self._table.failures(session), interval // 2)
-        if self._draining:
-            delay = min(delay, LONGEST_RETRY_IN_DRAIN)
-        return (self._clock.now() + int(delay * self._jitter.uniform(0.5, 1.0))) // self.tick
+def _out_of_patience(patience: int, last: Exception | None) -> StoreUnavailableError:
+    error = StoreUnavailableError(
+        f"the store has not acknowledged this save within {patience / SECOND:g} s; "
+        "the session stays due, and is saved when the store is back"
+    )
+    error.__cause__ = last
+    return error

@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f'the demo needs {", ".join(missing)}: pip install "cagey-sessions[demo]"')
     from .demo.run import Settings, run  # noqa: PLC0415 - needs the extra
 
-    return run(Settings(arguments.bots, arguments.seconds, arguments.interval, arguments.db, arguments.port))
+    how = Settings(
+        arguments.bots, arguments.seconds, arguments.interval, arguments.store, arguments.events, arguments.port
+    )
+    return run(how)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,11 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     option("--seconds", _duration(SECOND), "20s", "TIME", "how long they play in all (default: 20s)")
     option("--interval", _duration(SHORTEST_INTERVAL), "2s", "TIME", "how old unsaved changes may become (default: 2s)")
     option("--port", _whole(0, 65_535), "0", "N", "the server's TCP port on 127.0.0.1 (default: any free one)")
-    help_db = (
+    help_store = (
         "keep the players in this new SQLite file, and what the bots were told beside it "
         "(default: a temporary folder, removed if nothing was lost)"
     )
-    option("--db", _new_file, None, "FILE", help_db)
+    option("--store", _new_file, None, "FILE", help_store)
+    help_events = "let the server save in a listener of its own, as without a store; it skips no save then"
+    demo.add_argument("--events", action="store_true", help=help_events)
     return parser
 
 

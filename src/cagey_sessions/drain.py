@@ -100,7 +100,7 @@ class _Drain:
                 self.errors.append(error)
             else:
                 self._life.say("error", "user %r: %s", session.user_id, error.message)
-        elif ending.reason is EndReason.UNSAVED and session.user_id is not None:
+        elif ending.reason in (EndReason.UNSAVED, EndReason.FENCED) and session.user_id is not None:
             age = self._life.autosave.age(self._life.table.saved_at(session))
             assert ending.last_error is not None
             self._unsaved.append(UnsavedUser(session.user_id, age, ending.last_error))
@@ -132,6 +132,10 @@ class _Drain:
             await self._wait_quiet(AFTER_DEADLINE)
         await self._end_the_rest_by_force()
         life.autosave.close()
+        if life.store_saver is not None:
+            life.store_saver.close()
+        if life.gateway is not None:
+            await life.gateway.close()
         life.listeners.clear()
         life.closed = True
         self.outcome.set_result(self.report())

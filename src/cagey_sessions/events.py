@@ -24,7 +24,7 @@ __all__ = ["MANAGER_EVENTS", "SESSION_EVENTS", "Listener", "Listeners", "listene
 Listener = Callable[..., object]
 
 SESSION_EVENTS = ("started", "identified", "before_destroy", "destroy")
-MANAGER_EVENTS = ("created", "persist_user_data", "error", *SESSION_EVENTS)
+MANAGER_EVENTS = ("created", "persist_user_data", "unsavable", "error", *SESSION_EVENTS)
 
 
 class _Registration:

@@ -22,32 +22,44 @@ from typing import Any, Protocol, TypeVar
 import orjson
 
 from ._core import SessionCore, SessionTable, check_user_id, is_plain
-from .autosave import Autosave
+from .autosave import Autosave, Flight, ListenerSaver, Outcome, Saver
 from .clock import Clock
+from .encoding import Encoding
 from .errors import (
     CageySessionsError,
+    FencedError,
     ListenerCancelledError,
     ListenerError,
     ManagerClosedError,
     NothingSavesError,
     SessionEndedError,
+    StoreModeError,
+    StoreUnavailableError,
+    UnsavableError,
     UnsavedError,
+    UserErasedError,
     WouldDeadlockError,
     WrongLoopError,
 )
 from .events import MANAGER_EVENTS, Listeners, listener_error
+from .gateway import StoreGateway
 from .options import SECOND, Options
-from .records import EndReason, Statistics
+from .records import EndReason, Health, Receipt, Statistics
+from .stores import Store
 from .waits import Wait, listening, saves_inside, waiting_for, would_deadlock
+from .writebehind import StoreSaver
 
 __all__ = ["Drain", "Ending", "Lifecycle", "name_some"]
 
 T = TypeVar("T")
 
 LONGEST_REPORT_QUEUE = 1000
+MOST_SAVES_ASKED = 1000
+"""How many saves of everybody are asked for at a time, where a store takes them in batches."""
 MOST_LAST_SAVES = 20
 """How often the last save is repeated for data that does not stop changing."""
 NOT_SAVED, UNSEEN = object(), object()
+_LOSSES = (EndReason.UNSAVED, EndReason.FENCED, EndReason.ERASED)
 
 
 class Ending:
@@ -62,6 +74,8 @@ class Ending:
         "parked",
         "persist",
         "reason",
+        "release_sent",
+        "released",
         "saved",
         "task",
         "waiting",
@@ -74,9 +88,11 @@ class Ending:
         self.decided = False  # whether there is a last save cannot be changed any more
         self.parked = False  # no task is at work; the last save waits for its retry
         self.saved: object = NOT_SAVED  # fingerprint of the data last acknowledged since the end began
+        self.release_sent = False
+        self.released = False  # the store has let go of the user
         self.last_error: Exception | None = None
         self.errors: list[Exception] = []
-        self.attempt: asyncio.Future[ListenerError | None] = loop.create_future()
+        self.attempt: asyncio.Future[Exception | None] = loop.create_future()
         self.task: asyncio.Task[None] | None = None
         self.waiting = 0  # callers who will hear of the attempt
 
@@ -87,7 +103,7 @@ class Drain(Protocol):
     gave_up: bool
 
     def note(self, session: SessionCore, ending: Ending, error: ListenerError | None) -> None:
-        """A session has ended; the error is what its caller gets to see."""
+        """A session has ended; the error is what its listeners raised."""
         ...
 
     def look(self) -> None:
@@ -96,14 +112,40 @@ class Drain(Protocol):
 
 
 class Lifecycle:
-    """All sessions of one manager, and everything that happens to them."""
+    """All sessions of one manager, and everything that happens to them.
 
-    def __init__(self, session_type: type[SessionCore], options: Options, clock: Clock) -> None:
+    Saves go to `store`, if there is one, as `encoding` writes them and in the name of `owner`; to listeners otherwise.
+    """
+
+    def __init__(
+        self,
+        session_type: type[SessionCore],
+        options: Options,
+        clock: Clock,
+        store: Store | None = None,
+        encoding: Encoding | None = None,
+        owner: str = "",
+    ) -> None:
         self.options = options
         self.clock = clock
+        self.owner = owner
+        self.ownership: Any = None
+        """What is done with users of the store; it stands above this room."""
         self.listeners = Listeners(MANAGER_EVENTS)
-        self.table = SessionTable(session_type, self, seed=random.getrandbits(64))
-        self.autosave = Autosave(self.table, clock, options, self)
+        self.table = SessionTable(session_type, self, seed=random.getrandbits(64), stored=store is not None)
+        self.gateway: StoreGateway | None = None
+        self.store_saver: StoreSaver | None = None
+        saver: Saver
+        if store is None:
+            saver = ListenerSaver(self.table, self)
+        else:
+            self.gateway = StoreGateway(store, clock, options.save_timeout, self.say)
+            saver = self.store_saver = StoreSaver(
+                self.table, self.gateway, encoding or Encoding(), clock, options, self, owner
+            )
+        self.autosave = Autosave(self.table, clock, options, self, saver)
+        if self.store_saver is not None:
+            self.store_saver.bind(self.autosave.kick)
         self.endings: dict[SessionCore, Ending] = {}
         self.ends_at_work = 0
         self.ends_announcing = 0
@@ -112,7 +154,7 @@ class Lifecycle:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: dict[SessionCore, asyncio.Future[EndReason]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._reports: deque[tuple[Exception, SessionCore | None]] = deque()
+        self._reports: deque[tuple[str, tuple[object, ...]]] = deque()
         self._reporter: asyncio.Task[None] | None = None
 
     # The loop
@@ -126,6 +168,8 @@ class Lifecycle:
             self._loop = loop
             self.table.bind_thread()
             self.autosave.bind(loop)
+            if self.gateway is not None:
+                self.gateway.bind(loop)
         return loop
 
     def spawn(self, work: Coroutine[Any, Any, T], name: str, context: Context | None = None) -> asyncio.Task[T]:
@@ -159,23 +203,28 @@ class Lifecycle:
             self.say("error", "%s", error)
         else:
             self.say("error", "user %r: %s", session.user_id, _summary(error))
-        if self.closed or not self.listeners.has("error") or len(self._reports) >= LONGEST_REPORT_QUEUE:
+        self._announce("error", error, session)
+
+    def _announce(self, name: str, *args: object) -> None:
+        """Have a task emit an event that nobody waits for."""
+        if self.closed or not self.listeners.has(name) or len(self._reports) >= LONGEST_REPORT_QUEUE:
             return
-        self._reports.append((error, session))
+        self._reports.append((name, args))
         if self._reporter is None or self._reporter.done():
             self._reporter = self.spawn(self._report_all(), "error events")
 
     async def _report_all(self) -> None:
         while self._reports:
             errors: list[Exception] = []
-            await self.listeners.call("error", self._reports.popleft(), errors)
+            name, args = self._reports.popleft()
+            await self.listeners.call(name, args, errors)
             for error in errors:
-                self.say("error", "a listener of 'error' raised: %s", _summary(error))
+                self.say("error", "a listener of %r raised: %s", name, _summary(error))
 
     # Saving
 
     def can_save(self) -> bool:
-        return self.listeners.has("persist_user_data")
+        return self.gateway is not None or self.listeners.has("persist_user_data")
 
     def require_saver(self) -> None:
         if not self.can_save():
@@ -195,6 +244,8 @@ class Lifecycle:
     def fingerprint(self, session: SessionCore) -> object:
         """Bytes that change when the data does, or `UNSEEN` for data that is not JSON, whose changes cannot be seen."""
         data = session.user_data
+        if self.store_saver is not None:
+            return self.store_saver.fingerprint(data)
         if not is_plain(data):
             return UNSEEN  # a serialiser may call different values equal, or crash on them
         try:
@@ -202,18 +253,19 @@ class Lifecycle:
         except TypeError:  # a lone surrogate, or an int of more than 64 bits
             return UNSEEN
 
-    async def persist(self, session: SessionCore) -> None:
+    async def persist(self, session: SessionCore) -> Receipt | None:
         self.enter()
         if self.table.state(session) == "gone":
             raise SessionEndedError(f"the session has ended, or is past its last save ({session!r})")
         if session.user_id is None:
-            return
+            return None
         self.require_saver()
-        error = await self._save_waiting(session)
-        if error is not None:
-            raise _again(error)
+        outcome = await self._save_waiting(session)
+        if isinstance(outcome, Exception):
+            raise _again(outcome)
+        return outcome
 
-    async def _save_waiting(self, session: SessionCore) -> Exception | None:
+    async def _save_waiting(self, session: SessionCore) -> Outcome:
         target = Wait(session, is_save=True)
         if would_deadlock(target):
             raise WouldDeadlockError("this listener would wait for a save that waits for this listener")
@@ -239,17 +291,18 @@ class Lifecycle:
                     continue
                 total += 1
                 try:
-                    error = await self._save_waiting(session)
+                    outcome = await self._save_waiting(session)
                 except WouldDeadlockError as refused:
-                    error = refused
-                if error is not None:
-                    failures.append((session.user_id, _again(error)))
+                    outcome = refused
+                if isinstance(outcome, Exception):
+                    failures.append((session.user_id, _again(outcome)))
 
         with self.table.oldest_first() as oldest_first:
             others = (session for session in oldest_first if session not in under_way)
             walk = chain(list(under_way), others)
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(self.options.max_in_flight, self.table.counters.identified)):
+                most = self.options.max_in_flight if self.gateway is None else MOST_SAVES_ASKED
+                for _ in range(min(most, self.table.counters.identified)):
                     group.create_task(save_some(walk))
         if failures:
             user_ids = [user_id for user_id, _ in failures]
@@ -263,11 +316,11 @@ class Lifecycle:
 
     async def create(self, key: str | None, replace: bool) -> SessionCore:
         self.enter()
-        self._refuse_if_closed()
+        self.refuse_if_closed()
         if replace and key is not None:
             while (older := self.table.find_by_key(key)) is not None:
-                await self._replace(older)
-                self._refuse_if_closed()
+                await self.replace(older)
+                self.refuse_if_closed()
         session = self.table.create(key)
         if self.listeners.has("created"):
             errors: list[Exception] = []
@@ -281,7 +334,7 @@ class Lifecycle:
                 if ending is not None:
                     await self._join(session, ending)
                 raise listener_error("created", errors)
-            self._refuse_if_ending(session)
+            self.refuse_if_ending(session)
         return session
 
     def _abort_creation(self, session: SessionCore) -> Ending | None:
@@ -290,7 +343,7 @@ class Lifecycle:
             ending = self.begin_end(session, persist=False, reason=EndReason.CREATE_FAILED)
         return ending
 
-    async def _replace(self, older: SessionCore) -> None:
+    async def replace(self, older: SessionCore) -> None:
         """Save a session while it is live, and if that failed raise and leave it so; then end it."""
         if older.user_id is None or not self.can_save():
             await self.end(older, False, EndReason.REPLACED)
@@ -300,7 +353,7 @@ class Lifecycle:
 
     async def start(self, session: SessionCore) -> None:
         self.enter()
-        self._refuse_if_ending(session)
+        self.refuse_if_ending(session)
         errors: list[Exception] = []
         await self.emit("started", session, errors=errors)
         if errors:
@@ -308,20 +361,28 @@ class Lifecycle:
 
     async def set_user(self, session: SessionCore, user_id: int | str, user_data: object) -> None:
         self.enter()
-        self._refuse_if_ending(session)
+        self.refuse_if_ending(session)
+        if self.gateway is not None:
+            raise StoreModeError(
+                "this manager has a store: `await session.login(user_id, default=...)` loads the user's data and "
+                "identifies in one step"
+            )
         check_user_id(user_id, self.options.user_id)
-        self._refuse_if_closed()
+        self.refuse_if_closed()
         self.autosave.identify(session, user_id, user_data)
+        await self.emit_identified(session, user_id, user_data)
+
+    async def emit_identified(self, session: SessionCore, user_id: int | str, user_data: object) -> None:
         errors: list[Exception] = []
         await self.emit("identified", session, user_id, user_data, errors=errors)
         if errors:
             raise listener_error("identified", errors)
 
-    def _refuse_if_closed(self) -> None:
+    def refuse_if_closed(self) -> None:
         if self.drain is not None:
             raise ManagerClosedError("this manager is being destroyed, or has been: it takes nobody new")
 
-    def _refuse_if_ending(self, session: SessionCore) -> None:
+    def refuse_if_ending(self, session: SessionCore) -> None:
         if self.table.is_ending(session):
             raise SessionEndedError(f"the session has ended, or is ending ({session!r})")
 
@@ -330,9 +391,12 @@ class Lifecycle:
     async def end(self, session: SessionCore, persist: bool | None, reason: EndReason = EndReason.DESTROYED) -> None:
         """End a session, or join its end. Raises what the listeners and the last save raised.
 
-        `persist` of None asks for nothing: a new end makes no save, one under way keeps what was asked of it.
+        `persist` of None asks for a save where there is a store, and for nothing where there is not: a new end makes no
+        save then, one under way keeps what was asked of it.
         """
         self.enter()
+        if persist is None and self.gateway is not None:
+            persist = True
         if session.end_reason is not None:
             return
         ending = self.endings.get(session)
@@ -342,6 +406,8 @@ class Lifecycle:
         if ending is None:
             if not wants_save and self.end_at_once(session, reason):
                 return
+            if wants_save:
+                self._refuse_if_unsavable(session)
             ending = self.begin_end(session, wants_save, reason)
         elif ending.parked:
             if persist is not None:
@@ -356,7 +422,13 @@ class Lifecycle:
         if comes_too_late:
             raise SessionEndedError(f"the session was past its last save, and ended without one ({session!r})")
 
-    async def _join(self, session: SessionCore, ending: Ending) -> ListenerError | None:
+    def _refuse_if_unsavable(self, session: SessionCore) -> None:
+        """Better to leave a session live than to hide it with data that cannot be saved."""
+        if self.store_saver is not None and (refusal := self.store_saver.refusal(session)) is not None:
+            refusal.add_note("the session is live as before; mend its user_data, or destroy it with persist=False")
+            raise refusal
+
+    async def _join(self, session: SessionCore, ending: Ending) -> Exception | None:
         """Wait for an attempt to end a session; inside a listener that it waits for itself, do not."""
         target = Wait(session, is_save=False)
         if would_deadlock(target):
@@ -374,6 +446,7 @@ class Lifecycle:
             self.is_heard("before_destroy", session)
             or self.is_heard("destroy", session)
             or self.table.state(session) not in ("none", "idle", "due")
+            or self._is_to_be_released(session)
         ):
             return False
         self.table.begin_end(session)
@@ -385,6 +458,7 @@ class Lifecycle:
         """Start to end a live session; a parked one is hidden, and somebody else sees to the rest."""
         assert self._loop is not None
         self.table.begin_end(session)
+        self.autosave.hasten(session)
         ending = self.endings[session] = Ending(persist, reason, self._loop)
         ending.parked = parked
         if not parked:
@@ -417,17 +491,59 @@ class Lifecycle:
             self._forget(session, ending)
         self.finish(session, ending)
 
-    def settled(self, session: SessionCore, error: Exception | None, fingerprint: object) -> None:
+    def settled(self, session: SessionCore, error: Exception | None, flight: Flight) -> None:
         ending = self.endings.get(session)
         if ending is None:
             return
         if error is None:
-            ending.saved = NOT_SAVED if fingerprint is None else fingerprint
+            ending.saved = NOT_SAVED if flight.fingerprint is None else flight.fingerprint
+            ending.released = flight.releases
             if ending.parked:
                 self.resume(session, ending)
         else:
             ending.saved = NOT_SAVED
             ending.last_error = error
+
+    # What the store has to say about a session
+
+    def is_last_save(self, session: SessionCore) -> bool:
+        ending = self.endings.get(session)
+        return ending is not None and (ending.decided or ending.parked) and self._is_to_be_released(session)
+
+    def _is_to_be_released(self, session: SessionCore) -> bool:
+        """Whether other processes wait for this one to let go of the user."""
+        return self.gateway is not None and self.gateway.store.shared and session.user_id is not None
+
+    def release_sent(self, session: SessionCore) -> None:
+        self.endings[session].release_sent = True
+
+    def was_released(self, session: SessionCore) -> bool:
+        ending = self.endings.get(session)
+        return ending is not None and ending.release_sent
+
+    def unsavable(self, session: SessionCore, error: UnsavableError) -> None:
+        self.say("error", "%s", error)
+        self._announce("unsavable", session, error)
+
+    def lost(self, session: SessionCore, error: FencedError | UserErasedError) -> None:
+        """The store takes nothing more of a session: it ends unsaved."""
+        self.report(error, session)
+        self.end_unsaved(session, error)
+
+    def end_unsaved(self, session: SessionCore, error: FencedError | UserErasedError) -> None:
+        """End a session in whose name nothing is to be written any more."""
+        reason = EndReason.FENCED if isinstance(error, FencedError) else EndReason.ERASED
+        if self.table.state(session) == "gone":
+            return
+        ending = self.endings.get(session)
+        if ending is None:
+            ending = self.begin_end(session, persist=False, reason=reason, parked=True)
+        ending.persist = False
+        ending.reason = reason
+        ending.last_error = error
+        ending.released = True  # there is nothing left to let go of
+        if ending.parked:
+            self.resume(session, ending)
 
     async def _end(self, session: SessionCore, ending: Ending) -> None:
         """The steps of an end, from wherever the last attempt stopped."""
@@ -444,7 +560,7 @@ class Lifecycle:
                     self.ends_at_work += 1
                     if self.drain is not None:
                         self.drain.look()
-        error = await self.autosave.settle(session)
+        outcome = await self.autosave.settle(session)
         if self.endings.get(session) is not ending:
             return  # ended by force meanwhile
         ending.decided = True
@@ -452,19 +568,35 @@ class Lifecycle:
             ending.saved = NOT_SAVED  # it may have changed since
         if ending.persist:
             error = await self._save_last(session, ending)
-            if error is not None:
+            if error is not None and ending.persist:
                 ending.last_error = error
-                if not self._gave_up():
+                if not self._is_hopeless(error):
                     self._park(session, ending, error)
                     return
                 ending.reason = EndReason.UNSAVED
-        elif error is not None:
-            self.report(error, session)
+        elif isinstance(outcome, Exception) and ending.reason not in _LOSSES:
+            self.report(outcome, session)
+        if self._is_to_be_released(session) and not ending.released:
+            await self._release(session)
+        if self.endings.get(session) is not ending:
+            return
         self._forget(session, ending)
         with listening(Wait(session, is_save=False), self):
             await self.emit("destroy", session, errors=ending.errors)
         if self.endings.get(session) is ending:
             self.finish(session, ending)
+
+    def _is_hopeless(self, error: Exception) -> bool:
+        """Whether a last save that has failed is not worth another attempt."""
+        return self._gave_up() or (self.drain is not None and isinstance(error, UnsavableError))
+
+    async def _release(self, session: SessionCore) -> None:
+        """Let go of a user that no save lets go of."""
+        assert self.gateway is not None and session.user_id is not None
+        try:
+            await self.gateway.ask(self.gateway.store.release, session.user_id, self.table.epoch(session), self.owner)
+        except Exception as error:
+            self.report(error, session)  # other nodes wait until this one is dead
 
     async def _save_last(self, session: SessionCore, ending: Ending) -> Exception | None:
         """Save a session that is being ended, again while its data changes meanwhile: what went wrong, if anything."""
@@ -473,9 +605,9 @@ class Lifecycle:
                 return None
             if self._gave_up():
                 return ending.last_error or self.autosave.gave_up
-            error = await self.autosave.settle(session, await self.autosave.save(session))
-            if error is not None:
-                return error
+            outcome = await self.autosave.settle(session, await self.autosave.save(session))
+            if isinstance(outcome, Exception):
+                return outcome
         self.say(
             "warning",
             "user %r: the data goes on changing while the session ends; save number %d is the last",
@@ -492,19 +624,37 @@ class Lifecycle:
         self.ends_at_work -= 1
         ending.parked = True
         ending.decided = False
-        errors = [*ending.errors, *(error.exceptions if isinstance(error, ListenerError) else [error])]
-        failed = listener_error("persist_user_data", errors)
-        failed.add_note("the session is hidden and keeps its user; its last save is tried again until it succeeds")
+        failed = self._tell_of_parking(session, ending, error)
         if ending.waiting:
             ending.errors = []
             ending.attempt.set_result(failed)
         else:
             ending.attempt.set_result(None)
-            self.report(failed, session)
+            if self.drain is None:  # it reports in the end who was not saved, all at once
+                self.report(failed, session)
         if not ending.waiting:
             _drop_tracebacks(error)  # what waits for the store is to be small
         if self.drain is not None:
             self.drain.look()
+
+    def _tell_of_parking(self, session: SessionCore, ending: Ending, error: Exception) -> Exception:
+        """What a caller hears of a last save that failed."""
+        note = "the session is hidden and keeps its user; its last save is tried again until it succeeds"
+        if self.gateway is None:
+            parts = error.exceptions if isinstance(error, ListenerError) else [error]
+            failed = listener_error("persist_user_data", [*ending.errors, *parts])
+            failed.add_note(note)
+            return failed
+        if ending.errors:
+            self.report(listener_error("before_destroy", ending.errors), session)
+            ending.errors = []
+        if isinstance(error, UnsavableError):
+            return UnsavableError(f"{error}; {note}", user_id=error.user_id, path=error.path)
+        unavailable = StoreUnavailableError(
+            f"the last save of user {session.user_id!r:.80} was not acknowledged; {note}"
+        )
+        unavailable.__cause__ = error
+        return unavailable
 
     def _forget(self, session: SessionCore, ending: Ending) -> None:
         if self.drain is not None:
@@ -516,16 +666,20 @@ class Lifecycle:
         del self.endings[session]
         self.ends_at_work -= not ending.parked
         self._let_go(session, ending.reason)
-        error = listener_error("destroy", ending.errors) if ending.errors else None
-        if ending.reason is EndReason.UNSAVED and ending.last_error is not None:
+        error: Exception | None = listener_error("destroy", ending.errors) if ending.errors else None
+        if ending.reason is EndReason.UNSAVED and ending.last_error is not None and self.gateway is None:
             error = ListenerError(
                 "the last save had not succeeded when the manager's deadline passed",
                 [ending.last_error, *ending.errors],
             )
+        elif ending.last_error is not None and ending.reason in _LOSSES:
+            if error is not None:
+                self.report(error, session)
+            error = ending.last_error
         if not ending.attempt.done():
             ending.attempt.set_result(error)
-        if error is not None and not ending.waiting and self.drain is None:
-            self.report(error, session)
+        if error is not None and error is not ending.last_error and not ending.waiting and self.drain is None:
+            self.report(error, session)  # what the store had to say has been reported when it said it
         if self.drain is not None:
             if ending.errors:
                 self.drain.note(session, ending, listener_error("destroy", ending.errors))
@@ -535,6 +689,8 @@ class Lifecycle:
         """The very end: the handle is dead from here on."""
         if session._listeners is not None:
             session._listeners.clear()
+        if self.store_saver is not None:
+            self.store_saver.forget(session)
         session._end(reason)
         waiting = self._ended.pop(session, None)
         if waiting is not None and not waiting.done():
@@ -569,9 +725,37 @@ class Lifecycle:
             overdue=self.autosave.overdue()[0],
             oldest_unsaved=None if oldest is None else self.autosave.age(oldest),
             saved=counters.saved,
+            unchanged=0 if self.store_saver is None else self.store_saver.unchanged,
             failed=counters.failed,
+            fenced=0 if self.store_saver is None else self.store_saver.fenced,
+            unsavable=0 if self.store_saver is None else len(self.store_saver.unsavable),
+            store=None if self.gateway is None else self.gateway.name,
+            store_up=self.gateway is None or not self.gateway.down,
+            store_latency=0.0 if self.gateway is None else self.gateway.latency,
             tick_lag=self.autosave.tick_lag / SECOND,
+            slice_overruns=self.autosave.slice_overruns,
         )
+
+    def health(self) -> Health:
+        """See `SessionManager.health`."""
+        if self.closed:
+            return Health("down", "the manager has been destroyed")
+        if self.gateway is not None and self.gateway.down_since is not None:
+            seconds = (self.clock.now() - self.gateway.down_since) / SECOND
+            return Health("down", f"{self.gateway.name} has been down for {seconds:.1f} s: {self.gateway.last_error}")
+        if self.options.interval is not None and self.table.counters.identified and not self.can_save():
+            return Health("down", "nobody listens to 'persist_user_data', and there is no store")
+        found = self.statistics()
+        limit = 2 * (self.options.interval or 0) / SECOND
+        if limit and found.oldest_unsaved is not None and found.oldest_unsaved > limit:
+            return Health("degraded", f"the oldest unsaved state is {found.oldest_unsaved:.1f} s old")
+        if found.overdue:
+            return Health("degraded", f"{found.overdue} saves take longer than the interval")
+        if found.unsavable:
+            return Health("degraded", f"the data of {found.unsavable} users cannot be saved as it is")
+        if self.drain is not None:
+            return Health("degraded", "the manager is being destroyed")
+        return Health("ok", "")
 
 
 def name_some(user_ids: list[int | str]) -> str:

@@ -5,28 +5,34 @@ forgotten. What must not: anything a session does by itself.
 from __future__ import annotations
 
 import os
+import secrets
+import socket
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast, overload
+from typing import Any, Generic, Self, TypeVar, cast, overload
 
 from ._core import Counters
 from .clock import Clock, SystemClock
 from .drain import drain
-from .errors import OptionError
+from .encoding import MAX_BYTES, Encoding
+from .errors import OptionError, UnknownEventError
 from .events import Listener
 from .lifecycle import Lifecycle
-from .options import PERSIST_EVENTS, Duration, known_event, parse_duration, read_options, suggest
-from .records import DrainReport, Statistics
-from .session import Session
+from .options import PERSIST_EVENTS, Duration, known_event, parse_duration, quote, read_options, suggest
+from .ownership import NO_DEFAULT, Ownership
+from .records import DrainReport, Health, Statistics
+from .session import Session, T
+from .stores import Store
 
 __all__ = ["SessionManager", "create"]
 
 AnyListener = TypeVar("AnyListener", bound=Listener)
 
 
-class SessionManager:
-    """Every human on this server.
+class SessionManager(Generic[T]):
+    """Every human on this server, and the saving of their data: by a store, or by the program's own listeners.
 
     Parameters
     ----------
@@ -34,16 +40,32 @@ class SessionManager:
         The settings of the Node package in snake case, as one mapping:
         ``{"user_data": {"persistence": {"interval": "30s", "events": ["disconnect", "shutdown"]}}}``.
         They mean the same as `interval` and `persist_on`.
+    store
+        Where user data is loaded from and saved to, such as ``SQLiteStore("players.db")``. Without one the program
+        loads, and saves in a listener of ``persist_user_data``.
     interval
         How old an unsaved change may become: each user is saved at least this often, at times spread evenly.
-        Seconds, a `timedelta`, or text (``"30s"``, ``"1h30m"``, ``"500ms"``); from 10 ms to 100 years.
-        Without it nothing is saved by itself.
+        Seconds, a `timedelta`, or text (``"30s"``, ``"1h30m"``, ``"500ms"``); from 10 ms to 100 years. With a store
+        30 seconds by default; without one and without this nothing is saved by itself.
     persist_on
-        At which moments the program wants to save besides: any of ``"disconnect"`` and ``"shutdown"``. The program asks
-        with `will_persist_user_data_on`; leaving ``async with`` asks for ``"shutdown"``.
+        At which moments the program wants to save besides: any of ``"disconnect"`` and ``"shutdown"``; with a store
+        both by default. The program asks with `will_persist_user_data_on`; leaving ``async with`` asks for
+        ``"shutdown"``.
     max_in_flight
-        How many saves may be under way at a time. A listener that never returns holds one of them; one that waits for
-        the save of another session lends its own meanwhile.
+        How many saves may be under way at a time: calls of the listener (50), or batches of the store (4). What never
+        returns holds one of them; a listener that waits for the save of another session lends its own meanwhile.
+    encode, decode, schema
+        With a store: a function from the data to a JSON value, one back, and the number of the shape they write, for
+        data that is more than JSON values. `dataclass_codec` and `msgspec_codec` make such functions. A `decode` with a
+        parameter ``schema`` is told the number a body was written with; a higher one than `schema` is refused.
+    max_bytes
+        With a store: the most a user's data may take as JSON; 1 MiB by default.
+    before_save
+        With a store: a plain function that is given the session right before the bytes of its data are fixed, for
+        copying live state into `user_data`.
+    save_timeout
+        With a store: how long `persist_now`, `destroy`, `login` and a single call of the store may take; 10 seconds by
+        default.
     user_id
         ``int`` or ``str`` to accept user ids of that type only.
     log
@@ -60,24 +82,52 @@ class SessionManager:
         options: Mapping[str, Any] | None = None,
         /,
         *,
+        store: Store | None = None,
         interval: Duration | None = None,
         persist_on: Iterable[str] | None = None,
         max_in_flight: int | None = None,
+        encode: Callable[[T], Any] | None = None,
+        decode: Callable[..., T] | None = None,
+        schema: int | None = None,
+        max_bytes: int | None = None,
+        before_save: Callable[[Session[T]], None] | None = None,
+        save_timeout: Duration | None = None,
         user_id: type[int] | type[str] | None = None,
         log: Any = None,
         clock: Clock | None = None,
     ) -> None:
-        checked = read_options(
-            options, interval=interval, persist_on=persist_on, max_in_flight=max_in_flight, user_id=user_id, log=log
+        if store is not None and not isinstance(store, Store):
+            raise OptionError(f"store is a store, such as SQLiteStore('players.db'), not {quote(store)}")
+        codec = {"encode": encode, "decode": decode, "schema": schema, "max_bytes": max_bytes}
+        if store is None:
+            for name, value in codec.items():
+                if value is not None:
+                    raise OptionError(f"{name} needs a store; without one the program turns its data into bytes itself")
+        encoding = Encoding(
+            encode, decode, 0 if schema is None else schema, MAX_BYTES if max_bytes is None else max_bytes
         )
-        self._life = Lifecycle(Session, checked, clock or SystemClock())
+        checked = read_options(
+            options,
+            stored=store is not None,
+            interval=interval,
+            persist_on=persist_on,
+            max_in_flight=max_in_flight,
+            before_save=before_save,
+            save_timeout=save_timeout,
+            user_id=user_id,
+            log=log,
+        )
+        # fresh at each start, so that nobody takes what an earlier process of the same name has claimed for ours
+        owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}"
+        self._life = Lifecycle(Session, checked, clock or SystemClock(), store, encoding, owner)
+        self._life.ownership = self._ownership = Ownership(self._life, encoding)
         self._saves = _Saves()
         self._warning = weakref.finalize(
             self._life, _warn_of_unsaved, self._life.table.counters, self._saves, checked.log, os.getpid()
         )
-        self._saves.configured = checked.interval is not None or bool(checked.persist_on)
+        self._saves.configured = store is not None or checked.interval is not None or bool(checked.persist_on)
 
-    async def create(self, key: str | None = None, *, replace: bool = False) -> Session:
+    async def create(self, key: str | None = None, *, replace: bool = False) -> Session[T]:
         """Make a session, emit ``created`` and return it.
 
         With `key`, a non-empty `str`, `find_by_key` finds it. A key that a live session has raises `KeyTakenError`;
@@ -86,19 +136,58 @@ class SessionManager:
         If a ``created`` listener raises, the session is ended and a `ListenerError` raised. Raises `InvalidKeyError`,
         `ManagerClosedError`. O(1) amortised.
         """
-        return cast(Session, await self._life.create(key, replace))
+        return cast("Session[T]", await self._life.create(key, replace))
 
-    def find_by_key(self, key: str) -> Session | None:
+    async def open(
+        self, user_id: int | str, *, default: T | Callable[[], T] = NO_DEFAULT, when_active: str = "join"
+    ) -> Session[T]:
+        """The live session of a user, or a new one, without a key, with the data the store has.
+
+        Calls for one user that come while it is loaded share the load and get the same session. ``when_active`` says
+        what becomes of a live session: ``"join"`` returns it, ``"replace"`` saves and ends it, ``"refuse"`` raises
+        `UserActiveError`. Otherwise like `create` and `Session.login`, and raises what they raise. Cancelling the call
+        ends the session if nobody else waits for it.
+        """
+        return cast("Session[T]", await self._ownership.open(user_id, default, when_active))
+
+    async def read(self, user_id: int | str) -> T:
+        """A private copy of a user's data: as it is now if they are on this server, else as it is stored.
+
+        Claims nothing, so another server may be changing the data meanwhile. Raises `InvalidUserIdError`,
+        `UserNotFoundError`, `EncodingError` for live data that cannot be saved, `CorruptRecordError`,
+        `NewerSchemaError`, `StoreUnavailableError`, `StoreModeError` without a store. O(size).
+        """
+        return cast(T, await self._ownership.read(user_id))
+
+    def edit(self, user_id: int | str, *, default: T | Callable[[], T] = NO_DEFAULT) -> AbstractAsyncContextManager[T]:
+        """Change a user's data in place, wherever they are: ``async with manager.edit("alice") as data: ...``.
+
+        For a user on this server `data` is the live object, and leaving the block saves it like `persist_now`. Anybody
+        else is claimed and loaded, and when the block is left written and let go of; a login of the same user waits for
+        that. If the block raises nothing is written, but what it has changed in live data stays changed. `default` is
+        as in `Session.login`. Raises what `Session.login` and `Session.persist_now` raise.
+        """
+        return self._ownership.edit(user_id, default)
+
+    async def erase(self, user_id: int | str) -> bool:
+        """Remove a user's data from the store for good, and end their session unsaved: whether there was any data.
+
+        A tombstone stays, so that nothing late is written; who logs in again is new. Raises `OwnedElsewhereError` while
+        the user is on another server; `InvalidUserIdError`, `StoreUnavailableError`, `StoreModeError` without a store.
+        """
+        return await self._ownership.erase(user_id)
+
+    def find_by_key(self, key: str) -> Session[T] | None:
         """The live session with that key, or None. Raises `InvalidKeyError` for what is not a `str`. O(1)."""
-        return cast("Session | None", self._life.table.find_by_key(key))
+        return cast("Session[T] | None", self._life.table.find_by_key(key))
 
-    def find_by_user(self, user_id: int | str) -> Session | None:
+    def find_by_user(self, user_id: int | str) -> Session[T] | None:
         """The live session of that user, or None. Raises `InvalidUserIdError`. O(1)."""
-        return cast("Session | None", self._life.table.find_by_user(user_id))
+        return cast("Session[T] | None", self._life.table.find_by_user(user_id))
 
-    def sessions(self) -> list[Session]:
+    def sessions(self) -> list[Session[T]]:
         """All sessions, those that are ending included, in no order. O(n): not for every message."""
-        return cast("list[Session]", self._life.table.sessions_now())
+        return cast("list[Session[T]]", self._life.table.sessions_now())
 
     def __len__(self) -> int:
         """How many sessions there are, those that are ending included. O(1)."""
@@ -117,7 +206,7 @@ class SessionManager:
         return known_event(name, PERSIST_EVENTS) in self._life.options.persist_on
 
     async def persist_all_user_data(self) -> None:
-        """Save every user who is there now, each once, oldest save first, `max_in_flight` at a time.
+        """Save every user who is there now, each once, oldest save first; with a store in batches.
 
         Who joins meanwhile is not waited for; who is leaving is saved by their own `destroy`. Raises `UnsavedError`
         with the `user_ids` that could not be saved when all others are, and `NothingSavesError` without a listener.
@@ -129,14 +218,23 @@ class SessionManager:
         """What the manager is doing at this instant. O(1), plus one step for each save under way."""
         return self._life.statistics()
 
+    def health(self) -> Health:
+        """Whether users are being saved as they should: ``"ok"``, ``"degraded"`` or ``"down"``, and why.
+
+        False in a condition when it is down. Down: the store does not answer, nobody saves, or the manager has been
+        destroyed. Degraded: something unsaved is older than two intervals, saves take longer than the interval, or some
+        data cannot be saved as it is. O(1), plus one step for each save under way.
+        """
+        return self._life.health()
+
     async def destroy(self, persist: bool | None = None, *, deadline: Duration = "25s") -> DrainReport:
         """End all sessions and the manager itself, and return how it went.
 
-        Nobody new is admitted from now on; what is under way is awaited; with `persist` (False unless given) every
-        user's last save is made, oldest first, `max_in_flight` at a time, and tried again when it fails. Whoever is not
-        saved when `deadline` has passed is ended unsaved and named in the `DrainError` that is raised then: its
-        ``report`` is the `DrainReport`. Listeners of ``destroy`` may run for one second more. A save that is
-        under way by then is left to itself.
+        Nobody new is admitted from now on; what is under way is awaited; with `persist` (unless given: True with a
+        store, False without) every user's last save is made, oldest first, and tried again when it fails; then the
+        store is closed. Whoever is not saved when `deadline` has passed is ended unsaved and named in the `DrainError`
+        that is raised then: its ``report`` is the `DrainReport`. Listeners of ``destroy`` may run for one second more.
+        A save that is under way by then is left to itself.
 
         Calls that come later join the first. Inside a listener that this end waits for, or in a task that such a
         listener has started, the call returns at once.
@@ -144,19 +242,24 @@ class SessionManager:
         changes.
         """
         longest = parse_duration(deadline, "deadline", shortest=0)
+        if persist is None:
+            persist = self._life.gateway is not None
         report = await drain(self._life, bool(persist), longest)
         if self._life.closed:
             self._warning.detach()
         return report
 
     async def __aenter__(self) -> Self:
+        """Bind the loop and open the store; raises what `Store.open` raises."""
         self._life.enter()
+        if self._life.gateway is not None:
+            await self._life.gateway.open()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Destroy the manager; users are saved if `persist_on` has ``"shutdown"``."""
+        """Destroy the manager; users are saved if `persist_on` has ``"shutdown"``, which with a store it has."""
         await self.destroy(self.will_persist_user_data_on("shutdown"))
 
     @overload
@@ -168,8 +271,9 @@ class SessionManager:
 
         The events and what their listeners receive: ``created`` (session), ``started`` (session), ``identified``
         (session, user_id, user_data), ``persist_user_data`` (session), ``before_destroy`` (session), ``destroy``
-        (session), ``error`` (error, session or None). Listeners run one at a time in the order of registration, each
-        awaited before the next; one that raises stops no other.
+        (session), ``error`` (error, session or None), ``unsavable`` (session, error). With a store there is no
+        ``persist_user_data``; ``before_save=`` is what comes closest. Listeners run one at a time in the order of
+        registration, each awaited before the next; one that raises stops no other.
 
         A ``persist_user_data`` listener turns `session.user_data` into bytes first, before its first await, and then
         writes them: the data goes on changing while the write is under way.
@@ -199,13 +303,18 @@ class SessionManager:
 
     def _add(self, name: str, listener: Listener, *, once: bool) -> None:
         self._life.table.require_thread()
+        if name == "persist_user_data" and self._life.gateway is not None:
+            raise UnknownEventError(
+                "a manager with a store saves by itself and emits no 'persist_user_data'; to copy live state into the "
+                "data right before it is saved, give SessionManager a function before_save="
+            )
         self._life.listeners.add(name, listener, once=once)
         if name == "persist_user_data":
             self._saves.configured = True
             self._life.autosave.kick()
 
 
-def create(apis: Mapping[str, Any] | None = None, options: Mapping[str, Any] | None = None) -> SessionManager:
+def create(apis: Mapping[str, Any] | None = None, options: Mapping[str, Any] | None = None) -> SessionManager[Any]:
     """Make a `SessionManager` the way the Node package does.
 
     `apis` may hold ``"log"``, a logger; `options` is the nested mapping of `SessionManager`. Raises `OptionError`.

@@ -7,6 +7,7 @@ Whatever is not understood is an error that quotes it. A default is never put in
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 import math
 import re
@@ -43,6 +44,8 @@ class Options:
     interval: int | None = None
     persist_on: frozenset[str] = frozenset()
     max_in_flight: int = 50
+    save_timeout: int = 10 * SECOND
+    before_save: Callable[[Any], object] | None = None
     user_id: type[int] | type[str] | None = None
     log: Any = field(default_factory=lambda: logging.getLogger("cagey_sessions"))
 
@@ -107,7 +110,15 @@ def known_event(name: object, known: Collection[str]) -> str:
     return name
 
 
-def read_options(nested: object, **given: Any) -> Options:
+WITH_A_STORE: Mapping[str, Any] = {
+    "interval": 30 * SECOND,
+    "persist_on": frozenset(PERSIST_EVENTS),
+    "max_in_flight": 4,
+}
+"""The defaults that are others where a store saves; what is in flight there are batches."""
+
+
+def read_options(nested: object, *, stored: bool = False, **given: Any) -> Options:
     """Check all settings of a manager: those given by keyword (None: not given) and those of the nested mapping.
 
     Raises `OptionError` for an unknown name, a value that cannot be used, or a setting given twice.
@@ -117,7 +128,13 @@ def read_options(nested: object, **given: Any) -> Options:
             raise OptionError(f"{name!r} is given twice: by keyword, and in the mapping of options")
         given[name] = value
     checked: dict[str, Any] = {name: _CHECKS[name](value) for name, value in given.items() if value is not None}
-    return Options(**checked)
+    if not stored:
+        for name in ("before_save", "save_timeout"):
+            if name in checked:
+                raise OptionError(
+                    f"{name} needs a store; without one, a listener of 'persist_user_data' does the saving"
+                )
+    return Options(**({**WITH_A_STORE, **checked} if stored else checked))
 
 
 def _flatten(nested: object) -> dict[str, Any]:
@@ -162,6 +179,18 @@ def _max_in_flight(value: object) -> int:
     return value
 
 
+def _save_timeout(value: object) -> int:
+    return parse_duration(value, "save_timeout", shortest=SHORTEST_INTERVAL)
+
+
+def _before_save(value: object) -> object:
+    if not callable(value):
+        raise OptionError(f"before_save is a function that is given the session, not {quote(value)}")
+    if inspect.iscoroutinefunction(value) or inspect.isgeneratorfunction(value):
+        raise OptionError("before_save is a plain function: nothing may come between it and the bytes that are saved")
+    return value
+
+
 def _user_id(value: object) -> object:
     if value is not int and value is not str:
         raise OptionError(f"user_id is the type of all user ids, int or str, not {quote(value)}")
@@ -180,6 +209,8 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "interval": _interval,
     "persist_on": _persist_on,
     "max_in_flight": _max_in_flight,
+    "save_timeout": _save_timeout,
+    "before_save": _before_save,
     "user_id": _user_id,
     "log": _log,
 }

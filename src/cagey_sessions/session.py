@@ -5,26 +5,41 @@ core's) and the steps of its life (those are lifecycle's).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from ._core import SessionCore
 from .events import SESSION_EVENTS, Listener, Listeners
 from .lifecycle import Lifecycle
-from .records import EndReason
+from .ownership import NO_DEFAULT, Ownership
+from .records import EndReason, Receipt
 
 __all__ = ["Session"]
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    T = TypeVarWithDefault("T", default=Any)
+else:
+    T = TypeVar("T")
+"""What the user data of a program is; without `decode` a type checker takes it for anything."""
 AnyListener = TypeVar("AnyListener", bound=Listener)
 
 
-class Session(SessionCore):
+class Session(SessionCore, Generic[T]):
     """One human on this server, from `SessionManager.create` to `destroy`.
 
-    `key` is what the session can be found by, or None; `user_id` and `user_data` are set by `set_user`. `set` and `get`
-    keep live objects beside them that are never saved.
+    `key` is what the session can be found by, or None; `user_id` and `user_data` are set by `login`, or without a store
+    by `set_user`. `set` and `get` keep live objects beside them that are never saved.
     """
 
     __slots__ = ()
+
+    if TYPE_CHECKING:
+
+        @property
+        def user_data(self) -> T: ...
+        @user_data.setter
+        def user_data(self, value: T) -> None: ...
 
     async def start(self) -> None:
         """Emit ``started``, on the manager and on the session: the program may begin to talk to this human.
@@ -34,8 +49,30 @@ class Session(SessionCore):
         host: Lifecycle = self._host
         await host.start(self)
 
-    async def set_user(self, user_id: int | str, user_data: object) -> None:
-        """Say who this human is and hand over their data; from now on it is saved. Emits ``identified``.
+    async def login(
+        self, user_id: int | str, *, default: T | Callable[[], T] = NO_DEFAULT, when_active: str = "replace"
+    ) -> None:
+        """Say who this human is, and have the store load their data; from now on it is saved. Emits ``identified``.
+
+        The store is asked for the user, so that no other node has them; the data is decoded; then `user_id` and
+        `user_data` are set in one step. `default` is the data of a user the store does not know: a value, of which each
+        user gets a copy, or a plain function that makes one. A user who has a live session on this server gets this
+        one in its place once the older one is saved (``when_active="replace"``), or the call raises (``"refuse"``).
+        While the store is down the call waits for `save_timeout`. Cancelling it identifies nobody.
+
+        Raises before anything changes: `InvalidUserIdError`, `OptionError`, `AlreadyIdentifiedError`,
+        `SessionEndedError`, `ManagerClosedError`, `EncodingError` for a `default` that cannot be saved, and
+        `StoreModeError` without a store. Raises and leaves the session anonymous: `UserNotFoundError` without a
+        default, `OwnedElsewhereError`, `UserActiveError`, `CorruptRecordError`, `NewerSchemaError`,
+        `StoreUnavailableError`, and what the save of the older session raised, which stays live then. Raises
+        `ListenerError` with what the listeners raised, and then the user stays set. O(size of the data), and a call of
+        the store.
+        """
+        ownership: Ownership = self._host.ownership
+        await ownership.login(self, user_id, default, when_active)
+
+    async def set_user(self, user_id: int | str, user_data: T) -> None:
+        """Without a store: say who this human is and hand over their data. Emits ``identified``.
 
         `user_data` is kept as it is: change it in place. Call this with data loaded *after* the user's last session
         has ended, else its last save would be overwritten by something older; that is why a user with a session,
@@ -48,35 +85,41 @@ class Session(SessionCore):
         host: Lifecycle = self._host
         await host.set_user(self, user_id, user_data)
 
-    async def persist_now(self) -> None:
-        """Save the user's data as it is now, and return when that is done.
+    async def persist_now(self) -> Receipt | None:
+        """Save the user's data as it is now, and return when that is done: the store's `Receipt`.
 
         A call that comes while a save is under way waits for a later one; callers that wait for the same save share
-        it. Without a user there is nothing to save, and nothing happens. Cancelling the call stops the waiting, not
-        the save.
+        it, and with a store those of one turn of the loop share a batch. Without a user there is nothing to save, and
+        nothing happens. Returns None then, and where a listener saves. Cancelling the call stops the waiting, not the
+        save.
 
-        Raises `ListenerError` with what the ``persist_user_data`` listeners raised (the data stays due),
-        `NothingSavesError` without such a listener, `SessionEndedError`, and `WouldDeadlockError` inside a listener
-        that this very save would wait for.
+        With a store attempts that fail are repeated meanwhile; raises `StoreUnavailableError` when none has succeeded
+        within `save_timeout` (the data stays due), `UnsavableError` for data that cannot be saved as it is,
+        `FencedError` and `UserErasedError` when the session has lost its user. Without one raises `ListenerError` with
+        what the ``persist_user_data`` listeners raised (the data stays due), and `NothingSavesError` without such a
+        listener. Raises `SessionEndedError`, and `WouldDeadlockError` inside a listener that this very save would wait
+        for.
         """
         host: Lifecycle = self._host
-        await host.persist(self)
+        return await host.persist(self)
 
     async def destroy(self, persist: bool | None = None) -> None:
-        """End the session: ``before_destroy``, the last save if `persist`, ``destroy``.
+        """End the session: ``before_destroy``, the last save if `persist` (by default with a store), ``destroy``.
 
         The session is hidden from its key at once; its user stays taken until the last save is acknowledged, and that
-        save is repeated if the data changed meanwhile (data that is not JSON: its changes cannot be seen). Calls that
-        come later join the first, and one that asks for a save still gets it as long as the last save has not been
-        passed over. Without `persist` nothing is saved, unless an earlier call has asked for it. After the end the call
-        does nothing. Inside a listener that this end waits for, or in a task that such a listener has started, it
-        cannot wait itself, and returns at once. Cancelling the call stops the waiting, not the end.
+        save is repeated if the data changed meanwhile (without a store and data that is not JSON: its changes cannot be
+        seen). Calls that come later join the first, and one that asks for a save still gets it as long as the last save
+        has not been passed over. Without `persist` nothing is saved, unless an earlier call has asked for it. After the
+        end the call does nothing. Inside a listener that this end waits for, or in a task that such a listener has
+        started, it cannot wait itself, and returns at once. Cancelling the call stops the waiting, not the end.
 
-        Raises `ListenerError`: with what the listeners of the two events raised, and then the session has ended all the
-        same; or with what the last save raised, and then it stays hidden, keeps its user, and is tried again until it
-        is saved: call once more to try at once, or with ``persist=False`` to let the data go. Raises
-        `NothingSavesError` before anything changes if nobody would perform the save, and `SessionEndedError` if it is
-        asked for too late.
+        Raises `ListenerError` with what the listeners of the two events raised, and then the session has ended all the
+        same. If the last save fails, raises what it raised (`StoreUnavailableError` with a store, after `save_timeout`;
+        `ListenerError` without); then the session stays hidden, keeps its user, and is tried again until it is saved:
+        call once more to try at once, or with ``persist=False`` to let the data go. Raises `UnsavableError` before
+        anything changes if the data cannot be saved as it is, `NothingSavesError` if nobody would perform the save, and
+        `SessionEndedError` if it is asked for too late. Raises `FencedError` or `UserErasedError` if the session has
+        lost its user meanwhile and ended unsaved.
         """
         host: Lifecycle = self._host
         await host.end(self, persist)

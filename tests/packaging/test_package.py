@@ -17,11 +17,14 @@ FLOORS = [
     {"_version", "records", "clock"},
     {"errors"},
     {"_core"},
-    {"options", "waits", "encoding", "stores"},
+    {"stores", "encoding"},
+    {"options", "waits"},
     {"events"},
-    {"autosave"},
+    {"autosave", "gateway"},
+    {"writebehind"},
     {"lifecycle"},
-    {"session", "drain"},
+    {"ownership", "drain"},
+    {"session"},
     {"manager"},
     {"__init__"},
     {"demo"},
@@ -89,7 +92,7 @@ def test_only_two_dependencies_are_required():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {requirement.split(">")[0] for requirement in project["dependencies"]}
     assert names == {"orjson", "pytimeparse"}
-    assert {"uvloop", "demo", "test", "dev"} <= set(project["optional-dependencies"])
+    assert {"uvloop", "postgres", "demo", "test", "dev"} <= set(project["optional-dependencies"])
 
 
 def test_importing_the_package_imports_no_extra():

@@ -13,6 +13,7 @@ import random
 import secrets
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ PACE = 0.2
 """Seconds between two actions of a bot, on average."""
 PURCHASE = 0.1
 DROP = 0.02
-"""Chances that an action is a purchase, and that the bot drops its connection instead."""
+REST = 0.01
+"""Chances that an action is a purchase, that the bot drops its connection instead, and that it does nothing for a while
+and so leaves the server nothing to save."""
+LONGEST_REST = 6.0
 REPORT_EVERY = 0.5
 
 
@@ -118,6 +122,9 @@ class Bot:
     async def _play(self, connection: ClientConnection) -> None:
         while random.random() >= DROP:
             await asyncio.sleep(random.uniform(0.5, 1.5) * PACE)
+            if random.random() < REST:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(connection.wait_closed(), random.uniform(0.5, 1.0) * LONGEST_REST)
             request = self._decide()
             await connection.send(json.dumps(request))
             self.ledger.answered(json.loads(await connection.recv()), confirmed="buy" in request)

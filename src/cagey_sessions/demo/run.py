@@ -42,7 +42,8 @@ class Settings:
     bots: int
     seconds: float
     interval: float
-    db: Path | None
+    store: Path | None
+    events: bool
     port: int
 
 
@@ -53,8 +54,8 @@ class DemoError(Exception):
 def run(settings: Settings) -> int:
     """Run the demo, print what came of it, and return the exit status."""
     console = Console(highlight=False)
-    folder = Path(tempfile.mkdtemp(prefix="cagey-sessions-demo-")) if settings.db is None else None
-    story = Story(settings, settings.db or Path(folder or "", "players.db"))
+    folder = Path(tempfile.mkdtemp(prefix="cagey-sessions-demo-")) if settings.store is None else None
+    story = Story(settings, settings.store or Path(folder or "", "players.db"))
     try:
         asyncio.run(story.tell(console))
     except (DemoError, OSError) as error:
@@ -179,7 +180,7 @@ class Story:
 
     async def _start_server(self) -> None:
         listener = self._listener.fileno()
-        arguments = (self._db, self._settings.interval, listener)
+        arguments = (self._db, self._settings.interval, listener, "events" if self._settings.events else "store")
         await self._start("server", *arguments, hear=self._hear_server, pass_fds=(listener,))
 
     async def _end_server(self, sign: signal.Signals) -> int:
@@ -212,9 +213,13 @@ class Story:
     def _hear_server(self, facts: dict[str, Any]) -> None:
         if "drained" in facts:
             self._drained = f"{facts['drained']} saved in {facts['seconds'] * 1000:.0f} ms"
+            self._board.count_skipped(facts["skipped"])
             return
         self._board.online, self._board.oldest = facts["online"], facts["oldest"]
+        self._board.waiting, self._board.latency = facts["waiting"], facts["latency"]
+        self._board.health = facts["health"]
         self._board.count_saves(facts["saved"])
+        self._board.count_skipped(facts["skipped"])
         self._one_save = max(self._one_save, facts["slowest"])
 
     def _hear_bots(self, facts: dict[str, Any]) -> None:
@@ -251,8 +256,9 @@ class Story:
         _, saves = verify.read_players(self._db)
         receipts = sum(ledger["receipts"] for ledger in ledgers.values())
         reconnects = sum(ledger["logins"] - 1 for ledger in ledgers.values())
-        lost = {"bots": self._settings.bots, "saves": saves, "receipts": receipts, "reconnects": reconnects}
-        self.summary = {**lost, "lost": len(self._lost), **self.summary}
+        done = {"bots": self._settings.bots, "saves": saves, "skipped": self._board.skipped}
+        done |= {"receipts": receipts, "reconnects": reconnects, "lost": len(self._lost)}
+        self.summary = done | self.summary
 
     def _check_players(self, what: str, expected: str, wrong: set[str]) -> None:
         self._lost |= wrong

@@ -1,8 +1,9 @@
-"""A game server. What lives here: players who earn and buy over WebSockets, a `SessionManager` that keeps them, and the
-SQLite file they are saved to. What must not: anything a real server would not do; it does not know it is being tested.
+"""A game server. What lives here: players who earn and buy over WebSockets, and a `SessionManager` that keeps them in
+an SQLite file, by itself or through a listener. What must not: anything a real server would not do; it does not know it
+is being tested.
 
-Run as a process: ``python -m cagey_sessions.demo.server FILE INTERVAL LISTENING_FD``. It says how it is doing on
-standard output, one line of JSON at a time, and ends at SIGTERM.
+Run as a process: ``python -m cagey_sessions.demo.server FILE INTERVAL LISTENING_FD store|events``. It says how it is
+doing on standard output, one line of JSON at a time, and ends at SIGTERM.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sqlite3
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Any, NamedTuple, Self
 
 import orjson
@@ -25,6 +26,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 
 from cagey_sessions import ManagerClosedError, Session, SessionEndedError, SessionManager, UserActiveError
+from cagey_sessions.stores import SQLiteStore
 
 PRICES = {"map": 12, "potion": 20, "shield": 35, "sword": 50}
 GRACE = 0.3
@@ -49,8 +51,8 @@ ON CONFLICT (user_id) DO UPDATE SET body = excluded.body, saved_at = excluded.sa
 
 
 class PlayerFile:
-    """Players in an SQLite file. One thread works on it; whatever waits for it meanwhile shares the next transaction,
-    for a transaction costs one flush to the disk however many rows it has.
+    """Players in an SQLite file, for a server that saves in a listener. One thread works on it; whatever waits for it
+    meanwhile shares the next transaction, for a transaction costs one flush to the disk however many rows it has.
     """
 
     def __init__(self, path: str) -> None:
@@ -124,15 +126,17 @@ class Absence:
     """The place of a connection that was lost; each loss is an object of its own."""
 
 
-class Game:
-    """Who plays, and what they may do."""
+def new_player() -> dict[str, Any]:
+    return {"seq": 0, "gold": 0, "items": {}}
 
-    def __init__(self, players: PlayerFile, interval: float) -> None:
-        self._players = players
+
+class Game:
+    """Who plays, and what they may do. The manager loads and saves; `GameWithEvents` does it itself."""
+
+    def __init__(self, manager: SessionManager) -> None:
         self.slowest_save = 0.0
         self.drained = asyncio.Event()
-        self.manager = SessionManager(interval=interval, persist_on=["disconnect", "shutdown"])
-        self.manager.on("persist_user_data", self._save)
+        self.manager = manager
         self.manager.on("before_destroy", self._detach)
 
     async def serve_player(self, connection: ServerConnection) -> None:
@@ -171,16 +175,8 @@ class Game:
         return session
 
     async def _identify(self, session: Session, user_id: str) -> None:
-        """Load only after the player's last session is saved, or it would overwrite this one's beginning."""
-        while True:
-            data = await self._players.load(user_id) or {"seq": 0, "gold": 0, "items": {}}
-            try:
-                await session.set_user(user_id, data)
-                return
-            except UserActiveError as error:
-                if error.session.get(CONNECTION) is not None:  # not ending: the player is here under another key
-                    await error.session.destroy(self.manager.will_persist_user_data_on("disconnect"))
-                await error.session.wait_ended()
+        """If the player is here under another key that session is saved and ended first."""
+        await session.login(user_id, default=new_player)
 
     async def _act(self, session: Session, request: dict[str, Any]) -> bytes:
         """Do what the player asks. A purchase is confirmed once it is saved, anything else at once."""
@@ -194,7 +190,9 @@ class Game:
         data["seq"] += 1
         answer = orjson.dumps(data)  # before the save: what is changed meanwhile is not part of what is confirmed
         if item is not None:
+            started = time.monotonic()
             await session.persist_now()
+            self.slowest_save = max(self.slowest_save, time.monotonic() - started)
         return answer
 
     async def _leave(self, session: Session, connection: ServerConnection) -> None:
@@ -208,34 +206,69 @@ class Game:
         if session.get(CONNECTION) is absence and not self.drained.is_set():
             await session.destroy(self.manager.will_persist_user_data_on("disconnect"))
 
+    def _detach(self, session: Session) -> None:
+        """From here on a change could miss the last save, so it must not be made, let alone be confirmed."""
+        session.set(CONNECTION, None)
+
+
+class GameWithEvents(Game):
+    """The same without a store: the program loads, and saves in a listener."""
+
+    def __init__(self, manager: SessionManager, players: PlayerFile) -> None:
+        super().__init__(manager)
+        self._players = players
+        self.manager.on("persist_user_data", self._save)
+
+    async def _identify(self, session: Session, user_id: str) -> None:
+        """Load only after the player's last session is saved, or it would overwrite this one's beginning."""
+        while True:
+            data = await self._players.load(user_id) or new_player()
+            try:
+                await session.set_user(user_id, data)
+                return
+            except UserActiveError as error:
+                if error.session.get(CONNECTION) is not None:  # not ending: the player is here under another key
+                    await error.session.destroy(self.manager.will_persist_user_data_on("disconnect"))
+                await error.session.wait_ended()
+
     async def _save(self, session: Session) -> None:
         started = time.monotonic()
         body = orjson.dumps(session.user_data).decode()  # fixed before the first await: the player goes on playing
         await self._players.save(str(session.user_id), body)
         self.slowest_save = max(self.slowest_save, time.monotonic() - started)
 
-    def _detach(self, session: Session) -> None:
-        """From here on a change could miss the last save, so it must not be made, let alone be confirmed."""
-        session.set(CONNECTION, None)
 
-
-async def main(path: str, interval: float, listener: socket.socket) -> None:
+async def main(path: str, interval: float, listener: socket.socket, how: str) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    async with PlayerFile(path) as players:
-        game = Game(players, interval)
+    async with AsyncExitStack() as stack:
+        if how == "store":
+            game = Game(SessionManager(store=SQLiteStore(path), interval=interval))
+        else:
+            players = await stack.enter_async_context(PlayerFile(path))
+            game = GameWithEvents(SessionManager(interval=interval, persist_on=["disconnect", "shutdown"]), players)
         options: dict[str, Any] = {"backlog": BACKLOG, "compression": None, "close_timeout": 1}
-        async with serve(game.serve_player, sock=listener, **options), game.manager:
-            await _report_until(stop, game)
-            drained = await game.manager.destroy(game.manager.will_persist_user_data_on("shutdown"))
-            game.drained.set()
-            _say(drained=drained.saved, seconds=drained.seconds)
+        await stack.enter_async_context(serve(game.serve_player, sock=listener, **options))
+        await stack.enter_async_context(game.manager)
+        await _report_until(stop, game)
+        drained = await game.manager.destroy(game.manager.will_persist_user_data_on("shutdown"))
+        game.drained.set()
+        _say(drained=drained.saved, seconds=drained.seconds, skipped=game.manager.statistics().unchanged)
 
 
 async def _report_until(stop: asyncio.Event, game: Game) -> None:
     while not stop.is_set():
-        now = game.manager.statistics()
-        _say(online=now.identified, saved=now.saved, oldest=now.oldest_unsaved, slowest=game.slowest_save)
+        now, health = game.manager.statistics(), game.manager.health()
+        _say(
+            online=now.identified,
+            saved=now.saved - now.unchanged,
+            skipped=now.unchanged,
+            waiting=now.pending + now.in_flight,
+            oldest=now.oldest_unsaved,
+            slowest=game.slowest_save,
+            latency=now.store_latency,
+            health=health.state,
+        )
         with suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), REPORT_EVERY)
 
@@ -245,4 +278,4 @@ def _say(**facts: object) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(main(sys.argv[1], float(sys.argv[2]), socket.socket(fileno=int(sys.argv[3]))))
+    uvloop.run(main(sys.argv[1], float(sys.argv[2]), socket.socket(fileno=int(sys.argv[3])), sys.argv[4]))

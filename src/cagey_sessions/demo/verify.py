@@ -40,9 +40,18 @@ class AfterKill:
 
 
 def read_players(path: str | Path) -> tuple[dict[str, State], int]:
-    """The state of every player in the database, and how many saves it has seen."""
+    """The state of every player in the database, and how many saves it has seen.
+
+    A store counts the saves of a user in ``version``; the listener of the demo in a column of its own.
+    """
     with closing(sqlite3.connect(path)) as db:
-        rows = db.execute("SELECT user_id, body, saves FROM players").fetchall()
+        stored = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'cagey_sessions'").fetchone()
+        query = (
+            "SELECT user_id, body, version FROM cagey_sessions WHERE body IS NOT NULL"
+            if stored
+            else "SELECT user_id, body, saves FROM players"
+        )
+        rows = db.execute(query).fetchall()
     return {user: json.loads(body) for user, body, _ in rows}, sum(saves for _, _, saves in rows)
 
 

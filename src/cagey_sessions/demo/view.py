@@ -51,10 +51,15 @@ class Board:
     receipts: int = 0
     reconnects: int = 0
     saves: int = 0
+    skipped: int = 0
+    waiting: int = 0
+    latency: float = 0.0
+    health: str = "ok"
     rates: deque[float] = field(default_factory=lambda: deque([0.0], maxlen=40))
     played_before: float = 0.0
     playing_since: float | None = None
     _counted: tuple[float, int] = (0.0, 0)
+    _counted_skipped: int = 0
 
     def played(self) -> float:
         """For how long the bots have played, the time while the server is away left out."""
@@ -70,8 +75,14 @@ class Board:
         self.rates.append((saved - before) / (now - then))
         self._counted = (now, saved)
 
+    def count_skipped(self, skipped: int) -> None:
+        """Take note of how many saves the server has found unnecessary since it was started."""
+        self.skipped += skipped - (self._counted_skipped if skipped >= self._counted_skipped else 0)
+        self._counted_skipped = skipped
+
     def server_is_away(self) -> None:
-        self.online, self.oldest = 0, None
+        self.online, self.oldest, self.waiting = 0, None, 0
+        self._counted_skipped = 0
 
 
 @asynccontextmanager
@@ -92,7 +103,7 @@ async def _print_lines(board: Board) -> None:
     while True:
         facts = (
             f"online {board.online}, saves/s {board.rates[-1]:.0f}, oldest unsaved {_age(board.oldest)}, "
-            f"receipts {board.receipts}, reconnects {board.reconnects}"
+            f"skipped {board.skipped}, receipts {board.receipts}, reconnects {board.reconnects}, {board.health}"
         )
         print(f"{board.played():5.1f} s  {board.phase:<13}  {facts}", flush=True)
         await asyncio.sleep(LINE_EVERY)
@@ -109,7 +120,9 @@ def _panel(board: Board) -> Panel:
     facts.add_row("players online", str(board.online), f"of {board.bots}")
     facts.add_row("saves/s", f"{board.rates[-1]:.0f}", Text(_sparkline(board.rates), style="cyan"))
     facts.add_row("oldest unsaved", _age(board.oldest), f"at most {board.interval:g} s and one save")
-    facts.add_row("saves", str(board.saves))
+    facts.add_row("saves", str(board.saves), f"{board.waiting} waiting or in flight")
+    facts.add_row("skipped", str(board.skipped), "due, but nothing had changed")
+    facts.add_row("store", f"{board.latency * 1000:.1f}", f"ms a call, {board.health}")
     facts.add_row("receipts", str(board.receipts), "purchases confirmed after their save")
     facts.add_row("reconnects", str(board.reconnects))
     content = Group(_phases(board.phase), "", progress, "", facts)

@@ -1,5 +1,27 @@
 """Where user data is kept. What lives here: the names of the stores. What must not: any of their code."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .base import Claim, Outcome, Record, Store, Verdict
 
-__all__ = ["Claim", "Outcome", "Record", "Store", "Verdict"]
+if TYPE_CHECKING:
+    from .callback import CallbackStore
+    from .memory import MemoryStore
+    from .sqlite import SQLiteStore
+
+__all__ = ["CallbackStore", "Claim", "MemoryStore", "Outcome", "Record", "SQLiteStore", "Store", "Verdict"]
+
+_LAZY = {"CallbackStore": "callback", "MemoryStore": "memory", "SQLiteStore": "sqlite"}
+"""The stores, by module; each is imported when it is first named, and its driver with it."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    store: object = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    return store
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -34,13 +34,16 @@ MAX_NUMBER = 2**53
 
 
 class Record(NamedTuple):
-    """One user as the store has it, or is to have it."""
+    """One user as the store has it, or is to have it.
+
+    In what is read, `epoch` and `owner` are those of the row at that moment, and in a granted claim those of the claim.
+    """
 
     user_id: int | str
     epoch: int
     """Of the claim under which it is written."""
     owner: str
-    """The node that writes it."""
+    """The node that writes it; in what is read, the one that has the user now, empty if none has."""
     version: int
     """Counts the writes of one user from 1; never used for different bytes within an epoch."""
     schema: int
@@ -115,6 +118,8 @@ class Store(ABC):
     """
     shared: bool = False
     """Whether several processes use the store at a time. Where they do, the library releases users it no longer has."""
+    keeps_schema: bool = True
+    """Whether the schema of a record comes back with it; where not, what is loaded is taken to be of today's."""
     loss_class: str = ""
     """What a crash may cost of what was acknowledged, in one line, as read from the engine at `open`."""
 
@@ -150,8 +155,8 @@ class Store(ABC):
         rows that exist are updated. `release` releases the row in the same write, also where the same version is there
         already. ``already`` is the answer under the row's epoch to the version that is there, whether the row has been
         released since or not, and to a lower one, which has come late and changes nothing, a release included. A later
-        version for a row that has been released is ``fenced``. Of several records of one user the highest version is
-        written, and all of them get its verdict. A record that can never be written makes no other fail.
+        version for a row that has been released is ``fenced``. Of several records of one user the latest, by epoch and
+        version, is written, and all of them get its verdict. A record that can never be written makes no other fail.
         """
 
     @abstractmethod

@@ -1,0 +1,287 @@
+"""The way to the store. What lives here: deadlines of calls, whether the store is up, and when to try again if it is
+not. What must not: what a call is for.
+
+A call is a task that is never cancelled here. One that has not returned at its deadline counts as of unknown outcome;
+the store is asked to `abort` it, and it keeps its place until it returns. While the store is down one call at a time is
+let through to see whether it is back: the half-open state of a circuit breaker (Nygard, "Release It!", 2007).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine
+from contextvars import Context
+from typing import Any, Generic, TypeVar
+
+from .clock import Clock, TimerHandle
+from .errors import StoreError, StoreUnavailableError
+from .options import SECOND
+from .stores import Store
+
+__all__ = ["Call", "CallTimedOutError", "StoreGateway"]
+
+T = TypeVar("T")
+
+FIRST_PROBE = SECOND // 10
+"""How long after the store went down it is tried for the first time; then after twice as long each time,"""
+LONGEST_PROBE = SECOND
+"""but at least this often."""
+AVERAGE_OVER = 16
+"""The latency is averaged over about so many calls."""
+CLOSING = SECOND
+"""How long the calls under way, and then the store itself, are waited for at the end."""
+
+
+class CallTimedOutError(StoreUnavailableError):
+    """A call has not returned at its deadline."""
+
+
+class Call(Generic[T]):
+    """One call of the store, until it returns, however late that is."""
+
+    __slots__ = ("_gateway", "is_probe", "started", "task")
+
+    def __init__(self, gateway: StoreGateway, task: asyncio.Task[T], started: int, is_probe: bool) -> None:
+        self._gateway = gateway
+        self.task = task
+        self.started = started
+        self.is_probe = is_probe
+
+    async def answer(self) -> T:
+        """What the call returns or raises; at its deadline raises `CallTimedOutError`."""
+        await self._gateway.wait_for(self.task, self._gateway.timeout - (self._gateway.now() - self.started))
+        if not self.task.done():
+            self._gateway.give_up_on(self)
+            raise CallTimedOutError(f"{self._gateway.name} did not answer within {self._gateway.timeout / SECOND:g} s")
+        return self.result()
+
+    async def end(self) -> None:
+        """Wait until the call has returned, without a deadline."""
+        await self._gateway.wait_for(self.task, None)
+
+    def result(self) -> T:
+        """What a call that has returned returned or raised."""
+        if self.task.cancelled():
+            raise StoreUnavailableError(f"a call of {self._gateway.name} was cancelled")
+        error = self.task.exception()
+        if error is None:
+            return self.task.result()
+        if isinstance(error, StoreError) or not isinstance(error, (OSError, TimeoutError)):
+            raise error
+        raise StoreUnavailableError(f"{self._gateway.name} cannot be reached ({type(error).__name__})") from error
+
+
+class StoreGateway:
+    """All calls of one store."""
+
+    def __init__(self, store: Store, clock: Clock, timeout: int, say: Callable[..., None]) -> None:
+        self.store = store
+        self.name = store.name
+        self.timeout = timeout
+        self.now = clock.now
+        self._clock = clock
+        self._say = say
+        self._jitter = random.Random(random.getrandbits(64))
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._last_success = -1
+        self._probing = False
+        self._probe_delay = FIRST_PROBE
+        self._probe_at = 0
+        self._probe_timer: TimerHandle | None = None
+        self._on_chance: Callable[[], None] = lambda: None
+        self._on_return: Callable[[], None] = lambda: None
+        self._admission: asyncio.Future[None] | None = None
+        self.down_since: int | None = None
+        self.last_error: Exception | None = None
+        self.latency = 0.0
+        self._closing = False
+        self.closed = False
+
+    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Work on this loop from now on."""
+        self._loop = loop
+
+    def watch(self, on_chance: Callable[[], None], on_return: Callable[[], None]) -> None:
+        """Have the one called whenever a call may begin again, and the other before that when the store is back."""
+        self._on_chance = on_chance
+        self._on_return = on_return
+
+    # Opening and closing
+
+    async def open(self) -> None:
+        """Open the store, once; whoever comes meanwhile waits for the same. A failed attempt may be repeated."""
+        if self._closing:
+            raise StoreUnavailableError(f"{self.name} is closed: the manager was destroyed")
+        if self._opening is None or (self._opening.done() and not self._is_open()):
+            self._opening = self._spawn(self.store.open)
+        await self.wait_for(self._opening, self.timeout)
+        if not self._opening.done():
+            raise StoreUnavailableError(f"{self.name} could not be opened within {self.timeout / SECOND:g} s")
+        self._opening.result()
+
+    def _is_open(self) -> bool:
+        opening = self._opening
+        return opening is not None and opening.done() and not opening.cancelled() and opening.exception() is None
+
+    async def close(self) -> None:
+        """Wait a moment for what is under way, and close the store. Never raises."""
+        if self._closing:
+            return
+        self._closing = True
+        self._stop_probing()
+        self._wake()
+        until = self.now() + CLOSING
+        while self._calls and self.now() < until:
+            await self.wait_for(next(iter(self._calls)), until - self.now())
+            await asyncio.sleep(0)  # whoever waited for the call may have another to make
+            await asyncio.sleep(0)
+        self.closed = True
+        if self._opening is None:
+            return
+        closing = self._spawn(self.store.close)
+        await self.wait_for(closing, CLOSING)
+        if not closing.done():
+            self._say("error", "%s did not close within %g s", self.name, CLOSING / SECOND)
+        elif closing.cancelled() or closing.exception() is not None:
+            self._say("error", "%s could not be closed: %r", self.name, closing)
+
+    # Calling
+
+    def start(self, method: Callable[..., Coroutine[Any, Any, T]], *args: object) -> Call[T]:
+        """Begin a call."""
+        call = Call(self, self._spawn(method, *args), self.now(), self.down)
+        self._probing = self._probing or call.is_probe
+        call.task.add_done_callback(lambda _: self._see_returned(call))
+        return call
+
+    async def ask(self, method: Callable[..., Coroutine[Any, Any, T]], *args: object) -> T:
+        """Begin a call and wait for its answer."""
+        return await self.start(method, *args).answer()
+
+    def _spawn(self, method: Callable[..., Coroutine[Any, Any, T]], *args: object) -> asyncio.Task[T]:
+        async def run() -> T:
+            return await method(*args)  # here, so that what it raises before its first await is raised here too
+
+        task = asyncio.Task(run(), loop=self._loop, name="cagey-sessions store call", context=Context())
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        task.add_done_callback(_look_at)
+        return task
+
+    async def wait_for(self, task: asyncio.Task[Any], limit: int | None) -> None:
+        """Wait until a task is done, or `limit` nanoseconds have passed; cancels nothing."""
+        if task.done():
+            return
+        assert self._loop is not None
+        done: asyncio.Future[None] = self._loop.create_future()
+
+        def wake(_: object = None) -> None:
+            if not done.done():
+                done.set_result(None)
+
+        timer = None if limit is None else self._clock.call_later(max(0, limit), wake, Context())
+        task.add_done_callback(wake)
+        try:
+            await done
+        finally:
+            task.remove_done_callback(wake)
+            if timer is not None:
+                timer.cancel()
+
+    def give_up_on(self, call: Call[Any]) -> None:
+        """The deadline of a call has passed."""
+        self.failed(call.started, CallTimedOutError(f"{self.name} does not answer"))
+        try:
+            self.store.abort(call.task)
+        except Exception as error:
+            self._say("error", "%s could not abort a call: %s", self.name, type(error).__name__)
+
+    def _see_returned(self, call: Call[Any]) -> None:
+        if call.is_probe:
+            self._probing = False
+        if call.task.cancelled():
+            self.failed(call.started, StoreUnavailableError("a call was cancelled"))
+            return
+        error = call.task.exception()
+        if error is None:
+            self._succeeded(call)
+        elif isinstance(error, (StoreUnavailableError, OSError, TimeoutError)):
+            self.failed(call.started, error)
+        else:
+            self._wake()  # it answered, but whether it is well remains open
+
+    # Up and down
+
+    @property
+    def down(self) -> bool:
+        return self.down_since is not None
+
+    def may_call(self) -> bool:
+        """Whether a call may begin now: always while the store is up; one at a time, now and then, while it is not."""
+        return not self.down or (not self._probing and self.now() >= self._probe_at)
+
+    async def admission(self) -> None:
+        """Wait until a call may begin."""
+        while not self.may_call() and not self._closing:
+            if self._admission is None:
+                assert self._loop is not None
+                self._admission = self._loop.create_future()
+            await asyncio.shield(self._admission)
+
+    def _succeeded(self, call: Call[Any]) -> None:
+        now = self.now()
+        self._last_success = max(self._last_success, call.started)
+        taken = (now - call.started) / SECOND
+        self.latency = taken if not self.latency else self.latency + (taken - self.latency) / AVERAGE_OVER
+        if self.down_since is not None:
+            self._say("warning", "%s is back after %.1f s", self.name, (now - self.down_since) / SECOND)
+            self.down_since = None
+            self._probe_delay = FIRST_PROBE
+            self._stop_probing()
+            self._on_return()
+            self._wake()
+
+    def failed(self, started: int, error: Exception) -> None:
+        """A call begun at `started` did not reach the store, or is not known to have."""
+        self.last_error = error
+        if self._closing or started <= self._last_success:
+            return  # a later one has succeeded
+        now = self.now()
+        if self.down_since is None:
+            self.down_since = now
+            self._say(
+                "error", "%s is down: %s", self.name, error if isinstance(error, StoreError) else type(error).__name__
+            )
+        elif self._probe_timer is not None and now < self._probe_at:
+            return  # of several calls that fail at once the first has set the time
+        self._probe_at = now + int(self._probe_delay * self._jitter.uniform(0.5, 1.0))
+        self._probe_delay = min(self._probe_delay * 2, LONGEST_PROBE)
+        self._stop_probing()
+        self._probe_timer = self._clock.call_later(self._probe_at - now, self._let_probe, Context())
+
+    def _let_probe(self) -> None:
+        self._probe_timer = None
+        if self.now() < self._probe_at:  # loops may wake us a fraction of a millisecond early
+            self._probe_timer = self._clock.call_later(SECOND // 1000, self._let_probe, Context())
+            return
+        self._wake()
+
+    def _stop_probing(self) -> None:
+        if self._probe_timer is not None:
+            self._probe_timer.cancel()
+            self._probe_timer = None
+
+    def _wake(self) -> None:
+        admission, self._admission = self._admission, None
+        if admission is not None and not admission.done():
+            admission.set_result(None)
+        self._on_chance()
+
+
+def _look_at(task: asyncio.Task[Any]) -> None:
+    """Whoever waited may be gone; an error that nobody looks at is noise on stderr."""
+    if not task.cancelled():
+        task.exception()

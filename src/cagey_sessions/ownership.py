@@ -1,0 +1,489 @@
+"""Whose user it is. What lives here: claiming users in the store, loading them, and what is done with users who may not
+be on this server: reading, editing, erasing. What must not: saving what is live.
+
+Order of a login: the user's turn is taken, so that nobody else in this process is at work on the same user; an older
+session is saved and ended; the store is asked for the claim; the body is decoded and encoded again, for its digest; and
+only then, in one synchronous step, the session gets its user and its data. Until that step there is nothing to save.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from contextvars import Context
+from typing import Any, NamedTuple
+
+from ._core import SessionCore, check_user_id
+from .encoding import Encoding
+from .errors import (
+    AlreadyIdentifiedError,
+    FencedError,
+    OptionError,
+    OwnedElsewhereError,
+    StoreContractError,
+    StoreError,
+    StoreModeError,
+    StoreUnavailableError,
+    UnsavableError,
+    UserActiveError,
+    UserErasedError,
+    UserNotFoundError,
+)
+from .gateway import StoreGateway
+from .lifecycle import Lifecycle
+from .options import SECOND, quote, suggest
+from .stores import Claim, Outcome, Record
+from .writebehind import StoreSaver
+
+__all__ = ["NO_DEFAULT", "Ownership"]
+
+CLAIMS_IN_A_CALL = 64
+CLAIM_CALLS = 4
+FIRST_RETRY = SECOND // 20
+LONGEST_RETRY = SECOND
+
+NO_DEFAULT: Any = object()
+WHEN_ACTIVE = ("replace", "refuse", "join")
+
+
+class _Loaded(NamedTuple):
+    """A user who is ours, and their data, before any session has them."""
+
+    user_id: int | str
+    epoch: int
+    version: int  # 0 for a user who is new
+    digest: int
+    data: Any
+
+
+class _Opening:
+    """An `open` under way, and who waits for it."""
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[SessionCore] | None = None
+        self.waiting = 0
+
+
+class Ownership:
+    """What a manager and its sessions do with users of the store."""
+
+    def __init__(self, life: Lifecycle, encoding: Encoding) -> None:
+        self._life = life
+        self._encoding = encoding
+        self._turns: dict[int | str, tuple[asyncio.Lock, list[None]]] = {}
+        self._identifying: set[SessionCore] = set()
+        self._opening: dict[int | str, _Opening] = {}
+        self._wanted: dict[int | str, asyncio.Future[Claim]] = {}
+        self._claimers = 0
+
+    # The parts of Lifecycle that are there because there is a store
+
+    @property
+    def _gateway(self) -> StoreGateway:
+        if self._life.gateway is None:
+            raise StoreModeError(
+                "this call needs a store: SessionManager(store=...); without one the program loads the data itself and "
+                "hands it over with `await session.set_user(user_id, user_data)`"
+            )
+        return self._life.gateway
+
+    @property
+    def _saver(self) -> StoreSaver:
+        assert self._life.store_saver is not None
+        return self._life.store_saver
+
+    # Sessions
+
+    async def login(self, session: SessionCore, user_id: int | str, default: Any, when_active: str) -> None:
+        """See `Session.login`."""
+        life = self._life
+        life.enter()
+        self._gateway  # noqa: B018 - raises without a store
+        life.refuse_if_ending(session)
+        self._check(user_id, default, when_active, ("replace", "refuse"))
+        if session.user_id is not None or session in self._identifying:
+            raise AlreadyIdentifiedError(f"this session has a user already, or is getting one ({session!r})")
+        life.refuse_if_closed()
+        self._identifying.add(session)
+        try:
+            async with self._turn(user_id):
+                await self._make_room(user_id, when_active)
+                loaded = await self._load(user_id, default)
+                try:
+                    life.refuse_if_ending(session)
+                    life.refuse_if_closed()
+                    self._identify(session, loaded)
+                except BaseException:
+                    self._let_go(loaded.user_id, loaded.epoch)
+                    raise
+        finally:
+            self._identifying.discard(session)
+        await life.emit_identified(session, user_id, session.user_data)
+
+    async def open(self, user_id: int | str, default: Any, when_active: str) -> SessionCore:
+        """See `SessionManager.open`."""
+        life = self._life
+        life.enter()
+        self._gateway  # noqa: B018 - raises without a store
+        self._check(user_id, default, when_active, WHEN_ACTIVE)
+        life.refuse_if_closed()
+        if when_active == "join" and (live := life.table.find_by_user(user_id)) is not None:
+            return live
+        if when_active != "join":
+            return await self._open(user_id, default, when_active)
+        opening = self._opening.get(user_id)
+        if opening is None:
+            opening = self._opening[user_id] = _Opening()
+            opening.task = life.spawn(self._open(user_id, default, "join"), "open", Context())
+            opening.task.add_done_callback(lambda task: self._see_opened(user_id, opening, task))
+        assert opening.task is not None
+        opening.waiting += 1
+        try:
+            return await asyncio.shield(opening.task)
+        except asyncio.CancelledError:
+            if opening.task.cancelled():
+                raise StoreUnavailableError("opening this user was cancelled; try again") from None
+            raise
+        finally:
+            opening.waiting -= 1
+
+    def _see_opened(self, user_id: int | str, opening: _Opening, task: asyncio.Task[SessionCore]) -> None:
+        del self._opening[user_id]
+        if task.cancelled() or task.exception() is not None:
+            return
+        if not opening.waiting:  # nobody is left who would end it
+            self._life.spawn(self._end_quietly(task.result()), "end of session", Context())
+
+    async def _end_quietly(self, session: SessionCore) -> None:
+        with suppress(Exception):  # it has been reported where it was raised
+            await self._life.end(session, False)
+
+    async def _open(self, user_id: int | str, default: Any, when_active: str) -> SessionCore:
+        life = self._life
+        async with self._turn(user_id):
+            if when_active == "join" and (live := life.table.find_by_user(user_id)) is not None:
+                return live
+            await self._make_room(user_id, when_active)
+            loaded = await self._load(user_id, default)
+            try:
+                session = await life.create(None, False)
+                try:
+                    life.refuse_if_ending(session)
+                    life.refuse_if_closed()
+                    self._identify(session, loaded)
+                except BaseException:
+                    await self._end_quietly(session)
+                    raise
+            except BaseException:
+                self._let_go(loaded.user_id, loaded.epoch)
+                raise
+        await life.emit_identified(session, user_id, session.user_data)
+        return session
+
+    def _identify(self, session: SessionCore, loaded: _Loaded) -> None:
+        self._life.autosave.identify(session, loaded.user_id, loaded.data)
+        if loaded.version:
+            self._life.table.own(session, loaded.epoch, loaded.version, loaded.digest)
+        else:
+            self._life.table.own(session, loaded.epoch)
+
+    async def _make_room(self, user_id: int | str, when_active: str) -> None:
+        """Have no session of the user in this process: its last save is acknowledged when this returns."""
+        life = self._life
+        while (older := life.table.active_session(user_id)) is not None:
+            if not life.table.is_ending(older):
+                if when_active == "refuse":
+                    raise UserActiveError(f"user {user_id!r:.80} has a live session", session=older)
+                await life.replace(older)
+            elif not await self._within_patience(life.wait_ended(older)):
+                raise StoreUnavailableError(
+                    f"the last save of the earlier session of user {user_id!r:.80} is not acknowledged; try again later"
+                )
+
+    async def _within_patience(self, waiting: Any) -> bool:
+        """Await something for as long as callers are made to wait: whether it came to its end."""
+        task = self._life.spawn(waiting, "wait", None)
+        try:
+            await self._gateway.wait_for(task, self._gateway.timeout)
+            if task.done():
+                task.result()
+            return task.done()
+        finally:
+            if not task.done():
+                task.cancel()
+
+    # Users who may not be here
+
+    async def read(self, user_id: int | str) -> Any:
+        """See `SessionManager.read`."""
+        life = self._life
+        life.enter()
+        gateway = self._gateway
+        check_user_id(user_id, life.options.user_id)
+        session = life.table.active_session(user_id)
+        if session is not None and session.end_reason is None:
+            return self._encoding.copy(session.user_data)
+        record = await self._persistently(lambda _: gateway.ask(gateway.store.load, user_id))
+        if record is None:
+            raise _not_found(user_id)
+        return self._decode(record)
+
+    @asynccontextmanager
+    async def edit(self, user_id: int | str, default: Any) -> AsyncIterator[Any]:
+        """See `SessionManager.edit`."""
+        life = self._life
+        life.enter()
+        self._gateway  # noqa: B018 - raises without a store
+        self._check(user_id, default, "join", WHEN_ACTIVE)
+        life.refuse_if_closed()
+        live = life.table.find_by_user(user_id)
+        if live is not None:
+            yield live.user_data
+            await life.persist(live)
+            return
+        async with self._turn(user_id):
+            await self._make_room(user_id, "replace")
+            loaded = await self._load(user_id, default)
+            try:
+                yield loaded.data
+                body = self._encoding.dump(loaded.data)
+                if loaded.version and self._saver.digest(body) == loaded.digest:
+                    self._let_go(user_id, loaded.epoch)
+                else:
+                    await self._write(loaded, body)
+            except BaseException:
+                self._let_go(user_id, loaded.epoch)
+                raise
+
+    async def _write(self, loaded: _Loaded, body: bytes) -> None:
+        """Save a user who has no session, and let go of them."""
+        gateway = self._gateway
+        user_id = loaded.user_id
+        record = Record(
+            user_id,
+            loaded.epoch,
+            self._life.owner,
+            loaded.version + 1,
+            self._encoding.schema,
+            body,
+            time.time(),
+            gateway.store.shared,
+        )
+
+        async def save(_: int) -> None:
+            verdicts = await gateway.ask(gateway.store.save_many, [record])
+            if not isinstance(verdicts, list) or len(verdicts) != 1:
+                raise StoreContractError(f"{gateway.name} did not answer with one verdict for each record")
+            outcome, detail = verdicts[0]
+            if outcome == Outcome.FENCED:
+                raise FencedError(
+                    f"another node has taken over user {user_id!r:.80}; nothing was written", user_id=user_id
+                )
+            if outcome == Outcome.ERASED:
+                raise UserErasedError(f"user {user_id!r:.80} was erased meanwhile", user_id=user_id)
+            if outcome == Outcome.INVALID:
+                raise UnsavableError(f"the store refuses the data of user {user_id!r:.80}: {detail}", user_id=user_id)
+            if outcome not in (Outcome.SAVED, Outcome.ALREADY):
+                raise StoreUnavailableError(f"{gateway.name} could not save user {user_id!r:.80}: {detail or outcome}")
+
+        await self._persistently(save)
+
+    async def erase(self, user_id: int | str) -> bool:
+        """See `SessionManager.erase`."""
+        life = self._life
+        life.enter()
+        gateway = self._gateway
+        check_user_id(user_id, life.options.user_id)
+        async with self._turn(user_id):
+            erased: bool = await self._persistently(lambda _: gateway.ask(gateway.store.erase, user_id, life.owner))
+            while (session := life.table.active_session(user_id)) is not None:
+                life.end_unsaved(session, UserErasedError(f"user {user_id!r:.80} was erased", user_id=user_id))
+                await life.wait_ended(session)
+            return erased
+
+    # Turns
+
+    @asynccontextmanager
+    async def _turn(self, user_id: int | str) -> AsyncIterator[None]:
+        """Within this block nobody else in this process loads, edits or erases the same user."""
+        lock, users = self._turns.setdefault(user_id, (asyncio.Lock(), []))
+        users.append(None)
+        try:
+            async with lock:
+                yield
+        finally:
+            users.pop()
+            if not users:
+                del self._turns[user_id]
+
+    def _check(self, user_id: int | str, default: Any, when_active: str, known: tuple[str, ...]) -> None:
+        """Bad input gets its error before anything changes."""
+        check_user_id(user_id, self._life.options.user_id)
+        if when_active not in known:
+            raise OptionError(f"when_active is not {quote(when_active)}{suggest(str(when_active), known)}")
+        if default is not NO_DEFAULT and not callable(default):
+            self._encoding.dump(default)
+
+    # Claims
+
+    async def _load(self, user_id: int | str, default: Any) -> _Loaded:
+        """Claim a user and read or make their data. If that fails, the user is let go of."""
+        claim = await self._claim(user_id)
+        try:
+            if claim.record is not None:
+                data = self._decode(claim.record)
+                version = max(claim.record.version, 1)
+            elif default is NO_DEFAULT:
+                raise _not_found(user_id)
+            else:
+                data = _made(default) if callable(default) else self._encoding.copy(default)
+                version = 0
+            return _Loaded(user_id, claim.epoch, version, self._saver.digest(self._encoding.dump(data)), data)
+        except BaseException:
+            self._let_go(user_id, claim.epoch)
+            raise
+
+    def _decode(self, record: Record) -> Any:
+        if not self._gateway.store.keeps_schema:
+            record = record._replace(schema=self._encoding.schema)
+        return self._encoding.load(record)
+
+    async def _claim(self, user_id: int | str) -> Claim:
+        """Claim one user, in one call of the store with whoever asks at the same time.
+
+        Raises `OwnedElsewhereError`, and `StoreUnavailableError` after as long as callers are made to wait.
+        """
+        claim: Claim = await self._persistently(lambda until: self._wait_for_claim(user_id, until))
+        if not claim.granted:
+            raise OwnedElsewhereError(
+                f"user {user_id!r:.80} is on another node ({claim.owner})", user_id=user_id, owner=claim.owner
+            )
+        return claim
+
+    async def _wait_for_claim(self, user_id: int | str, until: int) -> Claim:
+        future: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
+        self._wanted[user_id] = future
+        if self._claimers < CLAIM_CALLS:
+            self._claimers += 1
+            task = self._life.spawn(self._claim_all(), "claims", Context())
+            task.add_done_callback(self._see_claimer_gone)
+
+        def lose_patience() -> None:
+            _refuse(future, StoreUnavailableError(f"{self._gateway.name} has not answered to the claim of this user"))
+
+        clock = self._life.clock
+        timer = clock.call_later(max(0, until - clock.now()), lose_patience, Context())
+        try:
+            return await future
+        finally:
+            timer.cancel()
+            if self._wanted.get(user_id) is future:
+                del self._wanted[user_id]  # nobody waits any more, and nothing has been asked
+
+    def _see_claimer_gone(self, task: asyncio.Task[None]) -> None:
+        self._claimers -= 1
+        if task.cancelled():
+            for future in self._wanted.values():
+                future.cancel()
+            self._wanted.clear()
+
+    async def _claim_all(self) -> None:
+        """Claim whoever is wanted, until nobody is."""
+        while self._wanted:
+            await self._gateway.admission()
+            wanted = {user_id: self._wanted.pop(user_id) for user_id in list(self._wanted)[:CLAIMS_IN_A_CALL]}
+            if not wanted:
+                return
+            error = await self._claim_some(wanted)
+            if error is None:
+                continue
+            if len(wanted) > 1 and not isinstance(error, StoreUnavailableError):
+                for user_id, future in wanted.items():  # it may be the fault of one of them
+                    if error := await self._claim_some({user_id: future}):
+                        _refuse(future, error)
+            else:
+                for future in wanted.values():
+                    _refuse(future, error)
+
+    async def _claim_some(self, wanted: dict[int | str, asyncio.Future[Claim]]) -> Exception | None:
+        gateway = self._gateway
+        try:
+            claims = await gateway.ask(gateway.store.claim_many, list(wanted), self._life.owner)
+            answers = {claim.user_id: claim for claim in claims}
+            if answers.keys() != wanted.keys():
+                raise StoreContractError(f"{gateway.name} did not answer with one claim for each user")
+        except StoreError as error:
+            return error
+        except Exception as error:
+            unavailable = StoreUnavailableError(f"{gateway.name} could not load: {type(error).__name__}")
+            unavailable.__cause__ = error
+            return error if len(wanted) > 1 else unavailable
+        for user_id, future in wanted.items():
+            claim = answers[user_id]
+            if not future.done():
+                future.set_result(claim)
+            elif claim.granted:
+                self._let_go(user_id, claim.epoch)  # whoever wanted it has been cancelled
+        return None
+
+    def _let_go(self, user_id: int | str, epoch: int) -> None:
+        """Release a claim that no session has taken over; nobody waits for that."""
+        gateway = self._gateway
+        if not gateway.closed:
+            gateway.start(gateway.store.release, user_id, epoch, self._life.owner)
+
+    async def _persistently(self, work: Callable[[int], Any]) -> Any:
+        """Do something with the store, again while it is unavailable, for as long as callers are made to wait.
+
+        `work` is told until when that is.
+        """
+        life = self._life
+        until = life.clock.now() + life.options.save_timeout
+        delay = FIRST_RETRY
+        while True:
+            try:
+                await self._gateway.open()
+                return await work(until)
+            except StoreUnavailableError:
+                if life.clock.now() + delay >= until or life.closed:
+                    raise
+            await self._pause(delay)
+            delay = min(2 * delay, LONGEST_RETRY)
+
+    async def _pause(self, delay: int) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def wake() -> None:
+            if not future.done():
+                future.set_result(None)
+
+        timer = self._life.clock.call_later(delay, wake, Context())
+        try:
+            await future
+        finally:
+            timer.cancel()
+
+
+def _made(default: Callable[[], Any]) -> Any:
+    data = default()
+    if inspect.isawaitable(data):
+        if inspect.iscoroutine(data):
+            data.close()
+        raise OptionError(
+            "default is a value, or a plain function that makes one; this one returned something to await"
+        )
+    return data
+
+
+def _refuse(future: asyncio.Future[Claim], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _not_found(user_id: int | str) -> UserNotFoundError:
+    return UserNotFoundError(
+        f"the store has no user {user_id!r:.80}; give a default, a value or a function that makes one, to begin anew"
+    )

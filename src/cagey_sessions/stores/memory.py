@@ -1,0 +1,143 @@
+"""Users in the memory of this process. What lives here: the contract over a dict. What must not: files, waiting."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+
+from ..errors import OwnedElsewhereError, StoreContractError, StoreUnavailableError
+from .base import Claim, Outcome, Record, Store, Verdict
+
+__all__ = ["MemoryBacking", "MemoryStore"]
+
+
+class Row:
+    """One user: `record` is None until the first save, and after an erasure."""
+
+    __slots__ = ("epoch", "erased", "owner", "record")
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.owner = ""
+        self.record: Record | None = None
+        self.erased = False
+
+    def as_stored(self) -> Record | None:
+        return None if self.record is None else self.record._replace(epoch=self.epoch, owner=self.owner)
+
+
+class MemoryBacking:
+    """What several `MemoryStore` share, as several servers share one database."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int | str, Row] = {}
+        self.dead: set[str] = set()
+
+
+class MemoryStore(Store):
+    """Users in the memory of this process: for tests, and for servers whose users may be forgotten.
+
+    Each store is one node; those made with the same `backing` share their users. An owner is dead once `bury` says so.
+    """
+
+    shared = True
+    loss_class = "everything is lost with the process"
+
+    def __init__(self, backing: MemoryBacking | None = None) -> None:
+        self.backing = MemoryBacking() if backing is None else backing
+        self._is_open = False
+
+    async def open(self) -> None:
+        if self._is_open:
+            raise StoreContractError("this MemoryStore is open already; make one for each manager, on one backing")
+        self._is_open = True
+
+    async def close(self) -> None:
+        self._is_open = False
+
+    def bury(self, owner: str) -> None:
+        """Declare an owner dead: what it has may be claimed by others, and its late writes are fenced off by that."""
+        self.backing.dead.add(owner)
+
+    async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> list[Claim]:
+        self._require_open()
+        return [self._claim(user_id, owner) for user_id in user_ids]
+
+    def _claim(self, user_id: int | str, owner: str) -> Claim:
+        row = self.backing.rows.get(user_id)
+        if row is None:
+            row = self.backing.rows[user_id] = Row()
+        if row.owner and row.owner != owner and row.owner not in self.backing.dead:
+            return Claim(user_id, row.epoch, None, row.owner)
+        row.epoch += 1
+        row.owner = owner
+        row.erased = False
+        return Claim(user_id, row.epoch, row.as_stored())
+
+    async def save_many(self, records: Sequence[Record]) -> list[Verdict]:
+        self._require_open()
+        latest: dict[int | str, Record] = {}
+        for record in records:
+            known = latest.setdefault(record.user_id, record)
+            if (record.epoch, record.version) > (known.epoch, known.version):
+                latest[record.user_id] = record
+        outcomes = {user_id: Verdict(self._save(record)) for user_id, record in latest.items()}
+        return [outcomes[record.user_id] for record in records]
+
+    def _save(self, record: Record) -> Outcome:
+        row = self.backing.rows.get(record.user_id)
+        if row is None:
+            return Outcome.MISSING
+        if row.erased:
+            return Outcome.ERASED
+        if record.epoch != row.epoch or (row.owner and row.owner != record.owner):
+            return Outcome.FENCED
+        version = 0 if row.record is None else row.record.version
+        if record.version > version and not row.owner:
+            return Outcome.FENCED
+        if record.version >= version and record.release:
+            row.owner = ""
+        if record.version <= version:
+            return Outcome.ALREADY
+        row.record = record._replace(release=False)
+        return Outcome.SAVED
+
+    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
+        self._require_open()
+        row = self.backing.rows.get(user_id)
+        if row is None or row.epoch != epoch or row.owner != owner:
+            return False
+        row.owner = ""
+        return True
+
+    async def erase(self, user_id: int | str, owner: str = "") -> bool:
+        self._require_open()
+        row = self.backing.rows.get(user_id)
+        if row is None:
+            return False
+        if row.owner and row.owner != owner and row.owner not in self.backing.dead:
+            raise OwnedElsewhereError(
+                f"user {user_id!r:.80} is on another node ({row.owner}) and cannot be erased now",
+                user_id=user_id,
+                owner=row.owner,
+            )
+        had_data = row.record is not None
+        row.epoch += 1
+        row.owner = ""
+        row.record = None
+        row.erased = True
+        return had_data
+
+    async def load(self, user_id: int | str) -> Record | None:
+        self._require_open()
+        row = self.backing.rows.get(user_id)
+        return None if row is None else row.as_stored()
+
+    async def scan(self) -> AsyncIterator[Record]:
+        self._require_open()
+        for row in list(self.backing.rows.values()):
+            if (record := row.as_stored()) is not None:
+                yield record
+
+    def _require_open(self) -> None:
+        if not self._is_open:
+            raise StoreUnavailableError("this MemoryStore is not open")

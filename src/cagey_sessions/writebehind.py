@@ -1,0 +1,496 @@
+"""Saving to a store. What lives here: batches, the bytes in them, what each verdict means, and how fast to go on after
+an outage. What must not: when a session is due, or what a store is made of.
+
+The bytes of a session are fixed in one synchronous step: `before_save`, the encoder, the digest, the version. If the
+digest is that of the version last acknowledged there is nothing to write. From there on only bytes, user id and version
+are in flight, in batches of at most `MOST_ROWS` rows and about `MOST_BYTES`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import random
+import secrets
+import time
+from collections.abc import Callable
+from contextvars import Context
+from typing import Protocol
+
+from ._core import Digest, SessionCore, SessionTable
+from .autosave import Autosave, Flight, SaveHost, Worker
+from .clock import Clock, TimerHandle
+from .encoding import Encoding
+from .errors import (
+    EncodingError,
+    FencedError,
+    ListenerCancelledError,
+    LostRecordError,
+    StoreContractError,
+    StoreUnavailableError,
+    UnsavableError,
+    UserErasedError,
+)
+from .gateway import Call, CallTimedOutError, StoreGateway
+from .options import SECOND, Options
+from .records import Receipt
+from .stores import Outcome, Record, Verdict
+
+__all__ = ["MOST_ROWS", "StoreHost", "StoreSaver"]
+
+_OUTCOMES = frozenset(Outcome)
+
+MOST_ROWS = 200
+MOST_BYTES = 1024 * 1024
+MOST_CLAIMS = 2
+"""How often a user is claimed again for one save."""
+RECOVERY_RATE = 1.25
+"""After an outage periodic saves come at this multiple of users / interval: above 1 the backlog melts, and what is
+saved together in this interval comes together in the next, where it must not be more than the store is made for."""
+RECOVERY_STEP = SECOND // 100
+
+
+class StoreHost(SaveHost, Protocol):
+    """What a saver to a store needs of whoever it works for."""
+
+    def is_last_save(self, session: SessionCore) -> bool:
+        """Whether this save is to release the user."""
+        ...
+
+    def release_sent(self, session: SessionCore) -> None:
+        """A save that releases the user is about to be sent."""
+        ...
+
+    def was_released(self, session: SessionCore) -> bool:
+        """Whether a save that releases the user has been sent before."""
+        ...
+
+    def unsavable(self, session: SessionCore, error: UnsavableError) -> None:
+        """The data of a session cannot be saved as it is; told once for the same fault."""
+        ...
+
+    def lost(self, session: SessionCore, error: FencedError | UserErasedError) -> None:
+        """The store takes nothing more of a session."""
+        ...
+
+
+class _Row:
+    """One save of a batch."""
+
+    __slots__ = ("changed", "claims", "flight", "record", "session", "settled", "unowned", "version")
+
+    def __init__(self, session: SessionCore, version: int, flight: Flight) -> None:
+        self.session = session
+        self.version = version
+        self.flight = flight
+        self.record: Record | None = None
+        self.changed = True
+        self.settled = False
+        self.unowned = False  # the store says that it has to be claimed before it is written
+        self.claims = 0
+
+
+class StoreSaver:
+    """Saves to one store."""
+
+    one_at_a_time = True
+
+    def __init__(
+        self,
+        table: SessionTable,
+        gateway: StoreGateway,
+        encoding: Encoding,
+        clock: Clock,
+        options: Options,
+        host: StoreHost,
+        owner: str,
+    ) -> None:
+        self.patience: int | None = options.save_timeout
+        self.encoding = encoding
+        self.owner = owner
+        self.unchanged = 0
+        self.fenced = 0
+        self.unsavable: dict[SessionCore, str] = {}
+        """Sessions whose data cannot be saved as it is, with the fault that was last told."""
+        self._refused: dict[SessionCore, tuple[int, UnsavableError]] = {}  # by the store: the digest, and why
+        self._table = table
+        self._gateway = gateway
+        self._clock = clock
+        self._interval = options.interval
+        self._before_save: Callable[[SessionCore], object] | None = options.before_save
+        self._host = host
+        self.digest = Digest(secrets.token_bytes(16))
+        self._order = random.Random(random.getrandbits(64))
+        self._kick: Callable[[], None] = lambda: None
+        self._recovering = False
+        self._allowance = 0.0
+        self._allowed_at = 0
+        self._step_timer: TimerHandle | None = None
+        gateway.watch(self._see_chance, self._see_return)
+
+    def bind(self, kick: Callable[[], None]) -> None:
+        """`kick` is called when there may be more to do."""
+        self._kick = kick
+
+    def close(self) -> None:
+        if self._step_timer is not None:
+            self._step_timer.cancel()
+            self._step_timer = None
+
+    # What may be done now
+
+    def can_save(self) -> bool:
+        return True
+
+    def may_start(self) -> bool:
+        return self._gateway.may_call()
+
+    def _see_chance(self) -> None:
+        self._kick()
+
+    def _see_return(self) -> None:
+        self._recovering = self._interval is not None
+        self._allowance = 1.0
+        self._allowed_at = self._clock.now()
+
+    def serves_periodic(self) -> bool:
+        """After an outage everybody is due at once; they are let through at a steady rate, oldest first."""
+        if not self._recovering:
+            return True
+        self._grow_allowance()
+        if self._allowance >= 1:
+            return True
+        if self._step_timer is None:
+            self._step_timer = self._clock.call_later(RECOVERY_STEP, self._step, Context())
+        return False
+
+    def _grow_allowance(self) -> None:
+        assert self._interval is not None
+        now = self._clock.now()
+        rate = self._table.counters.identified * RECOVERY_RATE / self._interval
+        self._allowance = min(self._allowance + (now - self._allowed_at) * rate, max(1.0, 2 * RECOVERY_STEP * rate))
+        self._allowed_at = now
+
+    def _step(self) -> None:
+        self._step_timer = None
+        self._kick()
+
+    # Batches
+
+    async def serve(self, autosave: Autosave, worker: Worker) -> bool:
+        rows: list[_Row] = []
+        try:
+            await self._fill(rows, autosave)
+            worker.start()
+            if not rows:
+                return False
+            autosave.employ()
+            open_rows = [row for row in rows if not row.settled]
+            # what failed before never shares a batch with what did not
+            suspects = [row for row in open_rows if self._failures(row)]
+            await self._write([row for row in open_rows if row not in suspects] if suspects else open_rows, autosave)
+            await self._write_suspects(suspects, autosave)
+            while unowned := [row for row in rows if row.unowned and not row.settled]:
+                await self._write_reclaimed(unowned, autosave)
+        except asyncio.CancelledError:
+            autosave.interrupt()
+            raise
+        finally:
+            for row in rows:
+                if not row.settled:
+                    self._fail(row, autosave, ListenerCancelledError("the event loop was shut down during the save"))
+        return True
+
+    async def _fill(self, rows: list[_Row], autosave: Autosave) -> None:
+        """Take sessions and fix their bytes, until the batch is full or nobody is left."""
+        size = 0
+        most = 1 if self._gateway.down else MOST_ROWS
+        while len(rows) < most and size < MOST_BYTES:
+            if rows and autosave.slice_is_spent():
+                await autosave.slice()
+            taken = autosave.take()
+            if taken is None:
+                if self._recovering and self._allowance >= 1:
+                    self._recovering = False  # nobody is left of those who had to wait
+                break
+            row = _Row(*taken)
+            rows.append(row)
+            if self._recovering and not row.flight.waiting and not self._table.is_ending(row.session):
+                self._allowance -= 1
+            size += self._fix(row, autosave)
+
+    def _failures(self, row: _Row) -> int:
+        if self._table.state(row.session) == "gone":
+            return 0
+        return self._table.failures(row.session)
+
+    def _fix(self, row: _Row, autosave: Autosave) -> int:
+        """Fix the bytes of a session; settle it here if there is nothing to send. Returns the size of what is."""
+        session = row.session
+        user_id = session.user_id
+        assert user_id is not None
+        try:
+            if self._before_save is not None:
+                self._copy_live_state(self._before_save, session)
+            body = self.encoding.dump(session.user_data)
+        except Exception as error:
+            self._refuse(row, autosave, _unsavable(user_id, error))
+            return 0
+        fingerprint = self.digest(body)
+        refused = self._refused.get(session)
+        if refused is not None and refused[0] == fingerprint:
+            self._refuse(row, autosave, refused[1])
+            return 0
+        is_ending = self._table.is_ending(session)
+        if is_ending:
+            row.flight.fingerprint = fingerprint
+        release = is_ending and self._host.is_last_save(session)
+        version = self._table.fix(session, fingerprint)
+        row.changed = version > 0
+        if version:
+            row.version = version
+        elif not release:
+            self.unchanged += 1
+            self._acknowledge(row, autosave, time.time())
+            return 0
+        if release:
+            row.flight.releases = True
+            self._host.release_sent(session)
+        row.record = Record(
+            user_id,
+            self._table.epoch(session),
+            self.owner,
+            row.version,
+            self.encoding.schema,
+            body,
+            time.time(),
+            release,
+        )
+        return len(body)
+
+    def _copy_live_state(self, before_save: Callable[[SessionCore], object], session: SessionCore) -> None:
+        result = before_save(session)
+        if inspect.isawaitable(result):
+            if inspect.iscoroutine(result):
+                result.close()
+            raise EncodingError("before_save returned something to await; it has to be done when it returns")
+
+    def fingerprint(self, data: object) -> int | None:
+        """The digest of what would be saved; None if it cannot be."""
+        try:
+            return self.digest(self.encoding.dump(data))
+        except Exception:
+            return None
+
+    def refusal(self, session: SessionCore) -> UnsavableError | None:
+        """Why the data of a session cannot be saved as it is, as far as can be told without the store."""
+        assert session.user_id is not None
+        try:
+            if self._before_save is not None:
+                self._copy_live_state(self._before_save, session)
+            body = self.encoding.dump(session.user_data)
+        except Exception as error:
+            return _unsavable(session.user_id, error)
+        refused = self._refused.get(session)
+        if refused is not None and refused[0] == self.digest(body):
+            return refused[1]
+        return None
+
+    # Calls
+
+    async def _write_suspects(self, rows: list[_Row], autosave: Autosave) -> None:
+        self._order.shuffle(rows)
+        while rows:
+            most = max(1, MOST_ROWS >> max(self._failures(row) for row in rows))
+            part, rows = rows[:most], rows[most:]
+            await self._write(part, autosave)
+
+    async def _write(self, rows: list[_Row], autosave: Autosave) -> None:
+        """Write rows; where a call fails as a whole, in halves, until the row it fails for is alone."""
+        pending = [rows] if rows else []
+        alone, any_success = 0, False
+        was_down = self._gateway.down  # and that has been said
+        while pending:
+            part = pending.pop()
+            error = await self._call(part, autosave)
+            if error is None:
+                any_success = True
+            elif len(part) > 1 and not isinstance(error, StoreUnavailableError):
+                half = len(part) // 2
+                pending += [part[half:], part[:half]]
+            else:
+                self._fail_all(part, autosave, error, report=not was_down)
+                alone += 1
+                if isinstance(error, StoreUnavailableError) or (alone > 1 and not any_success):
+                    # not the fault of a row
+                    if not isinstance(error, StoreUnavailableError):
+                        self._gateway.failed(self._clock.now(), error)
+                    for others in pending:
+                        self._fail_all(others, autosave, error, report=not was_down)
+                    return
+
+    async def _call(self, rows: list[_Row], autosave: Autosave) -> Exception | None:
+        """One call of the store; None once it has been answered and each row settled."""
+        records = [row.record for row in rows if row.record is not None]
+        call: Call[list[Verdict]] = self._gateway.start(self._gateway.store.save_many, records)
+        try:
+            verdicts = await call.answer()
+        except CallTimedOutError as error:
+            return await self._outlive(call, rows, autosave, error)
+        except Exception as error:
+            return error
+        return self._settle(rows, verdicts, autosave)
+
+    async def _outlive(
+        self, call: Call[list[Verdict]], rows: list[_Row], autosave: Autosave, error: CallTimedOutError
+    ) -> Exception | None:
+        """A call hangs. It keeps its slot until it returns, and its users too where nothing fences off a late write."""
+        if self._gateway.store.fenced:
+            self._fail_all(rows, autosave, error)
+            await call.end()
+            return None
+        for row in rows:
+            row.flight.resolve(error)
+        self._report_batch(rows, error)
+        await call.end()
+        try:
+            return self._settle(rows, call.result(), autosave)
+        except Exception as late:
+            return late
+
+    def _settle(self, rows: list[_Row], verdicts: object, autosave: Autosave) -> Exception | None:
+        if (
+            not isinstance(verdicts, list)
+            or len(verdicts) != len(rows)
+            or not all(isinstance(verdict, Verdict) and verdict.outcome in _OUTCOMES for verdict in verdicts)
+        ):
+            return StoreContractError(f"{self._gateway.name} did not answer with one verdict for each record")
+        for row, verdict in zip(rows, verdicts, strict=True):
+            self._settle_one(row, Outcome(verdict.outcome), verdict.detail, autosave)
+        return None
+
+    def _settle_one(self, row: _Row, outcome: Outcome, detail: str, autosave: Autosave) -> None:
+        session, record = row.session, row.record
+        assert record is not None
+        user_id = record.user_id
+        if outcome is Outcome.SAVED or outcome is Outcome.ALREADY:
+            self._acknowledge(row, autosave, record.saved_at)
+        elif outcome is Outcome.INVALID:
+            invalid = UnsavableError(f"the store refuses the data of user {user_id!r:.80}: {detail}", user_id=user_id)
+            if session.end_reason is None:
+                self._refused[session] = (self.digest(record.body), invalid)
+            self._refuse(row, autosave, invalid)
+        elif outcome is Outcome.FAILED or row.claims >= MOST_CLAIMS:
+            failed = StoreUnavailableError(
+                f"{self._gateway.name} could not save user {user_id!r:.80}: {detail or outcome}"
+            )
+            self._fail(row, autosave, failed)
+        elif outcome is Outcome.MISSING:
+            row.unowned = True
+            self._host.report(
+                LostRecordError(
+                    f"the store no longer has the record of user {user_id!r:.80}; it is claimed and saved again",
+                    user_id=user_id,
+                ),
+                session,
+            )
+        elif outcome is Outcome.FENCED and self._host.was_released(session):
+            row.unowned = True  # most likely by this very session, whose data has changed since
+        elif outcome is Outcome.FENCED:
+            self._drop(row, autosave, _fenced(user_id))
+        else:
+            erased = UserErasedError(f"user {user_id!r:.80} was erased while the session lived", user_id=user_id)
+            self._drop(row, autosave, erased)
+
+    async def _write_reclaimed(self, rows: list[_Row], autosave: Autosave) -> None:
+        """Claim users again whose rows are gone, or released, and write what was to be written."""
+        for row in rows:
+            row.unowned = False
+            row.claims += 1
+        records = {row.record.user_id: row.record for row in rows if row.record is not None}
+        try:
+            claims = await self._gateway.ask(self._gateway.store.claim_many, list(records), self.owner)
+            answers = {(type(claim.user_id), claim.user_id): claim for claim in claims}
+        except Exception as error:
+            self._fail_all(rows, autosave, error)
+            return
+        owned = []
+        for row in rows:
+            assert row.record is not None
+            user_id = row.record.user_id
+            claim = answers.get((type(user_id), user_id))
+            if claim is None:
+                self._fail(row, autosave, StoreContractError("a claim was not answered"))
+            elif not claim.granted or not (claim.record is None or claim.epoch == row.record.epoch + 1):
+                self._drop(row, autosave, _fenced(user_id))  # somebody else has the user, or has had it in between
+            else:
+                if self._table.state(row.session) != "gone":
+                    self._table.own(row.session, claim.epoch)
+                row.record = row.record._replace(epoch=claim.epoch)
+                owned.append(row)
+        await self._write(owned, autosave)
+
+    # Settling
+
+    def _acknowledge(self, row: _Row, autosave: Autosave, saved_at: float) -> None:
+        row.settled = True
+        self.forget(row.session)
+        autosave.acknowledge(
+            row.session, row.version, row.flight, Receipt(row.version, saved_at, row.changed, self._gateway.name)
+        )
+
+    def _fail(self, row: _Row, autosave: Autosave, error: Exception) -> None:
+        row.settled = True
+        autosave.fail(row.session, row.version, row.flight, error)
+
+    def _fail_all(self, rows: list[_Row], autosave: Autosave, error: Exception, *, report: bool = True) -> None:
+        if report:
+            self._report_batch(rows, error)
+        for row in rows:
+            row.settled = True
+            autosave.fail(row.session, row.version, row.flight, error, report=False)
+
+    def _report_batch(self, rows: list[_Row], error: Exception) -> None:
+        if len(rows) == 1:
+            self._host.report(error, rows[0].session)
+            return
+        failed = StoreUnavailableError(f"{len(rows)} users were not saved; they are tried again")
+        failed.__cause__ = error
+        self._host.report(failed, None)
+
+    def _refuse(self, row: _Row, autosave: Autosave, error: UnsavableError) -> None:
+        row.settled = True
+        if self.unsavable.get(row.session) != str(error) and row.session.end_reason is None:
+            self.unsavable[row.session] = str(error)
+            self._host.unsavable(row.session, error)
+        autosave.fail(row.session, row.version, row.flight, error, report=False)
+
+    def _drop(self, row: _Row, autosave: Autosave, error: FencedError | UserErasedError) -> None:
+        row.settled = True
+        self.fenced += isinstance(error, FencedError)
+        self.forget(row.session)
+        autosave.drop(row.session, row.version, row.flight, error)
+        self._host.lost(row.session, error)
+
+    def forget(self, session: SessionCore) -> None:
+        """Nothing is wrong with the data of a session any more, or the session is gone."""
+        if self.unsavable:
+            self.unsavable.pop(session, None)
+        if self._refused:
+            self._refused.pop(session, None)
+
+
+def _unsavable(user_id: int | str, error: Exception) -> UnsavableError:
+    path = error.path if isinstance(error, EncodingError) else None
+    reason = str(error) if isinstance(error, EncodingError) else f"before_save raised {type(error).__name__}"
+    message = f"the data of user {user_id!r:.80} cannot be saved: {reason}"
+    unsavable = UnsavableError(message, user_id=user_id, path=path)
+    unsavable.__cause__ = error
+    return unsavable
+
+
+def _fenced(user_id: int | str) -> FencedError:
+    return FencedError(
+        f"another node has taken over user {user_id!r:.80}: what this session had not saved by then is not saved",
+        user_id=user_id,
+    )

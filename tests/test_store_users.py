@@ -1,0 +1,609 @@
+"""Whose user it is: login, open, read, edit, erase."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from typing import Any
+
+import pytest
+
+from cagey_sessions import (
+    AlreadyIdentifiedError,
+    CorruptRecordError,
+    EncodingError,
+    EndReason,
+    InvalidUserIdError,
+    ManagerClosedError,
+    NewerSchemaError,
+    OptionError,
+    OwnedElsewhereError,
+    SessionEndedError,
+    SessionManager,
+    StoreModeError,
+    StoreUnavailableError,
+    UnknownEventError,
+    UserActiveError,
+    UserErasedError,
+    UserNotFoundError,
+)
+from support import ManualClock, ScriptedStore, let_time_pass, turns
+
+
+@pytest.fixture
+def store(clock: ManualClock) -> ScriptedStore:
+    return ScriptedStore(clock)
+
+
+@pytest.fixture
+def manager(clock: ManualClock, store: ScriptedStore) -> Any:
+    return SessionManager(store=store, clock=clock)
+
+
+async def end(clock: ManualClock, manager: Any) -> None:
+    report = await let_time_pass(clock, manager.destroy())
+    assert not report.unsaved
+    assert len(manager) == 0
+
+
+async def test_login_owns_loads_and_identifies(clock, store, manager):
+    store.put("alice", b'{"gold":7}', version=41)
+    heard = []
+    manager.on("identified", lambda session, user_id, data: heard.append((session, user_id, data)))
+    session = await manager.create("key")
+    assert session.user_data is None
+    await session.login("alice")
+    assert (session.user_id, session.user_data) == ("alice", {"gold": 7})
+    assert heard == [(session, "alice", {"gold": 7})]
+    assert manager.find_by_user("alice") is session
+    assert store.owner_of("alice") == manager._life.owner
+    session.user_data["gold"] += 1
+    receipt = await session.persist_now()
+    assert (receipt.version, receipt.changed, receipt.store) == (42, True, "ScriptedStore")
+    assert store.stored("alice") == {"gold": 8}
+    again = await session.persist_now()
+    assert (again.version, again.changed) == (42, False)
+    assert len(store.batches) == 1
+    await session.destroy()
+    assert store.owner_of("alice") == "", "let go of"
+    await end(clock, manager)
+
+
+async def test_a_default_is_a_value_of_which_each_gets_a_copy_or_a_function(clock, store, manager):
+    default = {"bag": []}
+    first, second, third = [await manager.create() for _ in range(3)]
+    await first.login(1, default=default)
+    await second.login(2, default=default)
+    await third.login(3, default=lambda: {"made": True})
+    first.user_data["bag"].append("sword")
+    assert second.user_data == default == {"bag": []}
+    assert third.user_data == {"made": True}
+    await end(clock, manager)
+    assert [store.stored(user_id) for user_id in (1, 2, 3)] == [{"bag": ["sword"]}, {"bag": []}, {"made": True}]
+
+
+async def test_an_unknown_user_without_a_default_is_not_found_and_let_go_of(clock, store, manager):
+    session = await manager.create()
+    with pytest.raises(UserNotFoundError, match="'zoe'"):
+        await session.login("zoe")
+    assert session.user_id is None
+    await turns()
+    assert store.owner_of("zoe") == ""
+    await session.login("zoe", default={})
+    await end(clock, manager)
+
+
+async def test_who_is_live_on_another_node_stays_there(clock, store, manager):
+    other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
+    there = await other.create()
+    await there.login(1, default={"n": 1})
+    here = await manager.create()
+    with pytest.raises(OwnedElsewhereError) as refused:
+        await here.login(1, default={})
+    assert refused.value.owner == other._life.owner
+    assert here.user_id is None
+    await there.destroy()
+    await here.login(1)
+    assert here.user_data == {"n": 1}
+    await end(clock, manager)
+    await end(clock, other)
+
+
+async def test_a_login_replaces_the_older_session_once_that_is_saved(clock, store, manager):
+    older, newer = await manager.create(), await manager.create()
+    await older.login(1, default={"n": 0})
+    older.user_data["n"] = 5
+    store.script = ["50ms"]
+    await let_time_pass(clock, newer.login(1))
+    assert newer.user_data == {"n": 5}
+    assert older.end_reason == EndReason.REPLACED
+    assert manager.find_by_user(1) is newer
+    await end(clock, manager)
+
+
+async def test_a_login_that_cannot_save_the_older_session_leaves_it_live(clock, store, manager):
+    older, newer = await manager.create(), await manager.create()
+    await older.login(1, default={"n": 0})
+    older.user_data["n"] = 5
+    store.down = True
+    with pytest.raises(StoreUnavailableError):
+        await let_time_pass(clock, newer.login(1))
+    assert older.alive
+    assert manager.find_by_user(1) is older
+    assert newer.user_id is None
+    store.down = False
+    await clock.advance("2s")
+    await let_time_pass(clock, newer.login(1))
+    assert newer.user_data == {"n": 5}
+    await end(clock, manager)
+
+
+async def test_a_login_may_refuse_instead(clock, manager):
+    older, newer = await manager.create(), await manager.create()
+    await older.login(1, default={})
+    with pytest.raises(UserActiveError) as refused:
+        await newer.login(1, when_active="refuse")
+    assert refused.value.session is older
+    assert older.alive
+    await end(clock, manager)
+
+
+async def test_a_session_gets_one_user(clock, store, manager):
+    session = await manager.create()
+    store.claim_script = ["50ms"]
+    first = asyncio.ensure_future(session.login(1, default={}))
+    await turns()
+    with pytest.raises(AlreadyIdentifiedError):
+        await session.login(2, default={})
+    await let_time_pass(clock, first)
+    with pytest.raises(AlreadyIdentifiedError):
+        await session.login(1)
+    assert 2 not in store.backing.rows
+    await end(clock, manager)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+async def test_logins_of_one_user_at_once_end_with_one_session(clock, store, manager, count):
+    sessions = [await manager.create() for _ in range(count)]
+    await let_time_pass(clock, asyncio.gather(*(session.login(1, default={"n": 0}) for session in sessions)))
+    assert [session.alive for session in sessions].count(True) == 1
+    assert sum(session.end_reason == EndReason.REPLACED for session in sessions) == count - 1
+    await end(clock, manager)
+
+
+async def test_nothing_is_there_to_save_before_the_load_has_finished(clock, store, manager):
+    store.put(1, b'{"gold":9}')
+    before = store.backing.rows[1].record
+    session = await manager.create()
+    store.claim_script = ["1s"]
+    task = asyncio.ensure_future(session.login(1, default={}))
+    await clock.advance("100ms")
+    assert session.user_data is None
+    await manager.persist_all_user_data()
+    destroying = asyncio.ensure_future(session.destroy())
+    await turns()
+    with pytest.raises(SessionEndedError):
+        await let_time_pass(clock, task)
+    await destroying
+    await turns()
+    assert store.backing.rows[1].record == before
+    assert store.owner_of(1) == ""
+    assert not store.batches
+    await end(clock, manager)
+
+
+async def test_a_cancelled_login_identifies_nobody_and_its_claim_is_let_go_of(clock, store, manager):
+    """At each of its steps; the next login works."""
+    for step in range(40):
+        store.claim_script = ["10ms"]
+        session = await manager.create()
+        task = asyncio.ensure_future(session.login(1, default={"n": 0}))
+        for _ in range(step):
+            await asyncio.sleep(0)
+            if step > 20:
+                await clock.advance("1ms")
+        done = task.done()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await clock.advance("100ms")
+        if session.user_id is None:
+            assert not done
+            assert store.owner_of(1) == "", f"after step {step}"
+        await let_time_pass(clock, session.destroy())
+    store.claim_script = []
+    session = await manager.create()
+    await session.login(1, default={})
+    await end(clock, manager)
+
+
+async def test_a_load_that_fails_is_never_a_new_user(clock, store, manager):
+    store.put(1, b'{"gold":9}')
+    store.claim_script = [OSError("no route"), ValueError("what"), StoreUnavailableError("later")] * 50
+    session = await manager.create()
+    with pytest.raises(StoreUnavailableError):
+        await let_time_pass(clock, session.login(1, default={"gold": 0}))
+    store.claim_script = []
+    await let_time_pass(clock, session.login(1, default={"gold": 0}))
+    assert session.user_data == {"gold": 9}
+    await end(clock, manager)
+
+
+async def test_a_login_waits_while_the_store_is_away_for_a_moment(clock, store, manager):
+    store.put(1, b'{"gold":9}')
+    session = await manager.create()
+    store.down = True
+    task = asyncio.ensure_future(session.login(1))
+    await clock.advance("5s")
+    assert not task.done()
+    store.down = False
+    await clock.advance("1100ms")
+    await task
+    assert session.user_data == {"gold": 9}
+    await end(clock, manager)
+
+
+async def test_a_login_gives_up_after_the_save_timeout(clock, store, manager):
+    session = await manager.create()
+    store.down = True
+    before = clock.now()
+    with pytest.raises(StoreUnavailableError):
+        await let_time_pass(clock, session.login(1, default={}))
+    assert 9 <= (clock.now() - before) / 1e9 <= 10.5
+    store.claim_script = ["hang"]
+    store.down = False
+    await clock.advance("2s")
+    with pytest.raises(StoreUnavailableError):
+        await let_time_pass(clock, session.login(1, default={}))
+    store.release_all.set()
+    await end(clock, manager)
+
+
+@pytest.mark.parametrize(
+    ("body", "schema", "error"),
+    [
+        (b'{"gold":', 0, CorruptRecordError),
+        (b"\xff\xfe", 0, CorruptRecordError),
+        (b"null", 0, CorruptRecordError),
+        (b'{"gold":1}', 7, NewerSchemaError),
+    ],
+)
+async def test_what_cannot_be_read_starts_nobody_and_is_kept(clock, store, manager, body, schema, error):
+    store.put(1, body, schema=schema)
+    session = await manager.create()
+    with pytest.raises(error) as raised:
+        await session.login(1, default={})
+    assert raised.value.user_id == 1
+    if error is CorruptRecordError:
+        assert raised.value.body == body
+    assert session.user_id is None
+    await turns()
+    assert store.owner_of(1) == ""
+    await end(clock, manager)
+    assert store.backing.rows[1].record.body == body
+
+
+async def test_bad_input_changes_nothing(clock, store, manager):
+    session = await manager.create()
+    calls = [
+        (lambda: session.login(True, default={}), InvalidUserIdError),
+        (lambda: session.login("", default={}), InvalidUserIdError),
+        (lambda: session.login(1, default={}, when_active="join"), OptionError),
+        (lambda: session.login(1, default={}, when_active="whatever"), OptionError),
+        (lambda: session.login(1, default=(1, 2)), EncodingError),
+        (lambda: session.login(1, default=None), EncodingError),
+        (lambda: manager.open(1.5), InvalidUserIdError),
+        (lambda: manager.open(1, when_active=3), OptionError),
+        (lambda: manager.open(1, default={1: 2}), EncodingError),
+        (lambda: manager.read(None), InvalidUserIdError),
+        (lambda: manager.erase(b"x"), InvalidUserIdError),
+        (lambda: manager.edit([]).__aenter__(), InvalidUserIdError),
+        (lambda: session.set_user(1, {}), StoreModeError),
+    ]
+    for call, error in calls:
+        with pytest.raises(error):
+            await call()
+    for default in (lambda: (1,), lambda: None, lambda: asyncio.sleep(0)):
+        with pytest.raises((EncodingError, OptionError)):
+            await session.login(1, default=default)
+        await turns()
+        assert store.owner_of(1) == ""
+    with pytest.raises(UnknownEventError, match="before_save"):
+        manager.on("persist_user_data", print)
+    assert session.user_id is None
+    assert not store.batches
+    gc.collect()
+    await end(clock, manager)
+    with pytest.raises(SessionEndedError):
+        await session.login(1, default={})
+    with pytest.raises(ManagerClosedError):
+        await manager.open(1, default={})
+
+
+async def test_without_a_store_the_calls_that_need_one_say_so(clock):
+    manager = SessionManager(clock=clock)
+    session = await manager.create()
+    for call in (
+        lambda: session.login(1, default={}),
+        lambda: manager.open(1),
+        lambda: manager.read(1),
+        lambda: manager.erase(1),
+        lambda: manager.edit(1).__aenter__(),
+    ):
+        with pytest.raises(StoreModeError, match="store"):
+            await call()
+    await manager.destroy()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"store": "players.db"},
+        {"store": object()},
+        {"encode": dict},
+        {"decode": dict},
+        {"schema": 1},
+        {"max_bytes": 5},
+        {"before_save": print},
+        {"save_timeout": "5s"},
+    ],
+    ids=str,
+)
+def test_settings_of_a_store_need_one(options):
+    with pytest.raises(OptionError):
+        SessionManager(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"encode": 5},
+        {"decode": "x"},
+        {"schema": -1},
+        {"schema": True},
+        {"max_bytes": 0},
+        {"before_save": 3},
+        {"save_timeout": "0s"},
+        {"save_timeout": "soon"},
+    ],
+    ids=str,
+)
+def test_wrong_settings_of_a_store_are_refused(clock, options):
+    with pytest.raises(OptionError):
+        SessionManager(store=ScriptedStore(clock), **options)
+
+
+# open
+
+
+async def test_concurrent_opens_share_one_load_and_get_one_session(clock, store, manager):
+    store.put(1, b'{"gold":9}')
+    store.claim_script = ["20ms"]
+    sessions = await let_time_pass(clock, asyncio.gather(*(manager.open(1) for _ in range(10))))
+    assert len(set(sessions)) == 1
+    assert store.claims == [[1]]
+    assert await manager.open(1) is sessions[0]
+    await end(clock, manager)
+
+
+async def test_open_of_many_users_at_once_claims_them_in_few_calls(clock, store, manager):
+    await let_time_pass(clock, asyncio.gather(*(manager.open(number, default={}) for number in range(300))))
+    assert len(store.claims) <= 10
+    assert sorted(user_id for claim in store.claims for user_id in claim) == list(range(300))
+    await end(clock, manager)
+
+
+async def test_one_bad_load_does_not_fail_the_others_of_its_call(clock, store, manager):
+    async def claim(user_ids: Any, owner: str) -> Any:
+        if 7 in user_ids:
+            raise ValueError("row 7 is strange")
+        return await original(user_ids, owner)
+
+    original = store.claim_many
+    store.claim_many = claim
+    opened = await let_time_pass(
+        clock, asyncio.gather(*(manager.open(number, default={}) for number in range(20)), return_exceptions=True)
+    )
+    assert [isinstance(each, StoreUnavailableError) for each in opened] == [number == 7 for number in range(20)]
+    assert manager.statistics().store_up, "one row is not the store"
+    await end(clock, manager)
+
+
+async def test_an_open_of_which_everybody_is_cancelled_leaves_nobody_behind(clock, store, manager):
+    store.claim_script = ["20ms"]
+    tasks = [asyncio.ensure_future(manager.open(1, default={})) for _ in range(3)]
+    await turns()
+    tasks[0].cancel()
+    await clock.advance("5ms")
+    for task in tasks:
+        task.cancel()
+    await clock.advance("1s")
+    assert len(manager) == 0
+    assert store.owner_of(1) == ""
+    await end(clock, manager)
+
+
+async def test_who_is_left_of_a_shared_open_gets_the_session(clock, store, manager):
+    store.claim_script = ["20ms"]
+    tasks = [asyncio.ensure_future(manager.open(1, default={})) for _ in range(3)]
+    await turns()
+    tasks[0].cancel()
+    await clock.advance("1s")
+    assert (await tasks[1]) is (await tasks[2])
+    await end(clock, manager)
+
+
+async def test_open_waits_for_the_last_save_of_a_session_that_is_ending(clock, store, manager):
+    session = await manager.open(1, default={"n": 0})
+    session.user_data["n"] = 3
+    store.script = ["100ms"]
+    ending = asyncio.ensure_future(session.destroy())
+    await turns()
+    newer = await let_time_pass(clock, manager.open(1))
+    assert newer is not session
+    assert newer.user_data == {"n": 3}
+    await ending
+    await end(clock, manager)
+
+
+# read, edit, erase
+
+
+async def test_read_gives_a_private_copy_of_what_is_live_or_stored(clock, store, manager):
+    store.put(2, b'{"gold":9}')
+    session = await manager.open(1, default={"n": [0]})
+    copy = await manager.read(1)
+    copy["n"].append(1)
+    assert session.user_data == {"n": [0]}
+    session.user_data["n"].append(5)
+    assert await manager.read(1) == {"n": [0, 5]}
+    assert await manager.read(2) == {"gold": 9}
+    assert store.owner_of(2) == ""
+    with pytest.raises(UserNotFoundError):
+        await manager.read(3)
+    await end(clock, manager)
+
+
+async def test_edit_changes_what_is_live_and_saves_it(clock, store, manager):
+    session = await manager.open(1, default={"n": 0})
+    async with manager.edit(1) as data:
+        assert data is session.user_data
+        data["n"] = 4
+    assert store.stored(1) == {"n": 4}
+    assert session.alive
+    await end(clock, manager)
+
+
+async def test_edit_loads_changes_saves_and_lets_go(clock, store, manager):
+    store.put(1, b'{"n":0}', version=8)
+    events = []
+    manager.on("created", lambda session: events.append("created"))
+    async with manager.edit(1) as data:
+        data["n"] = 4
+        assert store.owner_of(1)
+    assert store.stored(1) == {"n": 4}
+    assert store.backing.rows[1].record.version == 9
+    assert store.owner_of(1) == ""
+    async with manager.edit(1):
+        pass
+    assert len(store.batches) == 1, "nothing had changed"
+    await turns()
+    assert store.owner_of(1) == ""
+    with pytest.raises(UserNotFoundError):
+        async with manager.edit(2):
+            raise AssertionError("there is nothing to edit")
+    async with manager.edit(2, default={"new": True}):
+        pass
+    assert store.stored(2) == {"new": True}
+    assert events == []
+    await end(clock, manager)
+
+
+async def test_an_edit_that_raises_writes_nothing(clock, store, manager):
+    store.put(1, b'{"n":0}')
+    with pytest.raises(ZeroDivisionError):
+        async with manager.edit(1) as data:
+            data["n"] = 4
+            raise ZeroDivisionError
+    await turns()
+    assert store.stored(1) == {"n": 0}
+    assert store.owner_of(1) == ""
+    with pytest.raises(EncodingError):
+        async with manager.edit(1) as data:
+            data["n"] = object()
+    await turns()
+    assert store.stored(1) == {"n": 0}
+    assert store.owner_of(1) == ""
+    await end(clock, manager)
+
+
+async def test_a_login_waits_for_an_edit(clock, store, manager):
+    store.put(1, b'{"n":0}')
+    session = await manager.create()
+    async with manager.edit(1) as data:
+        task = asyncio.ensure_future(session.login(1))
+        await turns()
+        assert not task.done()
+        data["n"] = 4
+    await task
+    assert session.user_data == {"n": 4}
+    await end(clock, manager)
+
+
+async def test_an_edit_repeats_a_save_whose_reply_is_lost(clock, store, manager):
+    store.put(1, b'{"n":0}')
+    store.script = ["lose"]
+
+    async def edit() -> None:
+        async with manager.edit(1) as data:
+            data["n"] = 4
+
+    await let_time_pass(clock, edit())
+    assert store.stored(1) == {"n": 4}
+    assert [len(batch.records) for batch in store.batches] == [1, 1]
+    assert store.versions(1) == [2, 2]
+    await end(clock, manager)
+
+
+async def test_erase_ends_the_session_unsaved_and_leaves_nothing(clock, store, manager):
+    session = await manager.open(1, default={"n": 0})
+    await session.persist_now()
+    session.user_data["n"] = 9
+    heard = []
+    session.on("destroy", lambda: heard.append("destroy"))
+    manager.on("error", lambda error, session: heard.append(error))
+    assert await manager.erase(1) is True
+    assert session.end_reason == EndReason.ERASED
+    assert heard == ["destroy"]
+    assert store.stored(1) is None
+    assert await manager.erase(1) is False
+    assert await manager.erase("nobody") is False
+    with pytest.raises(UserNotFoundError):
+        await manager.read(1)
+    newer = await manager.open(1, default={"n": 1})
+    await newer.persist_now()
+    assert store.stored(1) == {"n": 1}
+    await end(clock, manager)
+
+
+async def test_erase_beats_a_save_under_way(clock, store, manager):
+    session = await manager.open(1, default={"n": 0})
+    await session.persist_now()
+    session.user_data["n"] = 9
+    store.script = ["1s"]
+    saving = asyncio.ensure_future(session.persist_now())
+    await turns()
+    erasing = asyncio.ensure_future(manager.erase(1))
+    await clock.advance("2s")
+    assert await erasing is True
+    with pytest.raises(UserErasedError):
+        await saving
+    assert store.stored(1) is None
+    assert len(manager) == 0
+    await end(clock, manager)
+
+
+async def test_erase_is_refused_while_another_node_has_the_user(clock, store, manager):
+    other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
+    there = await other.open(1, default={"n": 1})
+    with pytest.raises(OwnedElsewhereError):
+        await manager.erase(1)
+    assert there.alive
+    await end(clock, other)
+    assert await manager.erase(1)
+    await end(clock, manager)
+
+
+async def test_1_and_its_text_are_two_users(clock, store, manager):
+    number, text = await manager.open(1, default={"is": "int"}), await manager.open("1", default={"is": "str"})
+    assert number is not text
+    await end(clock, manager)
+    assert (store.stored(1), store.stored("1")) == ({"is": "int"}, {"is": "str"})
+
+
+async def test_async_with_opens_and_closes_the_store(clock, store):
+    async with SessionManager(store=store, clock=clock) as manager:
+        session = await manager.open(1, default={"n": 0})
+        session.user_data["n"] = 5
+    assert store.stored(1) == {"n": 5}
+    with pytest.raises(StoreUnavailableError, match="not open"):
+        await store.load(1)
