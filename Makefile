@@ -65,6 +65,8 @@ bench: $(VENV)/dev
 nightly: $(VENV)/dev $(DEBUG)/built
 	PYTHONPATH=$(DEBUG) HYPOTHESIS_PROFILE=nightly CAGEY_TEST_EXAMPLES=$(or $(NIGHTLY_EXAMPLES),20000) \
 	  $(BIN)/python -m pytest tests/core tests/test_manager_machine.py --timeout 0 -o faulthandler_timeout=0
+	CAGEY_TEST_HISTORIES=$(or $(NIGHTLY_HISTORIES),20000) CAGEY_TEST_CRASHES=300 \
+	  $(BIN)/python -m pytest tests/test_store_histories.py tests/test_crash.py --timeout 0 -o faulthandler_timeout=0
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .hypothesis

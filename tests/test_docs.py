@@ -1,29 +1,45 @@
-"""Every program of the pages runs, and prints what the page says."""
+"""Every program of the pages runs as printed, and prints what the page says. Those of docs/stores.md: see
+test_docs_stores.py; those of the README: test_readme.py.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import orjson
 import pytest
 
 import cagey_sessions
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(cagey_sessions.__file__).parents[1])}
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$\n*(?:prints (.*?)\.(?:\s|$))?", re.MULTILINE | re.DOTALL)
 
 
-def programs(page: str) -> list[str]:
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
-def run(code: str, folder: Path) -> tuple[str, str]:
+def programs(page: str) -> list[tuple[str, list[str] | None]]:
+    """The Python blocks of a page, each with the lines it is said to print."""
+    found = []
+    for language, code, said in BLOCK.findall(read(page)):
+        if language == "python":
+            found.append((code, re.findall(r"`([^`]+)`", said) if said else None))
+    return found
+
+
+def run(code: str, folder: Path) -> tuple[list[str], str]:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         capture_output=True,
@@ -33,29 +49,85 @@ def run(code: str, folder: Path) -> tuple[str, str]:
         env=ENVIRONMENT,
         timeout=60,
     )
-    return done.stdout, done.stderr
+    return done.stdout.splitlines(), done.stderr
 
 
-@pytest.mark.parametrize("number", range(5))
-def test_the_programs_about_user_data_print_what_the_page_says(tmp_path, number):
-    page = (ROOT / "docs" / "user-data.md").read_text(encoding="utf-8")
-    code = programs("user-data.md")[number]
+COUNTS = {
+    "README.md": 2,
+    "CONTRIBUTING.md": 0,
+    "docs/from-node.md": 2,
+    "docs/quickstart.md": 3,
+    "docs/settings.md": 0,
+    "docs/stores.md": 7,
+    "docs/user-data.md": 6,
+}
+SAYS_WHAT_IT_PRINTS = [("docs/quickstart.md", 1), ("docs/quickstart.md", 2)] + [
+    ("docs/user-data.md", number) for number in range(COUNTS["docs/user-data.md"])
+]
+LOGGED = {
+    # nobody has set up logging, so that warnings and errors go to stderr
+    ("docs/quickstart.md", 2): "the data of user 'alice' cannot be saved: user_data[\"bag\"]: set is not JSON; only ",
+    ("docs/user-data.md", 0): 'the data of user \'alice\' cannot be saved: user_data["bag"][0]["price"]: nan is not ',
+}
+
+
+def test_every_program_of_every_page_is_known_here():
+    pages = [path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]]
+    assert {page: len(programs(page)) for page in pages} == COUNTS
+
+
+@pytest.mark.parametrize(("page", "number"), SAYS_WHAT_IT_PRINTS)
+def test_a_program_prints_what_the_page_says(tmp_path, page, number):
+    code, said = programs(page)[number]
     printed, complaints = run(code, tmp_path)
-    if number == 0:  # nobody listens to 'unsavable', so the log says it
-        assert complaints.strip().endswith('user_data["bag"][0]["price"]: nan is not JSON; a number is finite')
-    else:
-        assert complaints == ""
-    said = re.search(r"^```\n\nprints (.*?)\.(?:\s|$)", page[page.index(code) + len(code) :], re.DOTALL)
-    assert said is not None
-    assert re.findall(r"`([^`]+)`", said[1]) == printed.splitlines()
+    logged = LOGGED.get((page, number), "")
+    assert complaints.startswith(logged) if logged else complaints == ""
+    assert len(complaints.splitlines()) == bool(logged)
+    assert printed == said
 
 
-def test_all_programs_about_user_data_are_run():
-    assert len(programs("user-data.md")) == 5
+async def test_the_listener_of_the_page_for_node_saves(make_manager, clock):
+    (code, _), _ = programs("docs/from-node.md")
+    written: dict[Any, bytes] = {}
+
+    class Db:
+        async def write(self, user_id: Any, body: bytes) -> None:
+            await asyncio.sleep(0)
+            written[user_id] = body
+
+    manager = cagey_sessions.SessionManager(interval="30s", clock=clock)
+    exec(code, {"manager": manager, "db": Db(), "orjson": orjson})
+    session = await manager.create()
+    await session.set_user("ann", {"gold": 1})
+    await clock.advance("30s")
+    assert written == {"ann": b'{"gold":1}'}
+    await manager.destroy()
 
 
-def test_watching_as_in_the_quickstart(tmp_path):
-    assert run(programs("quickstart.md")[1], tmp_path) == ("1 True 0 0 True\nok True\n", "")
+async def test_the_functions_of_the_page_for_node_load_and_save(tmp_path, monkeypatch):
+    _, (code, _) = programs("docs/from-node.md")
+    stored: dict[Any, bytes] = {"ann": b'{"gold":1}'}
+
+    class Db:
+        async def read(self, user_id: Any) -> bytes | None:
+            await asyncio.sleep(0)
+            return stored.get(user_id)
+
+        async def write(self, user_id: Any, body: bytes) -> None:
+            await asyncio.sleep(0)
+            stored[user_id] = body
+
+    names: dict[str, Any] = {"db": Db()}
+    exec(code, names)
+    async with names["manager"] as manager:
+        ann, bob = await manager.open("ann"), await manager.open("bob", default={"gold": 0})
+        ann.user_data["gold"] += 10
+        await bob.destroy()
+        assert stored == {"ann": b'{"gold":1}', "bob": b'{"gold":0}'}
+    assert stored == {"ann": b'{"gold":11}', "bob": b'{"gold":0}'}
+
+
+# The game
 
 
 def free_port() -> int:
@@ -64,38 +136,106 @@ def free_port() -> int:
         return port
 
 
-def converse(port: int, *lines: str) -> str:
-    """Say lines to the game, hang up, and return all it has said."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        connection.sendall("".join(f"{line}\n" for line in lines).encode() + b"\n")
-        said = b""
-        while chunk := connection.recv(4096):
-            said += chunk
-        return said.decode()
+class Game:
+    """The program of the quickstart as a process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        (code, _), *_ = programs("docs/quickstart.md")
+        assert code.count("4000") == 2
+        (folder / "game.py").write_text(code.replace("4000", str(self.port)), encoding="utf-8")
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "game.py"],
+            cwd=folder,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.output = self.process.stdout
+
+    def __enter__(self) -> Game:
+        assert self.output.readline() == f"playing on port {self.port}\n"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait(10)
+        self.output.close()
+
+    def connect(self, *lines: str) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        connection.sendall("".join(f"{line}\n" for line in lines).encode())
+        return connection
+
+    def play(self, *lines: str) -> list[str]:
+        """Say lines, hang up, and return all the lines the game has said."""
+        with self.connect(*lines) as connection:
+            connection.shutdown(socket.SHUT_WR)
+            return hear(connection)
+
+    def end(self, number: int) -> str:
+        self.process.send_signal(number)
+        assert self.process.wait(20) == (0 if number == signal.SIGTERM else -number)
+        return self.output.read()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="loops have no signal handlers there")
-def test_the_game_of_the_quickstart_remembers(tmp_path):
-    """Played, stopped with SIGTERM, killed, and played again."""
-    port = free_port()
-    code = programs("quickstart.md")[0].replace("4000", str(port))
-    (tmp_path / "game.py").write_text(code, encoding="utf-8")
-    command = [sys.executable, "-W", "error", "game.py"]
-    for round_number, (sign, ending) in enumerate([(signal.SIGTERM, "everybody is saved\n"), (signal.SIGKILL, "")]):
-        with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as game:
-            assert game.stdout is not None
-            assert game.stdout.readline() == f"playing on port {port}\n"
-            said = converse(port, "ada", "+gold", "+gold", "bank")
-            gold = 2 * (round_number + 1)
-            assert said.startswith("who are you? ")
-            assert f"{{'gold': {gold}, 'visits': {round_number + 1}}}" in said
-            assert "saved as version" in said
-            game.send_signal(sign)
-            assert game.stdout.read() == ending
-    with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as game:
-        assert game.stdout is not None
-        game.stdout.readline()
-        assert "{'gold': 4, 'visits': 3}" in converse(port, "ada", "look")
-        assert "who are you?" in converse(port, "")
-        game.terminate()
-        game.wait(10)
+def hear(connection: socket.socket) -> list[str]:
+    """What the game says until it hangs up."""
+    said = b""
+    while chunk := connection.recv(4096):
+        said += chunk
+    return said.decode().removeprefix("your name? ").splitlines()
+
+
+def wait_for(connection: socket.socket, text: str) -> None:
+    said = ""
+    while text not in said:
+        heard = connection.recv(4096)
+        assert heard, f"{text!r} is not in {said!r}"
+        said += heard.decode()
+
+
+needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="loops have no signal handlers there")
+
+
+@pytest.mark.slow
+@needs_signals
+def test_the_game_remembers_what_it_was_stopped_or_killed_with(tmp_path):
+    with Game(tmp_path) as game:
+        assert game.play("ada", "+gold", "+gold", "look", "quit") == [
+            "{'gold': 1, 'visits': 1}",
+            "{'gold': 2, 'visits': 1}",
+            "{'gold': 2, 'visits': 1}",
+        ]
+        with game.connect("ada", "+gold", "dance") as connection:
+            wait_for(connection, "say +gold, bank, look or quit")
+            assert game.play("bob", "look") == ["{'gold': 0, 'visits': 1}"], "somebody else meanwhile"
+            assert game.end(signal.SIGTERM) == "everybody is saved\n"
+            assert hear(connection) == []
+    with Game(tmp_path) as game, game.connect("ada", "+gold", "bank") as connection:
+        wait_for(connection, "{'gold': 4, 'visits': 3}\nsaved as version")
+        game.end(signal.SIGKILL)
+    with Game(tmp_path) as game:
+        assert game.play("ada", "look") == ["{'gold': 4, 'visits': 4}"]
+        (query,) = re.findall(r'^sqlite3 players.db "(.*)"$', read("docs/quickstart.md"), re.MULTILINE)
+        with closing(sqlite3.connect(tmp_path / "players.db")) as reader:
+            bodies = {user_id: orjson.loads(body) for user_id, _, body in reader.execute(query)}
+        assert bodies == {"ada": {"gold": 4, "visits": 4}, "bob": {"gold": 0, "visits": 1}}
+        game.end(signal.SIGTERM)
+
+
+@pytest.mark.slow
+@needs_signals
+def test_the_game_survives_its_players(tmp_path):
+    with Game(tmp_path) as game:
+        with game.connect("ada", "look") as older:
+            wait_for(older, "'visits': 1")
+            assert game.play("ada", "look") == ["{'gold': 0, 'visits': 2}"]
+            assert hear(older) == [], "it is hung up on"
+        assert game.play("") == []
+        assert game.play("x" * 100_000) == []
+        said = game.end(signal.SIGTERM).splitlines()
+        assert said.pop() == "everybody is saved"
+        assert said and all(line.startswith("a player: ") for line in said), said

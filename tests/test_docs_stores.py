@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import inspect
 import os
 import re
 import sqlite3
@@ -20,15 +19,10 @@ import orjson
 import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from cagey_sessions import SessionManager
 from cagey_sessions.stores import CallbackStore, Outcome, Record, Verdict
 
 PAGE = Path(__file__).parent.parent / "docs" / "stores.md"
 POSTGRES = os.environ.get("CAGEY_TEST_POSTGRES", "postgresql://root@127.0.0.1:5432/test")
-
-needs_managers_with_a_store = pytest.mark.skipif(
-    "store" not in inspect.signature(SessionManager).parameters, reason="SessionManager does not take a store yet"
-)
 
 
 def blocks(language: str = "python") -> dict[str, list[str]]:
@@ -231,7 +225,6 @@ async def test_one_call_per_user(program):
 # With a manager
 
 
-@needs_managers_with_a_store
 @pytest.mark.parametrize(
     ("heading", "printed"),
     [
@@ -245,7 +238,6 @@ async def test_the_programs_run(program, capsys, heading, printed):
     assert capsys.readouterr().out == printed
 
 
-@needs_managers_with_a_store
 async def test_the_program_with_dataclasses_runs(program, capsys):
     module = program(DATACLASS_PAGE)
     with closing(sqlite3.connect("game.db")) as connection:
@@ -255,7 +247,6 @@ async def test_the_program_with_dataclasses_runs(program, capsys):
     assert capsys.readouterr().out == '{"gold":10,"bag":[]} {"gold":1,"bag":["rope"]}\n'
 
 
-@needs_managers_with_a_store
 async def test_the_program_with_postgresql_runs(program, capsys, monkeypatch):
     async with postgres(TABLE) as (address, _):
         monkeypatch.setenv("DATABASE_URL", address)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import cagey_sessions
 from cagey_sessions import Session, SessionManager
 from cagey_sessions.encoding import Encoding
 from cagey_sessions.options import PERSIST_EVENTS, SECOND, read_options
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(cagey_sessions.__file__).parents[1])}
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -23,7 +26,13 @@ def blocks(page: str, language: str) -> list[str]:
 
 def run(code: str, folder: Path) -> tuple[str, str]:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False, cwd=folder
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env=ENVIRONMENT,
+        timeout=60,
     )
     return done.stdout, done.stderr
 
@@ -56,10 +65,21 @@ def test_the_commands_of_the_readme_exist():
         assert re.search(rf"^{verb}:", makefile, re.MULTILINE)
 
 
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_of_the_pages_lead_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if link.startswith("https://"):
+                continue
+            target, _, anchor = link.partition("#")
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(path), f"{page.name}: {link}"
 
 
 def test_the_table_of_settings_is_complete_and_true():

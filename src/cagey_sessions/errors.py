@@ -322,7 +322,7 @@ class SaveOverdueError(CageySessionsError):
     def __init__(self, count: int, oldest_age: float) -> None:
         super().__init__(
             f"{count} {'save is' if count == 1 else 'saves are'} overdue, the oldest under way for {oldest_age:.1f} s; "
-            "a listener that never returns keeps its slot"
+            "what never returns keeps its slot"
         )
         self.count = count
         self.oldest_age = oldest_age

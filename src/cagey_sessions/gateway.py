@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 from .clock import Clock, TimerHandle
 from .errors import StoreError, StoreUnavailableError
 from .options import SECOND
-from .stores import Store
+from .stores import Record, Store, Verdict
 
 __all__ = ["Call", "CallTimedOutError", "StoreGateway"]
 
@@ -86,6 +86,8 @@ class StoreGateway:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opening: asyncio.Task[None] | None = None
         self._calls: set[asyncio.Task[Any]] = set()
+        self.writes: dict[int | str, asyncio.Task[Any]] = {}
+        """The writes under way by user, where the store fences off nothing that comes late."""
         self._last_success = -1
         self._probing = False
         self._probe_delay = FIRST_PROBE
@@ -198,6 +200,21 @@ class StoreGateway:
             self.store.abort(call.task)
         except Exception as error:
             self._say("error", "%s could not abort a call: %s", self.name, type(error).__name__)
+
+    def write(self, records: list[Record]) -> Call[list[Verdict]]:
+        """Begin a call of `Store.save_many`, and know of it until it returns, whoever still waits for it."""
+        call = self.start(self.store.save_many, records)
+        if not self.store.fenced:
+            for record in records:
+                self.writes[record.user_id] = call.task
+
+            def forget(task: asyncio.Task[Any]) -> None:
+                for record in records:
+                    if self.writes.get(record.user_id) is task:
+                        del self.writes[record.user_id]
+
+            call.task.add_done_callback(forget)
+        return call
 
     def _see_returned(self, call: Call[Any]) -> None:
         if call.is_probe:

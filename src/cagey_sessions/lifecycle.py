@@ -33,6 +33,7 @@ from .errors import (
     ManagerClosedError,
     NothingSavesError,
     SessionEndedError,
+    StoreError,
     StoreModeError,
     StoreUnavailableError,
     UnsavableError,
@@ -74,7 +75,6 @@ class Ending:
         "parked",
         "persist",
         "reason",
-        "release_sent",
         "released",
         "saved",
         "task",
@@ -88,7 +88,6 @@ class Ending:
         self.decided = False  # whether there is a last save cannot be changed any more
         self.parked = False  # no task is at work; the last save waits for its retry
         self.saved: object = NOT_SAVED  # fingerprint of the data last acknowledged since the end began
-        self.release_sent = False
         self.released = False  # the store has let go of the user
         self.last_error: Exception | None = None
         self.errors: list[Exception] = []
@@ -514,13 +513,6 @@ class Lifecycle:
         """Whether other processes wait for this one to let go of the user."""
         return self.gateway is not None and self.gateway.store.shared and session.user_id is not None
 
-    def release_sent(self, session: SessionCore) -> None:
-        self.endings[session].release_sent = True
-
-    def was_released(self, session: SessionCore) -> bool:
-        ending = self.endings.get(session)
-        return ending is not None and ending.release_sent
-
     def unsavable(self, session: SessionCore, error: UnsavableError) -> None:
         self.say("error", "%s", error)
         self._announce("unsavable", session, error)
@@ -742,7 +734,9 @@ class Lifecycle:
             return Health("down", "the manager has been destroyed")
         if self.gateway is not None and self.gateway.down_since is not None:
             seconds = (self.clock.now() - self.gateway.down_since) / SECOND
-            return Health("down", f"{self.gateway.name} has been down for {seconds:.1f} s: {self.gateway.last_error}")
+            last = self.gateway.last_error
+            why = last if isinstance(last, StoreError) else type(last).__name__  # a driver may name addresses
+            return Health("down", f"{self.gateway.name} has been down for {seconds:.1f} s: {why}")
         if self.options.interval is not None and self.table.counters.identified and not self.can_save():
             return Health("down", "nobody listens to 'persist_user_data', and there is no store")
         found = self.statistics()
@@ -750,9 +744,9 @@ class Lifecycle:
         if limit and found.oldest_unsaved is not None and found.oldest_unsaved > limit:
             return Health("degraded", f"the oldest unsaved state is {found.oldest_unsaved:.1f} s old")
         if found.overdue:
-            return Health("degraded", f"{found.overdue} saves take longer than the interval")
+            return Health("degraded", f"saves that take longer than the interval: {found.overdue}")
         if found.unsavable:
-            return Health("degraded", f"the data of {found.unsavable} users cannot be saved as it is")
+            return Health("degraded", f"users whose data cannot be saved as it is: {found.unsavable}")
         if self.drain is not None:
             return Health("degraded", "the manager is being destroyed")
         return Health("ok", "")

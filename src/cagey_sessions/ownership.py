@@ -20,6 +20,9 @@ from ._core import SessionCore, check_user_id
 from .encoding import Encoding
 from .errors import (
     AlreadyIdentifiedError,
+    CageySessionsError,
+    CorruptRecordError,
+    EncodingError,
     FencedError,
     OptionError,
     OwnedElsewhereError,
@@ -31,8 +34,9 @@ from .errors import (
     UserActiveError,
     UserErasedError,
     UserNotFoundError,
+    WouldDeadlockError,
 )
-from .gateway import StoreGateway
+from .gateway import CallTimedOutError, StoreGateway
 from .lifecycle import Lifecycle
 from .options import SECOND, quote, suggest
 from .stores import Claim, Outcome, Record
@@ -67,13 +71,22 @@ class _Opening:
         self.waiting = 0
 
 
+class _Turn:
+    """Who is at work on a user in this process, and how many are or wait for it."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.users = 0
+        self.holder: asyncio.Task[Any] | None = None
+
+
 class Ownership:
     """What a manager and its sessions do with users of the store."""
 
     def __init__(self, life: Lifecycle, encoding: Encoding) -> None:
         self._life = life
         self._encoding = encoding
-        self._turns: dict[int | str, tuple[asyncio.Lock, list[None]]] = {}
+        self._turns: dict[int | str, _Turn] = {}
         self._identifying: set[SessionCore] = set()
         self._opening: dict[int | str, _Opening] = {}
         self._wanted: dict[int | str, asyncio.Future[Claim]] = {}
@@ -132,6 +145,7 @@ class Ownership:
         life.refuse_if_closed()
         if when_active == "join" and (live := life.table.find_by_user(user_id)) is not None:
             return live
+        self._refuse_inside(user_id)
         if when_active != "join":
             return await self._open(user_id, default, when_active)
         opening = self._opening.get(user_id)
@@ -274,7 +288,7 @@ class Ownership:
         )
 
         async def save(_: int) -> None:
-            verdicts = await gateway.ask(gateway.store.save_many, [record])
+            verdicts = await gateway.write([record]).answer()
             if not isinstance(verdicts, list) or len(verdicts) != 1:
                 raise StoreContractError(f"{gateway.name} did not answer with one verdict for each record")
             outcome, detail = verdicts[0]
@@ -298,26 +312,42 @@ class Ownership:
         gateway = self._gateway
         check_user_id(user_id, life.options.user_id)
         async with self._turn(user_id):
+            if not gateway.store.fenced:  # then the last write has to come first
+                await self._end_erased(user_id)
+                await self._outlast(user_id)
             erased: bool = await self._persistently(lambda _: gateway.ask(gateway.store.erase, user_id, life.owner))
-            while (session := life.table.active_session(user_id)) is not None:
-                life.end_unsaved(session, UserErasedError(f"user {user_id!r:.80} was erased", user_id=user_id))
-                await life.wait_ended(session)
+            await self._end_erased(user_id)
             return erased
+
+    async def _end_erased(self, user_id: int | str) -> None:
+        while (session := self._life.table.active_session(user_id)) is not None:
+            self._life.end_unsaved(session, UserErasedError(f"user {user_id!r:.80} was erased", user_id=user_id))
+            await self._life.wait_ended(session)
 
     # Turns
 
     @asynccontextmanager
     async def _turn(self, user_id: int | str) -> AsyncIterator[None]:
         """Within this block nobody else in this process loads, edits or erases the same user."""
-        lock, users = self._turns.setdefault(user_id, (asyncio.Lock(), []))
-        users.append(None)
+        self._refuse_inside(user_id)
+        turn = self._turns.setdefault(user_id, _Turn())
+        turn.users += 1
         try:
-            async with lock:
-                yield
+            async with turn.lock:
+                turn.holder = asyncio.current_task()
+                try:
+                    yield
+                finally:
+                    turn.holder = None
         finally:
-            users.pop()
-            if not users:
+            turn.users -= 1
+            if not turn.users:
                 del self._turns[user_id]
+
+    def _refuse_inside(self, user_id: int | str) -> None:
+        turn = self._turns.get(user_id)
+        if turn is not None and turn.holder is not None and turn.holder is asyncio.current_task():
+            raise WouldDeadlockError(f"user {user_id!r:.80} is being edited right here: leave that block first")
 
     def _check(self, user_id: int | str, default: Any, when_active: str, known: tuple[str, ...]) -> None:
         """Bad input gets its error before anything changes."""
@@ -331,6 +361,7 @@ class Ownership:
 
     async def _load(self, user_id: int | str, default: Any) -> _Loaded:
         """Claim a user and read or make their data. If that fails, the user is let go of."""
+        await self._outlast(user_id)
         claim = await self._claim(user_id)
         try:
             if claim.record is not None:
@@ -341,10 +372,32 @@ class Ownership:
             else:
                 data = _made(default) if callable(default) else self._encoding.copy(default)
                 version = 0
-            return _Loaded(user_id, claim.epoch, version, self._saver.digest(self._encoding.dump(data)), data)
+            return _Loaded(user_id, claim.epoch, version, self._saver.digest(self._dump(claim, data)), data)
         except BaseException:
             self._let_go(user_id, claim.epoch)
             raise
+
+    async def _outlast(self, user_id: int | str) -> None:
+        """Where nothing fences off a late write, wait for the end of any before the user is read."""
+        while (write := self._gateway.writes.get(user_id)) is not None:
+            await self._gateway.wait_for(write, self._gateway.timeout)
+            if not write.done():
+                raise StoreUnavailableError(
+                    f"an earlier write of user {user_id!r:.80} has not returned, and would land on top of what follows"
+                )
+
+    def _dump(self, claim: Claim, data: Any) -> bytes:
+        try:
+            return self._encoding.dump(data)
+        except EncodingError as error:
+            if claim.record is None:
+                raise  # it is the default
+            raise CorruptRecordError(
+                f"the record of user {claim.user_id!r:.80} can be read but not be written again, and is left as it is: "
+                f"{error}",
+                user_id=claim.user_id,
+                body=claim.record.body,
+            ) from error
 
     def _decode(self, record: Record) -> Any:
         if not self._gateway.store.keeps_schema:
@@ -378,6 +431,10 @@ class Ownership:
         timer = clock.call_later(max(0, until - clock.now()), lose_patience, Context())
         try:
             return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None and future.result().granted:
+                self._disown(future.result())  # the answer and the cancellation came in the same turn of the loop
+            raise
         finally:
             timer.cancel()
             if self._wanted.get(user_id) is future:
@@ -410,11 +467,15 @@ class Ownership:
 
     async def _claim_some(self, wanted: dict[int | str, asyncio.Future[Claim]]) -> Exception | None:
         gateway = self._gateway
+        call = gateway.start(gateway.store.claim_many, list(wanted), self._life.owner)
         try:
-            claims = await gateway.ask(gateway.store.claim_many, list(wanted), self._life.owner)
+            claims = await call.answer()
             answers = {claim.user_id: claim for claim in claims}
             if answers.keys() != wanted.keys():
                 raise StoreContractError(f"{gateway.name} did not answer with one claim for each user")
+        except CallTimedOutError as error:
+            call.task.add_done_callback(self._see_late_claims)
+            return error
         except StoreError as error:
             return error
         except Exception as error:
@@ -426,8 +487,29 @@ class Ownership:
             if not future.done():
                 future.set_result(claim)
             elif claim.granted:
-                self._let_go(user_id, claim.epoch)  # whoever wanted it has been cancelled
+                self._disown(claim)  # whoever wanted it has been cancelled
         return None
+
+    def _see_late_claims(self, task: asyncio.Task[list[Claim]]) -> None:
+        """A claim was given up on, and has been granted after all."""
+        if task.cancelled() or task.exception() is not None or self._gateway.closed:
+            return
+        for claim in task.result():
+            if claim.granted:
+                self._disown(claim)
+
+    def _disown(self, claim: Claim) -> None:
+        self._life.spawn(self._settle_stray(claim), "stray claim", Context())
+
+    async def _settle_stray(self, claim: Claim) -> None:
+        """Nobody waits for a claim any more: let go of it, unless a session has the user by another one meanwhile."""
+        table = self._life.table
+        async with self._turn(claim.user_id):
+            session = table.active_session(claim.user_id)
+            if session is None:
+                self._let_go(claim.user_id, claim.epoch)
+            elif claim.epoch > table.epoch(session):
+                table.own(session, claim.epoch)
 
     def _let_go(self, user_id: int | str, epoch: int) -> None:
         """Release a claim that no session has taken over; nobody waits for that."""
@@ -447,9 +529,13 @@ class Ownership:
             try:
                 await self._gateway.open()
                 return await work(until)
-            except StoreUnavailableError:
-                if life.clock.now() + delay >= until or life.closed:
+            except Exception as error:
+                if isinstance(error, CageySessionsError) and not isinstance(error, StoreUnavailableError):
                     raise
+                if life.clock.now() + delay >= until or life.closed:
+                    if isinstance(error, StoreUnavailableError):
+                        raise
+                    raise StoreUnavailableError(f"{self._gateway.name} raised {type(error).__name__}") from error
             await self._pause(delay)
             delay = min(2 * delay, LONGEST_RETRY)
 

@@ -22,6 +22,7 @@ from .autosave import Autosave, Flight, SaveHost, Worker
 from .clock import Clock, TimerHandle
 from .encoding import Encoding
 from .errors import (
+    CageySessionsError,
     EncodingError,
     FencedError,
     ListenerCancelledError,
@@ -57,14 +58,6 @@ class StoreHost(SaveHost, Protocol):
         """Whether this save is to release the user."""
         ...
 
-    def release_sent(self, session: SessionCore) -> None:
-        """A save that releases the user is about to be sent."""
-        ...
-
-    def was_released(self, session: SessionCore) -> bool:
-        """Whether a save that releases the user has been sent before."""
-        ...
-
     def unsavable(self, session: SessionCore, error: UnsavableError) -> None:
         """The data of a session cannot be saved as it is; told once for the same fault."""
         ...
@@ -77,7 +70,7 @@ class StoreHost(SaveHost, Protocol):
 class _Row:
     """One save of a batch."""
 
-    __slots__ = ("changed", "claims", "flight", "record", "session", "settled", "unowned", "version")
+    __slots__ = ("changed", "claims", "flight", "record", "session", "settled", "unowned", "version", "was_fenced")
 
     def __init__(self, session: SessionCore, version: int, flight: Flight) -> None:
         self.session = session
@@ -87,6 +80,7 @@ class _Row:
         self.changed = True
         self.settled = False
         self.unowned = False  # the store says that it has to be claimed before it is written
+        self.was_fenced = False
         self.claims = 0
 
 
@@ -255,7 +249,6 @@ class StoreSaver:
             return 0
         if release:
             row.flight.releases = True
-            self._host.release_sent(session)
         row.record = Record(
             user_id,
             self._table.epoch(session),
@@ -332,7 +325,7 @@ class StoreSaver:
     async def _call(self, rows: list[_Row], autosave: Autosave) -> Exception | None:
         """One call of the store; None once it has been answered and each row settled."""
         records = [row.record for row in rows if row.record is not None]
-        call: Call[list[Verdict]] = self._gateway.start(self._gateway.store.save_many, records)
+        call = self._gateway.write(records)
         try:
             verdicts = await call.answer()
         except CallTimedOutError as error:
@@ -376,7 +369,8 @@ class StoreSaver:
         if outcome is Outcome.SAVED or outcome is Outcome.ALREADY:
             self._acknowledge(row, autosave, record.saved_at)
         elif outcome is Outcome.INVALID:
-            invalid = UnsavableError(f"the store refuses the data of user {user_id!r:.80}: {detail}", user_id=user_id)
+            reason = detail or "it does not say why"
+            invalid = UnsavableError(f"the store refuses the data of user {user_id!r:.80}: {reason}", user_id=user_id)
             if session.end_reason is None:
                 self._refused[session] = (self.digest(record.body), invalid)
             self._refuse(row, autosave, invalid)
@@ -387,17 +381,13 @@ class StoreSaver:
             self._fail(row, autosave, failed)
         elif outcome is Outcome.MISSING:
             row.unowned = True
-            self._host.report(
-                LostRecordError(
-                    f"the store no longer has the record of user {user_id!r:.80}; it is claimed and saved again",
-                    user_id=user_id,
-                ),
-                session,
-            )
-        elif outcome is Outcome.FENCED and self._host.was_released(session):
-            row.unowned = True  # most likely by this very session, whose data has changed since
+            if not self._failures(row) and not row.claims:
+                lost = f"the store no longer has the record of user {user_id!r:.80}; it is claimed and saved again"
+                self._host.report(LostRecordError(lost, user_id=user_id), session)
         elif outcome is Outcome.FENCED:
-            self._drop(row, autosave, _fenced(user_id))
+            # perhaps by ourselves: a claim whose reply came too late, or a last save after which the data has changed
+            row.unowned = True
+            row.was_fenced = True
         else:
             erased = UserErasedError(f"user {user_id!r:.80} was erased while the session lived", user_id=user_id)
             self._drop(row, autosave, erased)
@@ -421,14 +411,27 @@ class StoreSaver:
             claim = answers.get((type(user_id), user_id))
             if claim is None:
                 self._fail(row, autosave, StoreContractError("a claim was not answered"))
-            elif not claim.granted or not (claim.record is None or claim.epoch == row.record.epoch + 1):
-                self._drop(row, autosave, _fenced(user_id))  # somebody else has the user, or has had it in between
+            elif not claim.granted:
+                self._drop(row, autosave, _fenced(user_id))
+            elif not self._is_ours(row, claim.record):
+                self._gateway.start(self._gateway.store.release, user_id, claim.epoch, self.owner)
+                self._drop(row, autosave, _fenced(user_id))
             else:
                 if self._table.state(row.session) != "gone":
                     self._table.own(row.session, claim.epoch)
                 row.record = row.record._replace(epoch=claim.epoch)
                 owned.append(row)
         await self._write(owned, autosave)
+
+    def _is_ours(self, row: _Row, stored: Record | None) -> bool:
+        """Whether what is stored is no newer than what this session has saved, so that it may go on from there."""
+        assert row.record is not None
+        if self._table.state(row.session) == "gone":
+            return False  # it was disowned meanwhile
+        _, acknowledged = self._table.versions(row.session)
+        if stored is None:
+            return not (row.was_fenced and acknowledged)  # else it was erased, and is new
+        return stored.version <= acknowledged or (stored.version, stored.body) == (row.version, row.record.body)
 
     # Settling
 
@@ -444,6 +447,9 @@ class StoreSaver:
         autosave.fail(row.session, row.version, row.flight, error)
 
     def _fail_all(self, rows: list[_Row], autosave: Autosave, error: Exception, *, report: bool = True) -> None:
+        if not isinstance(error, CageySessionsError):
+            raised, error = error, StoreUnavailableError(f"{self._gateway.name} raised {type(error).__name__}")
+            error.__cause__ = raised
         if report:
             self._report_batch(rows, error)
         for row in rows:
@@ -491,6 +497,6 @@ def _unsavable(user_id: int | str, error: Exception) -> UnsavableError:
 
 def _fenced(user_id: int | str) -> FencedError:
     return FencedError(
-        f"another node has taken over user {user_id!r:.80}: what this session had not saved by then is not saved",
+        f"somebody else has taken over user {user_id!r:.80}: what this session had not saved by then is not saved",
         user_id=user_id,
     )

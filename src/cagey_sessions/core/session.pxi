@@ -100,7 +100,7 @@ cdef class SessionCore:
     def user_data(self, value):
         table_of(self)
         if self.user_id is None:
-            raise NotIdentifiedError("this session has no user yet; `await session.set_user(user_id, user_data)` comes first")
+            raise NotIdentifiedError("this session has no user yet; `await session.login(user_id)` comes first, or without a store `set_user`")
         if value is None:
             raise InvalidUserDataError("user_data must not be None: there would be nothing to save")
         self.data = value
