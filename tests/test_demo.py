@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -47,6 +48,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(process.returncode, out, err, db)
 
 
+@pytest.mark.slow
 def test_a_short_demo_loses_nothing_that_was_acknowledged(finished: Run) -> None:
     """Exit status 0, nothing on stderr, and a last line of JSON that says so."""
     summary = json.loads(finished.out.splitlines()[-1])
@@ -60,17 +62,37 @@ def test_a_short_demo_loses_nothing_that_was_acknowledged(finished: Run) -> None
     assert summary["receipts"] > 0
     assert summary["reconnects"] >= 40, "every bot comes back after the stop and after the kill"
     assert "graceful stop" in finished.out
+    while_playing = [int(number) for number in re.findall(r"playing again .* skipped (\d+)", finished.out)]
+    assert while_playing, "skipped are not only the saves of the end, when all bots look and nobody plays"
+    assert while_playing[-1] > 0
 
 
+@pytest.mark.slow
+def test_every_receipt_has_a_version_of_the_store(finished: Run) -> None:
+    """And the file has that version, or a later one."""
+    stored = verify.read_players(finished.db)
+    versions = {user: ledger["version"] for user, ledger in finished.ledgers("kill").items() if ledger["receipt"]}
+    assert len(versions) > 5
+    assert all(0 < version <= stored[user].version for user, version in versions.items())
+
+
+@pytest.mark.slow
 def test_the_listener_loses_nothing_either(tmp_path: Path) -> None:
-    """``--events``: the server saves by itself, in a listener."""
-    arguments = ["--bots", "10", "--seconds", "2", "--interval", "300ms", "--events", "--store", str(tmp_path / "p.db")]
-    with python("-m", "cagey_sessions", "demo", *arguments) as process:
+    """``--events``: the server saves by itself, in a listener; its file goes with the folder it is in."""
+    command = [sys.executable, "-m", "cagey_sessions", "demo", "--bots", "10", "--seconds", "2"]
+    with subprocess.Popen(
+        [*command, "--interval", "300ms", "--events"],
+        env=ENVIRONMENT | {"TMPDIR": str(tmp_path)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
         out, err = process.communicate()
     summary = json.loads(out.splitlines()[-1])
     assert (process.returncode, err) == (0, "")
     assert (summary["lost"], summary["older_than_interval"], summary["skipped"]) == (0, 0, 0)
     assert summary["saves"] > 10
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -82,8 +104,8 @@ def stored(finished: Run, tmp_path: Path) -> Iterator[sqlite3.Connection]:
         yield copy
 
 
-def players(db: sqlite3.Connection) -> dict[str, dict[str, Any]]:
-    return verify.read_players(db.execute("PRAGMA database_list").fetchone()[2])[0]
+def players(db: sqlite3.Connection) -> dict[str, verify.Stored]:
+    return verify.read_players(db.execute("PRAGMA database_list").fetchone()[2])
 
 
 VICTIM = "bot-00007"
@@ -115,6 +137,7 @@ def test_the_reader_finds_one_harmed_player(
     killed_at = max(at for ledger in killed.values() for at, _ in ledger["known"])
     assert verify.different(players(stored), shown) == set()
     assert verify.after_kill(players(stored), killed, killed_at, 1.5).lost == set()
+    assert verify.mixed_up(players(stored), killed) == set()
     harm(stored)
     assert verify.different(players(stored), shown) == {VICTIM}
     found = verify.after_kill(players(stored), killed, killed_at, 1.5)
@@ -122,50 +145,74 @@ def test_the_reader_finds_one_harmed_player(
         assert found.older_than_allowed > 0, "no purchase of this bot was confirmed: its age alone tells"
     else:
         assert found.lost == {VICTIM}
+    assert verify.mixed_up(players(stored), killed) == ({VICTIM} if harm is swap else set())
 
 
-def state(seq: int, gold: int = 0) -> dict[str, Any]:
-    return {"seq": seq, "gold": gold, "items": {}}
+def state(seq: int, gold: int = 0, name: str = "ada") -> dict[str, Any]:
+    return {"name": name, "seq": seq, "gold": gold, "items": {}}
 
 
 def ledger(*known: tuple[float, dict[str, Any]], **more: Any) -> dict[str, dict[str, Any]]:
-    return {"ada": {"known": list(known), "awaited": None, "receipt": None, "returns": []} | more}
+    return {"ada": {"known": list(known), "awaited": None, "receipt": None, "version": None, "shown": []} | more}
+
+
+def stored_as(seq: int, version: int = 1) -> dict[str, verify.Stored]:
+    return {"ada": verify.Stored(state(seq), version)}
 
 
 def test_a_graceful_stop_loses_not_even_the_last_change() -> None:
     """One change back is a loss; the change that was asked for and never answered is not."""
     told = ledger((1.0, state(1)), (2.0, state(2)), awaited=state(3))
-    assert verify.different({"ada": state(1)}, told) == {"ada"}
-    assert verify.different({"ada": state(2)}, told) == set()
-    assert verify.different({"ada": state(3)}, told) == set()
-    assert verify.different({"ada": state(2), "eve": state(9)}, told) == {"eve"}
+    assert verify.different(stored_as(1), told) == {"ada"}
+    assert verify.different(stored_as(2), told) == set()
+    assert verify.different(stored_as(3), told) == set()
+    assert verify.different(stored_as(2) | {"eve": verify.Stored(state(9), 1)}, told) == {"eve"}
     assert verify.different({}, told) == {"ada"}
 
 
 def test_a_kill_may_take_the_youngest_changes_only() -> None:
     """What is missing is counted, and what is older than allowed a second time."""
     told = ledger((10.0, state(1)), (12.0, state(2)), (14.0, state(3)))
-    found = verify.after_kill({"ada": state(2)}, told, killed_at=15.0, allowed_age=2.5)
+    found = verify.after_kill(stored_as(2), told, killed_at=15.0, allowed_age=2.5)
     assert found == verify.AfterKill(lost=set(), older_than_allowed=0, changes=1, players=1, oldest=1.0)
-    found = verify.after_kill({"ada": state(1)}, told, killed_at=15.0, allowed_age=2.5)
+    found = verify.after_kill(stored_as(1), told, killed_at=15.0, allowed_age=2.5)
     assert found == verify.AfterKill(lost=set(), older_than_allowed=1, changes=2, players=1, oldest=3.0)
-    found = verify.after_kill({"ada": state(3)}, told, killed_at=15.0, allowed_age=2.5)
+    found = verify.after_kill(stored_as(3), told, killed_at=15.0, allowed_age=2.5)
     assert found == verify.AfterKill()
 
 
 def test_a_kill_may_not_take_a_confirmed_purchase() -> None:
     """However young it is."""
     told = ledger((14.9, state(3)), receipt=state(3), awaited=state(4))
-    assert verify.after_kill({"ada": state(2)}, told, 15.0, 2.5).lost == {"ada"}
-    assert verify.after_kill({"ada": state(3)}, told, 15.0, 2.5).lost == set()
-    assert verify.after_kill({"ada": state(4)}, told, 15.0, 2.5).lost == set()
+    assert verify.after_kill(stored_as(2), told, 15.0, 2.5).lost == {"ada"}
+    assert verify.after_kill(stored_as(3), told, 15.0, 2.5).lost == set()
+    assert verify.after_kill(stored_as(4), told, 15.0, 2.5).lost == set()
+
+
+def test_a_confirmed_version_is_there_with_the_data_that_was_confirmed() -> None:
+    """Or a later version, with later data; a number alone proves nothing, and nor does the data alone."""
+    told = ledger((14.8, state(3)), (14.9, state(4)), receipt=state(3), version=7)
+    fine, wrong = [(3, 7), (4, 8), (4, 9)], [(3, 6), (4, 6), (4, 7), (3, 8)]
+    assert [verify.after_kill(stored_as(*each), told, 15.0, 2.5).lost for each in fine] == [set()] * 3
+    assert [verify.after_kill(stored_as(*each), told, 15.0, 2.5).lost for each in wrong] == [{"ada"}] * 4
+    assert verify.different(stored_as(4, 8), told) == set()
+    assert verify.different(stored_as(4, 7), told) == {"ada"}
+
+
+def test_nobody_has_the_data_of_somebody_else() -> None:
+    """Neither in the database nor on their screen."""
+    eves, told = state(1, name="eve"), ledger((1.0, state(1)), shown=[[state(1), None, state(1)]])
+    assert verify.mixed_up(stored_as(1), told) == set()
+    assert verify.mixed_up({"ada": verify.Stored(eves, 1)}, told) == {"ada"}
+    assert verify.mixed_up(stored_as(1), ledger((1.0, eves))) == {"ada"}
+    assert verify.mixed_up(stored_as(1), ledger((1.0, state(1)), shown=[[eves, None, eves]])) == {"ada"}
 
 
 def test_who_comes_back_must_find_what_they_left() -> None:
     """Or what they had asked for when they left; nothing else."""
-    returns = [[state(1), None, state(1)], [state(1), state(2), state(2)]]
-    assert verify.contradicted_returns(ledger(returns=returns)) == set()
-    assert verify.contradicted_returns(ledger(returns=[*returns, [state(2), None, state(1)]])) == {"ada"}
+    shown = [[state(1), None, state(1)], [state(1), state(2), state(2)]]
+    assert verify.contradicted(ledger(shown=shown)) == set()
+    assert verify.contradicted(ledger(shown=[*shown, [state(2), None, state(1)]])) == {"ada"}
 
 
 def test_the_reader_shares_no_code_with_the_library() -> None:
@@ -201,6 +248,7 @@ def test_a_missing_extra_is_one_line_with_the_remedy(
         (["demo", "--port", "70000"], "--port: '70000' is not a whole number"),
         (["demo", "--store", __file__], "exists already"),
         (["demo", "--store", "/no/such/folder/players.db"], "a folder that does not exist"),
+        (["demo", "--store", "players.db", "--events"], "--events: not allowed with argument --store"),
     ],
 )
 def test_wrong_arguments_are_quoted(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,6 +265,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"cagey-sessions {cagey_sessions.__version__}\n"
 
 
+@pytest.mark.slow
 def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path) -> None:
     """Ctrl-C: no process and no folder remains."""
     environment = ENVIRONMENT | {"TMPDIR": str(tmp_path)}

@@ -20,6 +20,8 @@ import orjson
 import pytest
 
 import cagey_sessions
+from cagey_sessions import CorruptRecordError, SessionManager
+from cagey_sessions.stores import MemoryStore
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(cagey_sessions.__file__).parents[1])}
@@ -95,7 +97,7 @@ async def test_the_listener_of_the_page_for_node_saves(make_manager, clock):
             await asyncio.sleep(0)
             written[user_id] = body
 
-    manager = cagey_sessions.SessionManager(interval="30s", clock=clock)
+    manager = SessionManager(interval="30s", clock=clock)
     exec(code, {"manager": manager, "db": Db(), "orjson": orjson})
     session = await manager.create()
     await session.set_user("ann", {"gold": 1})
@@ -125,6 +127,33 @@ async def test_the_functions_of_the_page_for_node_load_and_save(tmp_path, monkey
         await bob.destroy()
         assert stored == {"ann": b'{"gold":1}', "bob": b'{"gold":0}'}
     assert stored == {"ann": b'{"gold":11}', "bob": b'{"gold":0}'}
+
+
+# What the pages say, and no program shows
+
+
+async def test_a_body_that_can_be_read_but_not_be_written_again():
+    backing = MemoryStore().backing
+    data = {"bag": "x" * 100}
+    async with SessionManager(store=MemoryStore(backing)) as manager:
+        await manager.open("ann", default=data)
+    async with SessionManager(store=MemoryStore(backing), max_bytes=50) as manager:
+        with pytest.raises(CorruptRecordError) as caught:
+            await manager.open("ann")
+        assert orjson.loads(caught.value.body) == data
+        assert await manager.read("ann") == data
+    async with SessionManager(store=MemoryStore(backing)) as manager:
+        assert await manager.read("ann") == data, "nothing was saved over it"
+
+
+@pytest.mark.parametrize("users", [0, 1])
+async def test_the_end_of_a_block_after_an_end_without_saves(users):
+    backing = MemoryStore().backing
+    async with SessionManager(store=MemoryStore(backing)) as manager:
+        for number in range(users):
+            await manager.open(number, default={})
+        assert (await manager.destroy(False)).unsaved == ()
+    assert all(row.record is None for row in backing.rows.values()), "the first call has said what to save"
 
 
 # The game

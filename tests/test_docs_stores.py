@@ -19,7 +19,16 @@ import orjson
 import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from cagey_sessions import (
+    FencedError,
+    SessionManager,
+    StoreModeError,
+    StoreUnavailableError,
+    UnsavableError,
+    UserErasedError,
+)
 from cagey_sessions.stores import CallbackStore, Outcome, Record, Verdict
+from support import let_time_pass
 
 PAGE = Path(__file__).parent.parent / "docs" / "stores.md"
 POSTGRES = os.environ.get("CAGEY_TEST_POSTGRES", "postgresql://root@127.0.0.1:5432/test")
@@ -252,3 +261,93 @@ async def test_the_program_with_postgresql_runs(program, capsys, monkeypatch):
         monkeypatch.setenv("DATABASE_URL", address)
         await program(POSTGRES_PAGE).main()
     assert capsys.readouterr().out == "{'gold': 10, 'bag': []}\n"
+
+
+# What the page says of answers
+
+
+def test_the_page_names_every_answer():
+    section = PAGE.read_text(encoding="utf-8").partition("\n## CallbackStore\n")[2].partition("\n## ")[0]
+    assert set(re.findall(r'`"(\w+)"', section)) == {outcome.value for outcome in Outcome}
+
+
+@pytest.mark.parametrize(
+    ("answer", "raised", "reported", "calls"),
+    [
+        ("invalid", UnsavableError, "unsavable", 1),
+        (Verdict(Outcome.INVALID, "the name is taken"), UnsavableError, "unsavable", 1),
+        ("erased", UserErasedError, "UserErasedError", 1),
+        ("missing", StoreUnavailableError, "LostRecordError", 3),
+        ("fenced", FencedError, "FencedError", 1),
+    ],
+)
+async def test_what_becomes_of_a_user_by_the_answer(clock, answer, raised, reported, calls):
+    handed_over: list[int] = []
+    answers: list[Any] = [answer] * 1000
+    events: list[str] = []
+
+    def save_many(records):
+        handed_over.append(clock.now())
+        return [answers.pop(0)] if answers else None
+
+    manager = SessionManager(store=CallbackStore(lambda _: {"gold": 0}, save_many), clock=clock)
+    manager.on("error", lambda error, _: events.append(type(error).__name__))
+    manager.on("unsavable", lambda session, error: events.append("unsavable"))
+    session = await manager.open("ann")
+    session.user_data["gold"] = 1
+    with pytest.raises(raised):
+        await let_time_pass(clock, session.persist_now())
+    assert handed_over.count(handed_over[0]) == calls, "so often at once"
+    if answer in ("erased", "fenced"):
+        assert await session.wait_ended() == answer
+    else:
+        assert session.alive
+        before = len(handed_over)
+        await clock.advance("60s")
+        assert (len(handed_over) == before) == (raised is UnsavableError), "tried again unless it is unsavable"
+        answers.clear()
+        session.user_data["gold"] = 2
+        assert (await let_time_pass(clock, session.persist_now())).changed
+    assert events[0] == reported
+    await let_time_pass(clock, manager.destroy())
+
+
+def fail(user_id):
+    raise KeyError(user_id)
+
+
+@pytest.mark.parametrize(("erase", "raised"), [(None, StoreModeError), (fail, StoreUnavailableError)])
+async def test_what_becomes_of_a_user_who_cannot_be_erased(clock, erase, raised):
+    """As the page says; if it is the other way round one day, the page has to say that."""
+    written: list[Record] = []
+    store = CallbackStore(lambda _: {"gold": 0}, lambda records: written.extend(records), erase=erase)
+    manager = SessionManager(store=store, clock=clock)
+    session = await manager.open("ann")
+    session.user_data["gold"] = 1
+    with pytest.raises(raised):
+        await let_time_pass(clock, manager.erase("ann"))
+    if erase is None:
+        assert session.alive
+        await let_time_pass(clock, manager.destroy())
+        assert [record.value() for record in written] == [{"gold": 1}]
+    else:
+        assert session.end_reason == "erased"
+        await let_time_pass(clock, manager.destroy())
+        assert written == []
+
+
+async def test_a_load_that_raises_is_repeated_for_whoever_reads(clock):
+    loads: list[Any] = []
+
+    def load(user_id):
+        loads.append(user_id)
+        raise KeyError(user_id)
+
+    manager = SessionManager(store=CallbackStore(load, print), clock=clock)
+    for call in (manager.read("ann"), manager.open("ann", default={})):
+        loads.clear()
+        with pytest.raises(StoreUnavailableError) as caught:
+            await let_time_pass(clock, call)
+        assert isinstance(caught.value.__cause__, KeyError)
+        assert len(loads) > 1
+    await manager.destroy()

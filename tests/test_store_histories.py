@@ -107,6 +107,9 @@ class History:
         if not was_ending and session.end_reason == "destroyed":
             self.acknowledged[user_id] = max(self.acknowledged[user_id], n)
 
+    async def drop(self, session: Any) -> None:
+        await session.destroy(persist=False)
+
     async def edit(self, manager: Any, user_id: int) -> None:
         async with manager.edit(user_id, default={"n": 0, "twice": 0}) as data:
             self.see(user_id, data, "edit")
@@ -194,6 +197,8 @@ class History:
             self.begin(self.persist, session)
         elif session is not None and kind == 16:
             self.begin(self.destroy, session)
+        elif session is not None and kind == 17:
+            self.begin(self.drop, session)
         if self.chance.random() < 0.5:
             await self.clock.advance(self.chance.choice(["1ms", "20ms", "300ms", "2s", "11s"]))
         else:

@@ -45,6 +45,7 @@ FIRST_RETRY = 16
 """The first retry comes after this part of the interval, each later one after twice as long, at most half of it."""
 INTERVAL_FOR_RETRIES = 16 * SECOND
 """What retries are measured by where there is no interval."""
+LONGEST_RETRY_OF_A_STORE = 15 * SECOND
 LONGEST_RETRY_IN_DRAIN = SECOND
 LONGEST_RETRY_FOR_CALLER = SECOND
 """While somebody waits for a save that the store did not take."""
@@ -178,6 +179,8 @@ class Autosave:
         self._turn_is_queued = False
         self._asked: dict[SessionCore, Flight] = {}
         self._in_flight: dict[SessionCore, Flight] = {}
+        self._carried: set[SessionCore] = set()
+        """Sessions of which somebody waits for the next attempt."""
         self._patience_timer: TimerHandle | None = None
         self._workers: set[asyncio.Task[None]] = set()
         self._employed = 0
@@ -290,7 +293,11 @@ class Autosave:
     def kick(self) -> None:
         """Look again at what is due: a listener that saves has been registered."""
         if self._loop is not None and not self._loop.is_closed() and not self._closed:
-            self._loop.call_soon(self.employ, context=self._context)
+            self._loop.call_soon(self._employ_unless_paused, context=self._context)
+
+    def _employ_unless_paused(self) -> None:
+        if self._pause is None:
+            self.employ()
 
     def lend(self, slots: int) -> None:
         """A listener waits for another save, or does no longer: meanwhile its slot may be used for that one."""
@@ -395,8 +402,12 @@ class Autosave:
                 assert self._loop is not None
                 self._loop.call_soon(self._turn, context=self._context)
                 break
-        if self._pause is None:
-            self.employ()
+        for session in list(self._carried):
+            if session not in self._asked:
+                self._carried.discard(session)
+            elif self._table.state(session) == "due":
+                self._table.ask(session)  # somebody waits for it: not behind those whose time has come
+        self._employ_unless_paused()
         self._arm()
 
     def interrupt(self) -> None:
@@ -521,6 +532,8 @@ class Autosave:
         heard = flight.waiting > 0
         if is_patient and owned and self._table.state(session) != "gone":
             self._wait_on(session, flight, error)
+            if self._table.is_ending(session):
+                self._host.settled(session, error, flight)
             return
         flight.resolve(error)
         self._tell_host(session, owned, error, flight)
@@ -539,6 +552,7 @@ class Autosave:
     def _wait_on(self, session: SessionCore, flight: Flight, error: Exception) -> None:
         """Leave the callers of a failed attempt to the next one."""
         flight.error = error
+        self._carried.add(session)
         later = self._asked.setdefault(session, flight)
         if later is not flight:  # somebody has asked meanwhile; all of them wait for the same save from now on
             later.error = error
@@ -562,6 +576,8 @@ class Autosave:
             return None
         interval = self._interval or INTERVAL_FOR_RETRIES
         delay = min(interval // FIRST_RETRY << self._table.failures(session), interval // 2)
+        if self._saver.patience is not None:
+            delay = min(delay, LONGEST_RETRY_OF_A_STORE)
         if isinstance(error, UnsavableError):
             delay = interval  # not before the data has had time to change
         if self._draining:

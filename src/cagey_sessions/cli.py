@@ -24,8 +24,9 @@ again; at the end it is killed with SIGKILL while they play, and started once mo
 code with the library compares every player in the database with what the player's bot was told.
 """
 DEMO_ENDS = """\
-The last line of the output is one JSON object. Exit status: 0 if nothing acknowledged was lost, 1 if something was,
-2 if the demo could not run, 130 if it was interrupted.
+The last line of the output is one JSON object: "saves" were written, "skipped" were due and found nothing changed,
+"lost" counts players who were not found as they were promised. Exit status: 0 if nothing acknowledged was lost, 1 if
+something was, 2 if the demo could not run, 130 if it was interrupted.
 """
 
 
@@ -63,13 +64,17 @@ def _parser() -> argparse.ArgumentParser:
     option("--seconds", _duration(SECOND), "20s", "TIME", "how long they play in all (default: 20s)")
     option("--interval", _duration(SHORTEST_INTERVAL), "2s", "TIME", "how old unsaved changes may become (default: 2s)")
     option("--port", _whole(0, 65_535), "0", "N", "the server's TCP port on 127.0.0.1 (default: any free one)")
+    where = demo.add_mutually_exclusive_group()
     help_store = (
-        "keep the players in this new SQLite file, and what the bots were told beside it "
-        "(default: a temporary folder, removed if nothing was lost)"
+        "have the library keep the players in this new SQLite file, and leave it and what the bots were told beside it "
+        "(default: the same in a temporary folder, removed if nothing was lost)"
     )
-    option("--store", _new_file, None, "FILE", help_store)
-    help_events = "let the server save in a listener of its own, as without a store; it skips no save then"
-    demo.add_argument("--events", action="store_true", help=help_events)
+    where.add_argument("--store", type=_new_file, metavar="FILE", help=help_store)
+    help_events = (
+        "no store: let the server load, and save in a listener of persist_user_data, to a temporary SQLite file of its "
+        "own; no save is skipped then"
+    )
+    where.add_argument("--events", action="store_true", help=help_events)
     return parser
 
 

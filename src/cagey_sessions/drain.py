@@ -135,6 +135,7 @@ class _Drain:
         if life.store_saver is not None:
             life.store_saver.close()
         if life.gateway is not None:
+            await life.ownership.settle(life.clock.now() + AFTER_DEADLINE)
             await life.gateway.close()
         life.listeners.clear()
         life.closed = True

@@ -195,7 +195,7 @@ class MissingExtraError(UsageError, ImportError):
 
 
 class WouldDeadlockError(UsageError):
-    """A listener waits for the save, or the end, that itself waits for this listener."""
+    """A listener waits for the save, or the end, that itself waits for this listener; or an edit for itself."""
 
 
 class WrongLoopError(UsageError, RuntimeError):

@@ -89,7 +89,7 @@ class StoreGateway:
         self.writes: dict[int | str, asyncio.Task[Any]] = {}
         """The writes under way by user, where the store fences off nothing that comes late."""
         self._last_success = -1
-        self._probing = False
+        self._probe: Call[Any] | None = None
         self._probe_delay = FIRST_PROBE
         self._probe_at = 0
         self._probe_timer: TimerHandle | None = None
@@ -155,7 +155,8 @@ class StoreGateway:
     def start(self, method: Callable[..., Coroutine[Any, Any, T]], *args: object) -> Call[T]:
         """Begin a call."""
         call = Call(self, self._spawn(method, *args), self.now(), self.down)
-        self._probing = self._probing or call.is_probe
+        if call.is_probe:
+            self._probe = call
         call.task.add_done_callback(lambda _: self._see_returned(call))
         return call
 
@@ -195,6 +196,8 @@ class StoreGateway:
 
     def give_up_on(self, call: Call[Any]) -> None:
         """The deadline of a call has passed."""
+        if self._probe is call:
+            self._probe = None  # it may never return; the next one has a place of its own
         self.failed(call.started, CallTimedOutError(f"{self.name} does not answer"))
         try:
             self.store.abort(call.task)
@@ -217,8 +220,8 @@ class StoreGateway:
         return call
 
     def _see_returned(self, call: Call[Any]) -> None:
-        if call.is_probe:
-            self._probing = False
+        if self._probe is call:
+            self._probe = None
         if call.task.cancelled():
             self.failed(call.started, StoreUnavailableError("a call was cancelled"))
             return
@@ -227,8 +230,10 @@ class StoreGateway:
             self._succeeded(call)
         elif isinstance(error, (StoreUnavailableError, OSError, TimeoutError)):
             self.failed(call.started, error)
+        elif call.is_probe and isinstance(error, Exception):
+            self.failed(call.started, error)  # whatever it says, it is not well
         else:
-            self._wake()  # it answered, but whether it is well remains open
+            self._wake()
 
     # Up and down
 
@@ -238,7 +243,7 @@ class StoreGateway:
 
     def may_call(self) -> bool:
         """Whether a call may begin now: always while the store is up; one at a time, now and then, while it is not."""
-        return not self.down or (not self._probing and self.now() >= self._probe_at)
+        return not self.down or (self._probe is None and self.now() >= self._probe_at)
 
     async def admission(self) -> None:
         """Wait until a call may begin."""

@@ -46,7 +46,7 @@ from .events import MANAGER_EVENTS, Listeners, listener_error
 from .gateway import StoreGateway
 from .options import SECOND, Options
 from .records import EndReason, Health, Receipt, Statistics
-from .stores import Store
+from .stores import Claim, Store
 from .waits import Wait, listening, saves_inside, waiting_for, would_deadlock
 from .writebehind import StoreSaver
 
@@ -258,6 +258,8 @@ class Lifecycle:
             raise SessionEndedError(f"the session has ended, or is past its last save ({session!r})")
         if session.user_id is None:
             return None
+        if (loss := self.loss_of(session)) is not None:
+            raise loss
         self.require_saver()
         outcome = await self._save_waiting(session)
         if isinstance(outcome, Exception):
@@ -280,6 +282,7 @@ class Lifecycle:
         self.require_saver()
         failures: list[tuple[int | str, Exception]] = []
         total = 0
+        until = self.clock.now() + self.options.save_timeout
         # a save under way may have missed the latest changes, and its acknowledgement hides its session from the walk
         under_way = dict.fromkeys(self.autosave.in_flight())
 
@@ -289,6 +292,9 @@ class Lifecycle:
                 if session.user_id is None or self.table.is_ending(session):
                     continue
                 total += 1
+                if self.gateway is not None and self.gateway.down and self.clock.now() >= until:
+                    failures.append((session.user_id, StoreUnavailableError(f"{self.gateway.name} is down")))
+                    continue
                 try:
                     outcome = await self._save_waiting(session)
                 except WouldDeadlockError as refused:
@@ -348,7 +354,12 @@ class Lifecycle:
             await self.end(older, False, EndReason.REPLACED)
             return
         await self.persist(older)
-        await self.end(older, True, EndReason.REPLACED)
+        try:
+            await self.end(older, True, EndReason.REPLACED)
+        except ListenerError as error:
+            if self.gateway is None or older.end_reason is None:
+                raise
+            self.report(error, older)  # it is saved and has ended, and its listeners are no concern of the newer one
 
     async def start(self, session: SessionCore) -> None:
         self.enter()
@@ -500,8 +511,13 @@ class Lifecycle:
             if ending.parked:
                 self.resume(session, ending)
         else:
-            ending.saved = NOT_SAVED
+            ending.saved = NOT_SAVED  # the store may have other bytes now, or be about to
+            if ending.reason in _LOSSES:
+                return
+            ending.released = False
             ending.last_error = error
+            if ending.parked and self.drain is not None and isinstance(error, UnsavableError):
+                self.resume(session, ending)  # waiting would not help
 
     # What the store has to say about a session
 
@@ -512,6 +528,19 @@ class Lifecycle:
     def _is_to_be_released(self, session: SessionCore) -> bool:
         """Whether other processes wait for this one to let go of the user."""
         return self.gateway is not None and self.gateway.store.shared and session.user_id is not None
+
+    def loss_of(self, session: SessionCore) -> Exception | None:
+        """Why nothing more of a session is to be written, if so."""
+        ending = self.endings.get(session)
+        if ending is not None and ending.reason in (EndReason.FENCED, EndReason.ERASED):
+            return ending.last_error
+        return None
+
+    def disown(self, claim: Claim) -> None:
+        self.ownership.disown(claim)
+
+    def see_late_claims(self, call: asyncio.Task[list[Claim]]) -> None:
+        self.ownership.see_late_claims(call)
 
     def unsavable(self, session: SessionCore, error: UnsavableError) -> None:
         self.say("error", "%s", error)
@@ -585,15 +614,19 @@ class Lifecycle:
     async def _release(self, session: SessionCore) -> None:
         """Let go of a user that no save lets go of."""
         assert self.gateway is not None and session.user_id is not None
+        epoch = self.table.epoch(session)
+        if self._gave_up():
+            return  # other nodes wait until this one is dead
         try:
-            await self.gateway.ask(self.gateway.store.release, session.user_id, self.table.epoch(session), self.owner)
+            await self.gateway.ask(self.gateway.store.release, session.user_id, epoch, self.owner)
         except Exception as error:
-            self.report(error, session)  # other nodes wait until this one is dead
+            self.report(error, session)
+            self.ownership.release_later(session.user_id, epoch)
 
     async def _save_last(self, session: SessionCore, ending: Ending) -> Exception | None:
         """Save a session that is being ended, again while its data changes meanwhile: what went wrong, if anything."""
         for _ in range(MOST_LAST_SAVES):
-            if ending.saved is UNSEEN or (ending.saved is not NOT_SAVED and ending.saved == self.fingerprint(session)):
+            if self._is_saved(session, ending):
                 return None
             if self._gave_up():
                 return ending.last_error or self.autosave.gave_up
@@ -608,6 +641,12 @@ class Lifecycle:
         )
         return None
 
+    def _is_saved(self, session: SessionCore, ending: Ending) -> bool:
+        """Whether the last save is acknowledged, the release included where there is one, and nothing has changed."""
+        if self._is_to_be_released(session) and not ending.released:
+            return False
+        return ending.saved is UNSEEN or (ending.saved is not NOT_SAVED and ending.saved == self.fingerprint(session))
+
     def _gave_up(self) -> bool:
         return self.drain is not None and self.drain.gave_up
 
@@ -616,6 +655,7 @@ class Lifecycle:
         self.ends_at_work -= 1
         ending.parked = True
         ending.decided = False
+        ending.saved = NOT_SAVED
         failed = self._tell_of_parking(session, ending, error)
         if ending.waiting:
             ending.errors = []

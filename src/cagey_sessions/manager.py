@@ -64,8 +64,8 @@ class SessionManager(Generic[T]):
         With a store: a plain function that is given the session right before the bytes of its data are fixed, for
         copying live state into `user_data`.
     save_timeout
-        With a store: how long `persist_now`, `destroy`, `login` and a single call of the store may take; 10 seconds by
-        default.
+        With a store: how long `persist_now`, `destroy`, `login`, `open`, `read`, `edit`, `erase` and a single call of
+        the store may take; 10 seconds by default.
     user_id
         ``int`` or ``str`` to accept user ids of that type only.
     log
@@ -172,7 +172,8 @@ class SessionManager(Generic[T]):
     async def erase(self, user_id: int | str) -> bool:
         """Remove a user's data from the store for good, and end their session unsaved: whether there was any data.
 
-        A tombstone stays, so that nothing late is written; who logs in again is new. Raises `OwnedElsewhereError` while
+        A tombstone stays, so that nothing late is written (with `CallbackStore` what its `erase` leaves); who logs in
+        again is new. Raises `OwnedElsewhereError` while
         the user is on another server; `InvalidUserIdError`, `StoreUnavailableError`, `StoreModeError` without a store.
         """
         return await self._ownership.erase(user_id)
@@ -260,7 +261,8 @@ class SessionManager(Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Destroy the manager; users are saved if `persist_on` has ``"shutdown"``, which with a store it has."""
-        await self.destroy(self.will_persist_user_data_on("shutdown"))
+        begun = self._life.drain is not None  # then whoever began it has said what to save
+        await self.destroy(not begun and self.will_persist_user_data_on("shutdown"))
 
     @overload
     def on(self, name: str, listener: AnyListener) -> AnyListener: ...

@@ -40,7 +40,8 @@ from .gateway import CallTimedOutError, StoreGateway
 from .lifecycle import Lifecycle
 from .options import SECOND, quote, suggest
 from .stores import Claim, Outcome, Record
-from .writebehind import StoreSaver
+from .waits import Wait, ends_inside, would_deadlock
+from .writebehind import StoreSaver, is_sound
 
 __all__ = ["NO_DEFAULT", "Ownership"]
 
@@ -60,6 +61,7 @@ class _Loaded(NamedTuple):
     epoch: int
     version: int  # 0 for a user who is new
     digest: int
+    stored: int  # digest of the body as it is in the store
     data: Any
 
 
@@ -69,6 +71,9 @@ class _Opening:
     def __init__(self) -> None:
         self.task: asyncio.Task[SessionCore] | None = None
         self.waiting = 0
+        self.is_new = False  # the session was made by it
+        self.is_taken = False  # somebody has the session
+        self.is_given_up = False  # everybody who waited has been cancelled
 
 
 class _Turn:
@@ -91,6 +96,7 @@ class Ownership:
         self._opening: dict[int | str, _Opening] = {}
         self._wanted: dict[int | str, asyncio.Future[Claim]] = {}
         self._claimers = 0
+        self._releasing = 0
 
     # The parts of Lifecycle that are there because there is a store
 
@@ -143,43 +149,59 @@ class Ownership:
         self._gateway  # noqa: B018 - raises without a store
         self._check(user_id, default, when_active, WHEN_ACTIVE)
         life.refuse_if_closed()
-        if when_active == "join" and (live := life.table.find_by_user(user_id)) is not None:
-            return live
-        self._refuse_inside(user_id)
-        if when_active != "join":
-            return await self._open(user_id, default, when_active)
-        opening = self._opening.get(user_id)
+        opening = self._opening.get(user_id) if when_active == "join" else None
         if opening is None:
-            opening = self._opening[user_id] = _Opening()
-            opening.task = life.spawn(self._open(user_id, default, "join"), "open", Context())
-            opening.task.add_done_callback(lambda task: self._see_opened(user_id, opening, task))
+            if when_active == "join" and (live := life.table.find_by_user(user_id)) is not None:
+                return live
+            self._refuse_inside(user_id)
+            opening = _Opening()
+            if when_active == "join":
+                self._opening[user_id] = opening
+            opening.task = life.spawn(self._open(user_id, default, when_active, opening), "open")
+            opening.task.add_done_callback(lambda _: self._see_opened(user_id, opening))
         assert opening.task is not None
         opening.waiting += 1
         try:
-            return await asyncio.shield(opening.task)
+            session = await asyncio.shield(opening.task)
+            opening.is_taken = True
+            return session
         except asyncio.CancelledError:
             if opening.task.cancelled():
                 raise StoreUnavailableError("opening this user was cancelled; try again") from None
             raise
         finally:
             opening.waiting -= 1
+            self._see_left(opening)
 
-    def _see_opened(self, user_id: int | str, opening: _Opening, task: asyncio.Task[SessionCore]) -> None:
-        del self._opening[user_id]
-        if task.cancelled() or task.exception() is not None:
+    def _see_opened(self, user_id: int | str, opening: _Opening) -> None:
+        if self._opening.get(user_id) is opening:
+            del self._opening[user_id]
+        self._see_left(opening)
+
+    def _see_left(self, opening: _Opening) -> None:
+        """If everybody who waited for a session has been cancelled, nobody is left who would end it."""
+        task = opening.task
+        if opening.waiting or opening.is_taken or task is None:
             return
-        if not opening.waiting:  # nobody is left who would end it
+        if not task.done():
+            for user_id in [user_id for user_id, other in self._opening.items() if other is opening]:
+                del self._opening[user_id]
+            opening.is_given_up = True
+            task.cancel()
+        elif not task.cancelled() and task.exception() is None and opening.is_new:
+            opening.is_taken = True
             self._life.spawn(self._end_quietly(task.result()), "end of session", Context())
 
     async def _end_quietly(self, session: SessionCore) -> None:
         with suppress(Exception):  # it has been reported where it was raised
             await self._life.end(session, False)
 
-    async def _open(self, user_id: int | str, default: Any, when_active: str) -> SessionCore:
+    async def _open(self, user_id: int | str, default: Any, when_active: str, opening: _Opening) -> SessionCore:
         life = self._life
         async with self._turn(user_id):
             if when_active == "join" and (live := life.table.find_by_user(user_id)) is not None:
                 return live
+            opening.is_new = True
             await self._make_room(user_id, when_active)
             loaded = await self._load(user_id, default)
             try:
@@ -194,13 +216,18 @@ class Ownership:
             except BaseException:
                 self._let_go(loaded.user_id, loaded.epoch)
                 raise
-        await life.emit_identified(session, user_id, session.user_data)
+        try:
+            await life.emit_identified(session, user_id, session.user_data)
+        except asyncio.CancelledError:
+            if opening.is_given_up:  # else the loop is being shut down, and takes no new tasks
+                life.spawn(self._end_quietly(session), "end of session", Context())
+            raise
         return session
 
     def _identify(self, session: SessionCore, loaded: _Loaded) -> None:
         self._life.autosave.identify(session, loaded.user_id, loaded.data)
         if loaded.version:
-            self._life.table.own(session, loaded.epoch, loaded.version, loaded.digest)
+            self._life.table.own(session, loaded.epoch, loaded.version, loaded.digest, loaded.stored)
         else:
             self._life.table.own(session, loaded.epoch)
 
@@ -212,7 +239,11 @@ class Ownership:
                 if when_active == "refuse":
                     raise UserActiveError(f"user {user_id!r:.80} has a live session", session=older)
                 await life.replace(older)
-            elif not await self._within_patience(life.wait_ended(older)):
+                continue
+            ending = life.endings.get(older)
+            if ending is not None and ending.parked:
+                life.resume(older, ending)  # somebody waits now
+            if not await self._within_patience(life.wait_ended(older)):
                 raise StoreUnavailableError(
                     f"the last save of the earlier session of user {user_id!r:.80} is not acknowledged; try again later"
                 )
@@ -259,6 +290,11 @@ class Ownership:
             await life.persist(live)
             return
         async with self._turn(user_id):
+            live = life.table.find_by_user(user_id)
+            if live is not None:  # who had the turn before has logged in
+                yield live.user_data
+                await life.persist(live)
+                return
             await self._make_room(user_id, "replace")
             loaded = await self._load(user_id, default)
             try:
@@ -276,6 +312,7 @@ class Ownership:
         """Save a user who has no session, and let go of them."""
         gateway = self._gateway
         user_id = loaded.user_id
+        epochs = [loaded.epoch]
         record = Record(
             user_id,
             loaded.epoch,
@@ -288,10 +325,14 @@ class Ownership:
         )
 
         async def save(_: int) -> None:
+            nonlocal record
+            record = record._replace(epoch=epochs[-1])
             verdicts = await gateway.write([record]).answer()
             if not isinstance(verdicts, list) or len(verdicts) != 1:
                 raise StoreContractError(f"{gateway.name} did not answer with one verdict for each record")
             outcome, detail = verdicts[0]
+            if outcome == Outcome.FENCED and gateway.store.fenced and await self._owns_again(loaded, epochs):
+                raise StoreUnavailableError(f"user {user_id!r:.80} had to be claimed again")
             if outcome == Outcome.FENCED:
                 raise FencedError(
                     f"another node has taken over user {user_id!r:.80}; nothing was written", user_id=user_id
@@ -305,14 +346,34 @@ class Ownership:
 
         await self._persistently(save)
 
+    async def _owns_again(self, loaded: _Loaded, epochs: list[int]) -> bool:
+        """After a refusal by the fence: whether it was our own late claim, and nobody else has written since."""
+        if len(epochs) > 1:
+            return False
+        claim = await self._claim(loaded.user_id)
+        found = (0, 0) if claim.record is None else (claim.record.version, self._saver.digest(claim.record.body))
+        if found != (loaded.version, loaded.stored):
+            self._let_go(loaded.user_id, claim.epoch)
+            return False
+        epochs.append(claim.epoch)
+        return True
+
     async def erase(self, user_id: int | str) -> bool:
         """See `SessionManager.erase`."""
         life = self._life
         life.enter()
         gateway = self._gateway
         check_user_id(user_id, life.options.user_id)
+        if not gateway.store.can_erase:
+            raise StoreModeError(
+                f"this {gateway.name} cannot erase users; give it a function: CallbackStore(load, save_many, erase=...)"
+            )
+        session = life.table.active_session(user_id)
+        if session is not None and would_deadlock(Wait(session, is_save=False)):
+            raise WouldDeadlockError("this listener would wait for an end that waits for this listener")
         async with self._turn(user_id):
             if not gateway.store.fenced:  # then the last write has to come first
+                await self._persistently(lambda _: gateway.ask(gateway.store.load, user_id))  # is it there at all?
                 await self._end_erased(user_id)
                 await self._outlast(user_id)
             erased: bool = await self._persistently(lambda _: gateway.ask(gateway.store.erase, user_id, life.owner))
@@ -346,8 +407,14 @@ class Ownership:
 
     def _refuse_inside(self, user_id: int | str) -> None:
         turn = self._turns.get(user_id)
-        if turn is not None and turn.holder is not None and turn.holder is asyncio.current_task():
+        if turn is None or turn.holder is None:
+            return
+        if turn.holder is asyncio.current_task():
             raise WouldDeadlockError(f"user {user_id!r:.80} is being edited right here: leave that block first")
+        if any(getattr(session, "user_id", None) == user_id for session in ends_inside()):
+            raise WouldDeadlockError(
+                f"somebody who wants user {user_id!r:.80} waits for the end that waits for this listener"
+            )
 
     def _check(self, user_id: int | str, default: Any, when_active: str, known: tuple[str, ...]) -> None:
         """Bad input gets its error before anything changes."""
@@ -372,7 +439,9 @@ class Ownership:
             else:
                 data = _made(default) if callable(default) else self._encoding.copy(default)
                 version = 0
-            return _Loaded(user_id, claim.epoch, version, self._saver.digest(self._dump(claim, data)), data)
+            digest = self._saver.digest
+            stored = 0 if claim.record is None else digest(claim.record.body)
+            return _Loaded(user_id, claim.epoch, version, digest(self._dump(claim, data)), stored, data)
         except BaseException:
             self._let_go(user_id, claim.epoch)
             raise
@@ -433,7 +502,7 @@ class Ownership:
             return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None and future.result().granted:
-                self._disown(future.result())  # the answer and the cancellation came in the same turn of the loop
+                self.disown(future.result())  # the answer and the cancellation came in the same turn of the loop
             raise
         finally:
             timer.cancel()
@@ -471,10 +540,10 @@ class Ownership:
         try:
             claims = await call.answer()
             answers = {claim.user_id: claim for claim in claims}
-            if answers.keys() != wanted.keys():
+            if answers.keys() != wanted.keys() or not all(is_sound(claim) for claim in claims):
                 raise StoreContractError(f"{gateway.name} did not answer with one claim for each user")
         except CallTimedOutError as error:
-            call.task.add_done_callback(self._see_late_claims)
+            call.task.add_done_callback(self.see_late_claims)
             return error
         except StoreError as error:
             return error
@@ -487,35 +556,65 @@ class Ownership:
             if not future.done():
                 future.set_result(claim)
             elif claim.granted:
-                self._disown(claim)  # whoever wanted it has been cancelled
+                self.disown(claim)  # whoever wanted it has been cancelled
         return None
 
-    def _see_late_claims(self, task: asyncio.Task[list[Claim]]) -> None:
+    def see_late_claims(self, task: asyncio.Task[list[Claim]]) -> None:
         """A claim was given up on, and has been granted after all."""
         if task.cancelled() or task.exception() is not None or self._gateway.closed:
             return
         for claim in task.result():
             if claim.granted:
-                self._disown(claim)
+                self.disown(claim)
 
-    def _disown(self, claim: Claim) -> None:
+    def disown(self, claim: Claim) -> None:
+        """Nobody waits for a claim any more."""
         self._life.spawn(self._settle_stray(claim), "stray claim", Context())
 
     async def _settle_stray(self, claim: Claim) -> None:
-        """Nobody waits for a claim any more: let go of it, unless a session has the user by another one meanwhile."""
+        """Let go of a claim, unless a session has the user by another one meanwhile."""
         table = self._life.table
         async with self._turn(claim.user_id):
             session = table.active_session(claim.user_id)
             if session is None:
                 self._let_go(claim.user_id, claim.epoch)
-            elif claim.epoch > table.epoch(session):
-                table.own(session, claim.epoch)
+            elif claim.epoch > table.epoch(session) and self._is_known(session, claim.record):
+                table.own(session, claim.epoch)  # else the fence finds out that the session is stale
+
+    def _is_known(self, session: SessionCore, stored: Record | None) -> bool:
+        if stored is None:
+            return self._life.table.versions(session)[1] == 0
+        return self._life.table.is_stored(session, stored.version, self._saver.digest(stored.body))
 
     def _let_go(self, user_id: int | str, epoch: int) -> None:
         """Release a claim that no session has taken over; nobody waits for that."""
+        if not self._gateway.closed:
+            self.release_later(user_id, epoch)
+
+    def release_later(self, user_id: int | str, epoch: int) -> None:
+        """Let go of a user, and go on trying while this process lives."""
+        self._releasing += 1
+        self._life.spawn(self._release_later(user_id, epoch), "release", Context())
+
+    async def _release_later(self, user_id: int | str, epoch: int) -> None:
         gateway = self._gateway
-        if not gateway.closed:
-            gateway.start(gateway.store.release, user_id, epoch, self._life.owner)
+        delay = FIRST_RETRY
+        try:
+            while not gateway.closed and not self._life.closed:
+                while gateway.down and not (gateway.may_call() and not self._life.table.has_due()):
+                    await self._pause(LONGEST_RETRY)  # saves come first
+                with suppress(Exception):
+                    await gateway.ask(gateway.store.release, user_id, epoch, self._life.owner)
+                    return
+                await self._pause(delay)
+                delay = min(2 * delay, LONGEST_RETRY)
+        finally:
+            self._releasing -= 1
+
+    async def settle(self, until: int) -> None:
+        """Wait until nobody is at work on a user any more, at most until then."""
+        while (self._turns or self._releasing) and self._life.clock.now() < until:
+            await self._pause(SECOND // 200)
 
     async def _persistently(self, work: Callable[[int], Any]) -> Any:
         """Do something with the store, again while it is unavailable, for as long as callers are made to wait.
@@ -526,6 +625,10 @@ class Ownership:
         until = life.clock.now() + life.options.save_timeout
         delay = FIRST_RETRY
         while True:
+            while not self._gateway.may_call() and life.clock.now() < until and not life.closed:
+                await self._pause(FIRST_RETRY)
+            if not self._gateway.may_call():
+                raise StoreUnavailableError(f"{self._gateway.name} is down")
             try:
                 await self._gateway.open()
                 return await work(until)

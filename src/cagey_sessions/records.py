@@ -14,7 +14,7 @@ class EndReason(StrEnum):
     DESTROYED = "destroyed"
     """`Session.destroy` was called."""
     REPLACED = "replaced"
-    """A session created with ``replace=True`` took its key."""
+    """A session created with ``replace=True`` took its key, or a later login its user."""
     CREATE_FAILED = "create failed"
     """A ``created`` listener raised, or whoever called `create` was cancelled."""
     DRAINED = "drained"

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import NamedTuple
 
-__all__ = ["Wait", "listening", "saves_inside", "waiting_for", "within_host", "would_deadlock"]
+__all__ = ["Wait", "ends_inside", "listening", "saves_inside", "waiting_for", "within_host", "would_deadlock"]
 
 
 class Wait(NamedTuple):
@@ -127,6 +127,11 @@ def waiting_for(target: Wait) -> Iterator[None]:
 def within_host(host: object) -> bool:
     """Whether this code runs inside a listener that a save or an end within `host` waits for."""
     return any(frame.host is host for frame in _frames.get())
+
+
+def ends_inside() -> list[object]:
+    """The sessions whose ends wait for the listeners this code runs inside."""
+    return [wait.session for wait in _inside() if not wait.is_save]
 
 
 def saves_inside(host: object) -> int:

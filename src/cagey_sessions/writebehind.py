@@ -35,7 +35,7 @@ from .errors import (
 from .gateway import Call, CallTimedOutError, StoreGateway
 from .options import SECOND, Options
 from .records import Receipt
-from .stores import Outcome, Record, Verdict
+from .stores import MAX_NUMBER, Claim, Outcome, Record, Verdict
 
 __all__ = ["MOST_ROWS", "StoreHost", "StoreSaver"]
 
@@ -43,6 +43,8 @@ _OUTCOMES = frozenset(Outcome)
 
 MOST_ROWS = 200
 MOST_BYTES = 1024 * 1024
+MOST_ALONE = 8
+"""After how many rows of a batch that fail alone, and none that does not, it is the store and not the rows."""
 MOST_CLAIMS = 2
 """How often a user is claimed again for one save."""
 RECOVERY_RATE = 1.25
@@ -66,6 +68,18 @@ class StoreHost(SaveHost, Protocol):
         """The store takes nothing more of a session."""
         ...
 
+    def loss_of(self, session: SessionCore) -> Exception | None:
+        """Why nothing more of a session is to be written, if so."""
+        ...
+
+    def disown(self, claim: Claim) -> None:
+        """Let go of a claim that turned out not to be wanted."""
+        ...
+
+    def see_late_claims(self, call: asyncio.Task[list[Claim]]) -> None:
+        """Claims that were given up on have been answered after all."""
+        ...
+
 
 class _Row:
     """One save of a batch."""
@@ -82,6 +96,15 @@ class _Row:
         self.unowned = False  # the store says that it has to be claimed before it is written
         self.was_fenced = False
         self.claims = 0
+
+    @property
+    def user_id(self) -> int | str:
+        assert self.record is not None
+        return self.record.user_id
+
+
+_Hanging = tuple[Call[list[Verdict]], list[_Row]]
+"""A call that has not returned at its deadline, and the rows that wait for it nevertheless."""
 
 
 class StoreSaver:
@@ -107,6 +130,8 @@ class StoreSaver:
         self.unsavable: dict[SessionCore, str] = {}
         """Sessions whose data cannot be saved as it is, with the fault that was last told."""
         self._refused: dict[SessionCore, tuple[int, UnsavableError]] = {}  # by the store: the digest, and why
+        self._unknown: dict[SessionCore, set[tuple[int, int]]] = {}
+        """Writes that may have been stored, by version and digest, since the last one acknowledged."""
         self._table = table
         self._gateway = gateway
         self._clock = clock
@@ -182,10 +207,14 @@ class StoreSaver:
             open_rows = [row for row in rows if not row.settled]
             # what failed before never shares a batch with what did not
             suspects = [row for row in open_rows if self._failures(row)]
-            await self._write([row for row in open_rows if row not in suspects] if suspects else open_rows, autosave)
-            await self._write_suspects(suspects, autosave)
+            clean = [row for row in open_rows if row not in suspects] if suspects else open_rows
+            hanging: list[_Hanging] = []
+            await self._write(clean, autosave, hanging)
+            await self._write_suspects(suspects, autosave, hanging)
             while unowned := [row for row in rows if row.unowned and not row.settled]:
-                await self._write_reclaimed(unowned, autosave)
+                await self._write_reclaimed(unowned, autosave, hanging)
+            for call, late in hanging:
+                await self._outlive(call, late, autosave)
         except asyncio.CancelledError:
             autosave.interrupt()
             raise
@@ -223,6 +252,10 @@ class StoreSaver:
         session = row.session
         user_id = session.user_id
         assert user_id is not None
+        if (loss := self._host.loss_of(session)) is not None:
+            row.settled = True
+            autosave.drop(session, row.version, row.flight, loss)
+            return 0
         try:
             if self._before_save is not None:
                 self._copy_live_state(self._before_save, session)
@@ -291,21 +324,27 @@ class StoreSaver:
 
     # Calls
 
-    async def _write_suspects(self, rows: list[_Row], autosave: Autosave) -> None:
+    async def _write_suspects(self, rows: list[_Row], autosave: Autosave, hanging: list[_Hanging]) -> None:
         self._order.shuffle(rows)
         while rows:
             most = max(1, MOST_ROWS >> max(self._failures(row) for row in rows))
             part, rows = rows[:most], rows[most:]
-            await self._write(part, autosave)
+            await self._write(part, autosave, hanging, suspects=True)
 
-    async def _write(self, rows: list[_Row], autosave: Autosave) -> None:
+    async def _write(
+        self, rows: list[_Row], autosave: Autosave, hanging: list[_Hanging], *, suspects: bool = False
+    ) -> None:
         """Write rows; where a call fails as a whole, in halves, until the row it fails for is alone."""
         pending = [rows] if rows else []
         alone, any_success = 0, False
         was_down = self._gateway.down  # and that has been said
         while pending:
             part = pending.pop()
-            error = await self._call(part, autosave)
+            if hanging:
+                # not behind a call that may never return: another worker takes them
+                self._fail_all(part, autosave, StoreUnavailableError(f"{self._gateway.name} hangs"), report=False)
+                continue
+            error = await self._call(part, autosave, hanging)
             if error is None:
                 any_success = True
             elif len(part) > 1 and not isinstance(error, StoreUnavailableError):
@@ -314,48 +353,73 @@ class StoreSaver:
             else:
                 self._fail_all(part, autosave, error, report=not was_down)
                 alone += 1
-                if isinstance(error, StoreUnavailableError) or (alone > 1 and not any_success):
+                is_hopeless = not any_success and alone > MOST_ALONE
+                if isinstance(error, StoreUnavailableError) or is_hopeless:
                     # not the fault of a row
-                    if not isinstance(error, StoreUnavailableError):
+                    if not isinstance(error, StoreUnavailableError) and not suspects:
                         self._gateway.failed(self._clock.now(), error)
                     for others in pending:
                         self._fail_all(others, autosave, error, report=not was_down)
                     return
 
-    async def _call(self, rows: list[_Row], autosave: Autosave) -> Exception | None:
-        """One call of the store; None once it has been answered and each row settled."""
+    async def _call(self, rows: list[_Row], autosave: Autosave, hanging: list[_Hanging]) -> Exception | None:
+        """One call of the store; None once it has been answered and each row settled, or if it hangs."""
         records = [row.record for row in rows if row.record is not None]
         call = self._gateway.write(records)
         try:
             verdicts = await call.answer()
         except CallTimedOutError as error:
-            return await self._outlive(call, rows, autosave, error)
+            if self._gateway.store.fenced:
+                self._fail_all(rows, autosave, error)
+                hanging.append((call, []))
+            else:
+                for row in rows:
+                    row.flight.resolve(error)
+                self._report_batch(rows, error)
+                hanging.append((call, rows))
+            return None
+        except asyncio.CancelledError:
+            # this worker is thrown away, the call is not: its users are not free before it has returned
+            for row in rows:
+                row.settled = True
+            call.task.add_done_callback(lambda _: self._settle_late(call, rows, autosave))
+            raise
         except Exception as error:
             return error
         return self._settle(rows, verdicts, autosave)
 
-    async def _outlive(
-        self, call: Call[list[Verdict]], rows: list[_Row], autosave: Autosave, error: CallTimedOutError
-    ) -> Exception | None:
+    async def _outlive(self, call: Call[list[Verdict]], rows: list[_Row], autosave: Autosave) -> None:
         """A call hangs. It keeps its slot until it returns, and its users too where nothing fences off a late write."""
-        if self._gateway.store.fenced:
-            self._fail_all(rows, autosave, error)
-            await call.end()
-            return None
-        for row in rows:
-            row.flight.resolve(error)
-        self._report_batch(rows, error)
-        await call.end()
         try:
-            return self._settle(rows, call.result(), autosave)
-        except Exception as late:
-            return late
+            await call.end()
+        except asyncio.CancelledError:
+            for row in rows:
+                row.settled = True
+            call.task.add_done_callback(lambda _: self._settle_late(call, rows, autosave))
+            raise
+        self._settle_late(call, rows, autosave)
+
+    def _settle_late(self, call: Call[list[Verdict]], rows: list[_Row], autosave: Autosave) -> None:
+        """A call has returned that its worker no longer waits for."""
+        error: Exception | None
+        for row in rows:
+            row.settled = False
+        try:
+            error = self._settle(rows, call.result(), autosave)
+        except Exception as raised:
+            error = raised
+        unsettled = [row for row in rows if not row.settled]
+        self._fail_all(unsettled, autosave, error or StoreUnavailableError("it has to be claimed again"), report=False)
+        self._kick()
 
     def _settle(self, rows: list[_Row], verdicts: object, autosave: Autosave) -> Exception | None:
         if (
             not isinstance(verdicts, list)
             or len(verdicts) != len(rows)
-            or not all(isinstance(verdict, Verdict) and verdict.outcome in _OUTCOMES for verdict in verdicts)
+            or not all(
+                isinstance(verdict, Verdict) and isinstance(verdict.outcome, str) and verdict.outcome in _OUTCOMES
+                for verdict in verdicts
+            )
         ):
             return StoreContractError(f"{self._gateway.name} did not answer with one verdict for each record")
         for row, verdict in zip(rows, verdicts, strict=True):
@@ -384,6 +448,8 @@ class StoreSaver:
             if not self._failures(row) and not row.claims:
                 lost = f"the store no longer has the record of user {user_id!r:.80}; it is claimed and saved again"
                 self._host.report(LostRecordError(lost, user_id=user_id), session)
+        elif outcome is Outcome.FENCED and not self._gateway.store.fenced:
+            self._drop(row, autosave, _fenced(user_id))  # it can only know from somewhere else
         elif outcome is Outcome.FENCED:
             # perhaps by ourselves: a claim whose reply came too late, or a last save after which the data has changed
             row.unowned = True
@@ -392,46 +458,60 @@ class StoreSaver:
             erased = UserErasedError(f"user {user_id!r:.80} was erased while the session lived", user_id=user_id)
             self._drop(row, autosave, erased)
 
-    async def _write_reclaimed(self, rows: list[_Row], autosave: Autosave) -> None:
-        """Claim users again whose rows are gone, or released, and write what was to be written."""
-        for row in rows:
+    async def _write_reclaimed(self, rows: list[_Row], autosave: Autosave, hanging: list[_Hanging]) -> None:
+        """Claim users again whose rows are gone, or fenced off, and write what was to be written."""
+        for row in list(rows):
             row.unowned = False
             row.claims += 1
-        records = {row.record.user_id: row.record for row in rows if row.record is not None}
+            if self._is_lost(row):
+                # by the same owner the claim would be granted, at the expense of a session that has the user by now
+                self._drop(row, autosave, _fenced(row.user_id))
+                rows.remove(row)
+        if not rows:
+            return
+        call = self._gateway.start(self._gateway.store.claim_many, [row.user_id for row in rows], self.owner)
         try:
-            claims = await self._gateway.ask(self._gateway.store.claim_many, list(records), self.owner)
-            answers = {(type(claim.user_id), claim.user_id): claim for claim in claims}
+            answers = {claim.user_id: claim for claim in await call.answer() if is_sound(claim)}
+        except CallTimedOutError as error:
+            call.task.add_done_callback(self._host.see_late_claims)
+            self._fail_all(rows, autosave, error)
+            return
         except Exception as error:
             self._fail_all(rows, autosave, error)
             return
         owned = []
         for row in rows:
             assert row.record is not None
-            user_id = row.record.user_id
-            claim = answers.get((type(user_id), user_id))
+            claim = answers.get(row.user_id)
             if claim is None:
                 self._fail(row, autosave, StoreContractError("a claim was not answered"))
             elif not claim.granted:
-                self._drop(row, autosave, _fenced(user_id))
-            elif not self._is_ours(row, claim.record):
-                self._gateway.start(self._gateway.store.release, user_id, claim.epoch, self.owner)
-                self._drop(row, autosave, _fenced(user_id))
+                self._drop(row, autosave, _fenced(row.user_id))
+            elif self._is_lost(row) or not self._is_ours(row, claim.record):
+                self._drop(row, autosave, _fenced(row.user_id))
+                self._host.disown(claim)
             else:
-                if self._table.state(row.session) != "gone":
-                    self._table.own(row.session, claim.epoch)
+                self._table.own(row.session, claim.epoch)
                 row.record = row.record._replace(epoch=claim.epoch)
                 owned.append(row)
-        await self._write(owned, autosave)
+        await self._write(owned, autosave, hanging)
+
+    def _is_lost(self, row: _Row) -> bool:
+        """Whether a session is over, or has no user any more, while its save is under way."""
+        return self._table.state(row.session) == "gone" or self._host.loss_of(row.session) is not None
 
     def _is_ours(self, row: _Row, stored: Record | None) -> bool:
-        """Whether what is stored is no newer than what this session has saved, so that it may go on from there."""
+        """Whether what is stored is what this session has saved, or may have, so that it may go on from there."""
         assert row.record is not None
-        if self._table.state(row.session) == "gone":
-            return False  # it was disowned meanwhile
-        _, acknowledged = self._table.versions(row.session)
         if stored is None:
+            _, acknowledged = self._table.versions(row.session)
             return not (row.was_fenced and acknowledged)  # else it was erased, and is new
-        return stored.version <= acknowledged or (stored.version, stored.body) == (row.version, row.record.body)
+        found = stored.version, self.digest(stored.body)
+        return (
+            found == (row.version, self.digest(row.record.body))
+            or self._table.is_stored(row.session, *found)
+            or found in self._unknown.get(row.session, ())
+        )
 
     # Settling
 
@@ -454,6 +534,8 @@ class StoreSaver:
             self._report_batch(rows, error)
         for row in rows:
             row.settled = True
+            if row.record is not None and row.session.end_reason is None:
+                self._unknown.setdefault(row.session, set()).add((row.version, self.digest(row.record.body)))
             autosave.fail(row.session, row.version, row.flight, error, report=False)
 
     def _report_batch(self, rows: list[_Row], error: Exception) -> None:
@@ -484,6 +566,14 @@ class StoreSaver:
             self.unsavable.pop(session, None)
         if self._refused:
             self._refused.pop(session, None)
+        if self._unknown:
+            self._unknown.pop(session, None)
+
+
+def is_sound(claim: Claim) -> bool:
+    """Whether an answer to a claim can be used."""
+    epoch = claim.epoch
+    return type(epoch) is int and (0 < epoch < MAX_NUMBER or not claim.granted)
 
 
 def _unsavable(user_id: int | str, error: Exception) -> UnsavableError:

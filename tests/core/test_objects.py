@@ -332,6 +332,7 @@ OPERATIONS: dict[str, Callable[[SessionTable, Any], Any]] = {
     "epoch": lambda table, session: table.epoch(session),
     "fix": lambda table, session: table.fix(session, 1),
     "is_current": lambda table, session: table.is_current(session, 1),
+    "is_stored": lambda table, session: table.is_stored(session, 1, 1),
 }
 
 
@@ -916,6 +917,7 @@ GUARDED: dict[str, Callable[[SessionTable, Any], Any]] = {
     "epoch": lambda table, session: table.epoch(session),
     "fix": lambda table, session: table.fix(session, 1),
     "is_current": lambda table, session: table.is_current(session, 1),
+    "is_stored": lambda table, session: table.is_stored(session, 1, 1),
     "oldest_first": lambda table, session: table.oldest_first(),
     "user_data": lambda table, session: session.user_data,
     "user_data=": lambda table, session: setattr(session, "user_data", {}),

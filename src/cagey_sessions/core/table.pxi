@@ -39,6 +39,7 @@ if hasattr(os, "register_at_fork"):
 cdef struct Copy:
     uint64_t epoch          # of the claim under which the session is saved
     uint64_t digest         # of the bytes of the version last fixed
+    uint64_t stored         # of the bytes of the version last acknowledged, as they are in the store
 
 
 cdef inline uint32_t lane_of(int state) noexcept nogil:
@@ -244,7 +245,7 @@ cdef class SessionTable:
         row.failures = 0
         row.version = row.acknowledged = row.saved_at = 0
         if self.copies is not NULL:
-            self.copies[slot].epoch = self.copies[slot].digest = 0
+            memset(&self.copies[slot], 0, sizeof(Copy))
         self.age_append(ANONYMOUS, slot)
         self.counters.created += 1
         if CAGEY_DEBUG:
@@ -427,16 +428,21 @@ cdef class SessionTable:
             check_table(self)
         return taken
 
-    def own(self, SessionCore session not None, uint64_t epoch, version=None, digest=None):
-        """Note the epoch of a claim and, after a load, the version and the digest of what is stored. O(1)."""
+    def own(self, SessionCore session not None, uint64_t epoch, version=None, digest=None, stored=None):
+        """Note the epoch of a claim and, after a load, the version and the digest of what was loaded.
+
+        `stored` is the digest of the body it was loaded from, if writing it now would give other bytes. O(1).
+        """
         cdef uint64_t stored_version = 0 if version is None else version
-        cdef uint64_t stored_digest = 0 if digest is None else digest
+        cdef uint64_t loaded_digest = 0 if digest is None else digest
+        cdef uint64_t stored_digest = loaded_digest if stored is None else stored
         cdef uint32_t slot = self.slot_of(session)
         self.require_copies()
         self.copies[slot].epoch = epoch
         if version is not None:
             self.rows[slot].version = self.rows[slot].acknowledged = stored_version
-            self.copies[slot].digest = stored_digest
+            self.copies[slot].digest = loaded_digest
+            self.copies[slot].stored = stored_digest
 
     def epoch(self, SessionCore session not None):
         """The epoch of the claim under which a session is saved. O(1)."""
@@ -469,6 +475,12 @@ cdef class SessionTable:
         self.require_copies()
         return row.version != 0 and row.version == row.acknowledged and self.copies[slot].digest == digest
 
+    def is_stored(self, SessionCore session not None, uint64_t version, uint64_t digest):
+        """Whether the store is known to have had just that body under that version. O(1)."""
+        cdef uint32_t slot = self.slot_of(session)
+        self.require_copies()
+        return version != 0 and version == self.rows[slot].acknowledged and digest == self.copies[slot].stored
+
     cdef int require_copies(self) except -1:
         if self.copies is NULL:
             raise UsageError("this table was made without a store")
@@ -486,6 +498,8 @@ cdef class SessionTable:
         cdef Row* row = &self.rows[slot]
         self.settle(slot, ACKNOWLEDGE, deadline is not None and not is_ending(row.state), tick)
         row.failures = 0
+        if self.copies is not NULL and row.acknowledged != version:
+            self.copies[slot].stored = self.copies[slot].digest
         row.acknowledged = version
         row.saved_at = taken_at
         self.age_remove(slot)

@@ -13,7 +13,6 @@ import random
 import secrets
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,11 @@ PACE = 0.2
 """Seconds between two actions of a bot, on average."""
 PURCHASE = 0.1
 DROP = 0.02
-REST = 0.01
-"""Chances that an action is a purchase, that the bot drops its connection instead, and that it does nothing for a while
-and so leaves the server nothing to save."""
-LONGEST_REST = 6.0
+STROLL = 0.01
+"""Chances that an action is a purchase, that the bot drops its connection instead, and that it only looks around for a
+while before, and so leaves the server nothing to save."""
+LOOKS = (15, 30)
+"""How often a bot looks before it plays on, at least and at most."""
 REPORT_EVERY = 0.5
 
 
@@ -50,23 +50,27 @@ class Ledger:
     def forget(self) -> None:
         """Begin anew: a kill may have taken what is known."""
         self.receipt: State | None = None
+        self.version: int | None = None  # that the store has given it
         self.known: list[tuple[float, State]] = []  # what the server acknowledged, and when
         self.awaited: State | None = None  # what the server will say if it has heard of the last request
-        self.returns: list[tuple[State, State | None, State]] = []  # known and awaited before a return, and seen then
+        self.shown: list[tuple[State, State | None, State]] = []  # known and awaited before a look, and seen then
 
     def last(self) -> State:
         return self.known[-1][1]
 
     def returned(self, seen: State) -> None:
         self.logins += 1
+        self.looked(seen)
+
+    def looked(self, seen: State) -> None:
         if self.known:
-            self.returns.append((self.last(), self.awaited, seen))
+            self.shown.append((self.last(), self.awaited, seen))
         self._acknowledged(seen)
 
-    def answered(self, state: State, *, confirmed: bool) -> None:
+    def answered(self, state: State, version: int | None, *, confirmed: bool) -> None:
         if confirmed:
             self.receipts += 1
-            self.receipt = state
+            self.receipt, self.version = state, version
             self.known.clear()
         self._acknowledged(state)
 
@@ -111,7 +115,7 @@ class Bot:
         connection = await connect(self._uri, compression=None, ping_interval=None, close_timeout=1, proxy=None)
         try:
             await connection.send(json.dumps({"key": self._key, "user_id": self.user_id}))
-            self.ledger.returned(json.loads(await connection.recv()))
+            self.ledger.returned(json.loads(await connection.recv())["player"])
         except BaseException:
             connection.transport.abort()
             raise
@@ -121,14 +125,23 @@ class Bot:
 
     async def _play(self, connection: ClientConnection) -> None:
         while random.random() >= DROP:
+            if random.random() < STROLL:
+                await self._stroll(connection)
             await asyncio.sleep(random.uniform(0.5, 1.5) * PACE)
-            if random.random() < REST:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(connection.wait_closed(), random.uniform(0.5, 1.0) * LONGEST_REST)
             request = self._decide()
-            await connection.send(json.dumps(request))
-            self.ledger.answered(json.loads(await connection.recv()), confirmed="buy" in request)
+            answer = await self._ask(connection, request)
+            self.ledger.answered(answer["player"], answer["version"], confirmed="buy" in request)
         await self._drop(connection)
+
+    async def _stroll(self, connection: ClientConnection) -> None:
+        for _ in range(random.randint(*LOOKS)):
+            await asyncio.sleep(random.uniform(0.5, 1.5) * PACE)
+            answer = await self._ask(connection, {"look": "around"})
+            self.ledger.looked(answer["player"])
+
+    async def _ask(self, connection: ClientConnection, request: dict[str, Any]) -> Any:
+        await connection.send(json.dumps(request))
+        return json.loads(await connection.recv())
 
     def _decide(self) -> dict[str, Any]:
         """What to ask for next; the ledger takes note of what will come of it."""
@@ -142,7 +155,7 @@ class Bot:
         else:
             request = {"earn": random.randint(1, 9)}
             gold += request["earn"]
-        self.ledger.awaited = {"seq": state["seq"] + 1, "gold": gold, "items": items}
+        self.ledger.awaited = state | {"seq": state["seq"] + 1, "gold": gold, "items": items}
         return request
 
     async def _drop(self, connection: ClientConnection) -> None:

@@ -116,11 +116,13 @@ class Story:
         self.summary: dict[str, int] = {}
         self._settings = settings
         self._db = db
-        self._board = Board(settings.bots, settings.seconds, settings.interval)
+        self._board = Board(settings.bots, settings.seconds, settings.interval, settings.events)
         self._children: dict[str, Child] = {}
         self._players_who_know = 0
         self._drained = ""
         self._one_save = ONE_SAVE
+        self._oldest = 0.0
+        self._too_old = 0
         self._lost: set[str] = set()
 
     async def tell(self, console: Console) -> None:
@@ -211,16 +213,20 @@ class Story:
             raise DemoError(f"the process of the {task.get_name()} ended by itself, with status {task.result()}")
 
     def _hear_server(self, facts: dict[str, Any]) -> None:
+        self._board.count(facts["saved"], facts["skipped"])
         if "drained" in facts:
             self._drained = f"{facts['drained']} saved in {facts['seconds'] * 1000:.0f} ms"
-            self._board.count_skipped(facts["skipped"])
             return
-        self._board.online, self._board.oldest = facts["online"], facts["oldest"]
-        self._board.waiting, self._board.latency = facts["waiting"], facts["latency"]
-        self._board.health = facts["health"]
-        self._board.count_saves(facts["saved"])
-        self._board.count_skipped(facts["skipped"])
+        for name in ("online", "oldest", "pending", "in_flight", "latency", "health", "reason"):
+            setattr(self._board, name, facts[name])
+        self._board.measure_rate()
         self._one_save = max(self._one_save, facts["slowest"])
+        self._oldest = max(self._oldest, facts["oldest"] or 0.0)
+        self._too_old += self._oldest_allowed < (facts["oldest"] or 0.0)
+
+    @property
+    def _oldest_allowed(self) -> float:
+        return self._settings.interval + self._one_save
 
     def _hear_bots(self, facts: dict[str, Any]) -> None:
         self._players_who_know = facts["known"]
@@ -232,28 +238,31 @@ class Story:
         return verify.read_ledgers(path)
 
     def _compare_after_stop(self, ledgers: verify.Ledgers) -> None:
-        players, _ = verify.read_players(self._db)
+        players = verify.read_players(self._db)
         self._check_players("stored then", "the last state known", verify.different(players, ledgers))
+        self._check_players("whose it is", "their own", verify.mixed_up(players, ledgers))
 
     def _compare_after_kill(self, ledgers: verify.Ledgers, killed_at: float) -> verify.Players:
-        players, _ = verify.read_players(self._db)
-        returns = sum(len(ledger["returns"]) for ledger in ledgers.values())
-        self._check_players(f"{returns} returns", "the state they left", verify.contradicted_returns(ledgers))
-        found = verify.after_kill(players, ledgers, killed_at, self._settings.interval + self._one_save)
+        players = verify.read_players(self._db)
+        looks = sum(len(ledger["shown"]) for ledger in ledgers.values())
+        self._check_players(f"shown {looks} times", "the state they left", verify.contradicted(ledgers))
+        at_most = f"at most {self._settings.interval:g} + {self._one_save:.1f} s"
+        self._check("while it ran", at_most, f"up to {self._oldest:.1f} s unsaved", passed=not self._too_old)
+        found = verify.after_kill(players, ledgers, killed_at, self._oldest_allowed)
         receipts = sum(ledger["receipts"] for ledger in ledgers.values())
         self._check_players(f"kill: {receipts} receipts", "none missing", found.lost)
-        self._check(
-            "kill: all changes",
-            f"at most {self._settings.interval:g} + {self._one_save:.1f} s old",
-            f"{found.changes} gone, up to {found.oldest:.1f} s",
-            passed=not found.older_than_allowed,
-        )
-        self.summary |= {"older_than_interval": found.older_than_allowed, "changes_lost_by_kill": found.changes}
+        self._check_players("kill: whose it is", "their own", verify.mixed_up(players, ledgers))
+        gone = f"{found.changes} gone, up to {found.oldest:.1f} s"
+        self._check("kill: all changes", at_most, gone, passed=not found.older_than_allowed)
+        self.summary |= {
+            "older_than_interval": found.older_than_allowed + self._too_old,
+            "changes_lost_by_kill": found.changes,
+        }
         return players
 
     def _compare_after_return(self, ledgers: verify.Ledgers, stored: verify.Players) -> None:
         self._check_players("shown after the kill", "what the reader found", verify.different(stored, ledgers))
-        _, saves = verify.read_players(self._db)
+        saves = sum(stored.version for stored in verify.read_players(self._db).values())
         receipts = sum(ledger["receipts"] for ledger in ledgers.values())
         reconnects = sum(ledger["logins"] - 1 for ledger in ledgers.values())
         done = {"bots": self._settings.bots, "saves": saves, "skipped": self._board.skipped}

@@ -9,6 +9,7 @@ doing on standard output, one line of JSON at a time, and ends at SIGTERM.
 from __future__ import annotations
 
 import asyncio
+import copy
 import queue
 import signal
 import socket
@@ -25,7 +26,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 
-from cagey_sessions import ManagerClosedError, Session, SessionEndedError, SessionManager, UserActiveError
+from cagey_sessions import ManagerClosedError, Receipt, Session, SessionEndedError, SessionManager, UserActiveError
 from cagey_sessions.stores import SQLiteStore
 
 PRICES = {"map": 12, "potion": 20, "shield": 35, "sword": 50}
@@ -126,8 +127,8 @@ class Absence:
     """The place of a connection that was lost; each loss is an object of its own."""
 
 
-def new_player() -> dict[str, Any]:
-    return {"seq": 0, "gold": 0, "items": {}}
+def new_player(user_id: str) -> dict[str, Any]:
+    return {"name": user_id, "seq": 0, "gold": 0, "items": {}}
 
 
 class Game:
@@ -144,7 +145,7 @@ class Game:
         try:
             session = await self._enter(connection, **orjson.loads(await connection.recv()))
             try:
-                await connection.send(orjson.dumps(session.user_data))
+                await connection.send(_answer(session.user_data))
                 async for message in connection:
                     if session.get(CONNECTION) is not connection:
                         await connection.close(CloseCode.GOING_AWAY)
@@ -176,11 +177,13 @@ class Game:
 
     async def _identify(self, session: Session, user_id: str) -> None:
         """If the player is here under another key that session is saved and ended first."""
-        await session.login(user_id, default=new_player)
+        await session.login(user_id, default=lambda: new_player(user_id))
 
     async def _act(self, session: Session, request: dict[str, Any]) -> bytes:
         """Do what the player asks. A purchase is confirmed once it is saved, anything else at once."""
         data = session.user_data
+        if "look" in request:
+            return _answer(data)
         item = request.get("buy")
         if item is None:
             data["gold"] += request["earn"]
@@ -188,12 +191,13 @@ class Game:
             data["gold"] -= PRICES[item]
             data["items"][item] = data["items"].get(item, 0) + 1
         data["seq"] += 1
-        answer = orjson.dumps(data)  # before the save: what is changed meanwhile is not part of what is confirmed
-        if item is not None:
-            started = time.monotonic()
-            await session.persist_now()
-            self.slowest_save = max(self.slowest_save, time.monotonic() - started)
-        return answer
+        if item is None:
+            return _answer(data)
+        confirmed = copy.deepcopy(data)  # what is changed during the save is not part of what is confirmed
+        started = time.monotonic()
+        receipt = await session.persist_now()
+        self.slowest_save = max(self.slowest_save, time.monotonic() - started)
+        return _answer(confirmed, receipt)
 
     async def _leave(self, session: Session, connection: ServerConnection) -> None:
         """Give a player who was dropped a moment to come back, then end the session."""
@@ -222,7 +226,7 @@ class GameWithEvents(Game):
     async def _identify(self, session: Session, user_id: str) -> None:
         """Load only after the player's last session is saved, or it would overwrite this one's beginning."""
         while True:
-            data = await self._players.load(user_id) or new_player()
+            data = await self._players.load(user_id) or new_player(user_id)
             try:
                 await session.set_user(user_id, data)
                 return
@@ -236,6 +240,11 @@ class GameWithEvents(Game):
         body = orjson.dumps(session.user_data).decode()  # fixed before the first await: the player goes on playing
         await self._players.save(str(session.user_id), body)
         self.slowest_save = max(self.slowest_save, time.monotonic() - started)
+
+
+def _answer(player: dict[str, Any], receipt: Receipt | None = None) -> bytes:
+    """The player's state and, where a store has confirmed it, as which version."""
+    return orjson.dumps({"player": player, "version": receipt and receipt.version})
 
 
 async def main(path: str, interval: float, listener: socket.socket, how: str) -> None:
@@ -253,7 +262,8 @@ async def main(path: str, interval: float, listener: socket.socket, how: str) ->
         await _report_until(stop, game)
         drained = await game.manager.destroy(game.manager.will_persist_user_data_on("shutdown"))
         game.drained.set()
-        _say(drained=drained.saved, seconds=drained.seconds, skipped=game.manager.statistics().unchanged)
+        now = game.manager.statistics()
+        _say(drained=drained.saved, seconds=drained.seconds, saved=now.saved - now.unchanged, skipped=now.unchanged)
 
 
 async def _report_until(stop: asyncio.Event, game: Game) -> None:
@@ -263,11 +273,13 @@ async def _report_until(stop: asyncio.Event, game: Game) -> None:
             online=now.identified,
             saved=now.saved - now.unchanged,
             skipped=now.unchanged,
-            waiting=now.pending + now.in_flight,
+            pending=now.pending,
+            in_flight=now.in_flight,
             oldest=now.oldest_unsaved,
             slowest=game.slowest_save,
             latency=now.store_latency,
             health=health.state,
+            reason=health.reason,
         )
         with suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), REPORT_EVERY)

@@ -2,8 +2,9 @@
 them. What must not: an import of anything else of this package; it would then believe what it is to check.
 
 A ledger of one bot holds ``known``, pairs of a time and a state the server acknowledged, from the last confirmed
-purchase on; ``receipt``, the state of that purchase; ``awaited``, the state that an unanswered request leads to if the
-server has heard it; ``returns``, the known and the awaited state before each return, and the one seen then.
+purchase on; ``receipt``, the state of that purchase, and ``version``, the number the store gave it (None without a
+store); ``awaited``, the state that an unanswered request leads to if the server has heard it; ``shown``, the known and
+the awaited state before each return or look around, and the one seen then.
 """
 
 from __future__ import annotations
@@ -14,12 +15,31 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["AfterKill", "after_kill", "contradicted_returns", "different", "read_ledgers", "read_players"]
+__all__ = [
+    "AfterKill",
+    "Stored",
+    "after_kill",
+    "contradicted",
+    "different",
+    "mixed_up",
+    "read_ledgers",
+    "read_players",
+]
 
 State = dict[str, Any]
-Players = Mapping[str, State]
+
+
+class Stored(NamedTuple):
+    """A player in the database."""
+
+    state: State
+    version: int
+    """How many times they have been saved."""
+
+
+Players = Mapping[str, Stored]
 Ledgers = Mapping[str, Mapping[str, Any]]
 
 
@@ -39,20 +59,16 @@ class AfterKill:
     """How long before the kill the oldest missing change was acknowledged, in seconds."""
 
 
-def read_players(path: str | Path) -> tuple[dict[str, State], int]:
-    """The state of every player in the database, and how many saves it has seen.
-
-    A store counts the saves of a user in ``version``; the listener of the demo in a column of its own.
-    """
+def read_players(path: str | Path) -> dict[str, Stored]:
+    """Every player in the database. A store counts saves in ``version``, the listener of the demo in ``saves``."""
     with closing(sqlite3.connect(path)) as db:
-        stored = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'cagey_sessions'").fetchone()
+        by_store = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'cagey_sessions'").fetchone()
         query = (
             "SELECT user_id, body, version FROM cagey_sessions WHERE body IS NOT NULL"
-            if stored
+            if by_store
             else "SELECT user_id, body, saves FROM players"
         )
-        rows = db.execute(query).fetchall()
-    return {user: json.loads(body) for user, body, _ in rows}, sum(saves for _, _, saves in rows)
+        return {user: Stored(json.loads(body), version) for user, body, version in db.execute(query)}
 
 
 def read_ledgers(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -63,16 +79,31 @@ def read_ledgers(path: str | Path) -> dict[str, dict[str, Any]]:
 
 def different(players: Players, ledgers: Ledgers) -> set[str]:
     """Who is not stored in the very last state their bot knows; that of an unanswered request will do as well."""
-    wrong = {user for user, ledger in ledgers.items() if not _is_current(players.get(user), ledger)}
+    wrong = {
+        user
+        for user, ledger in ledgers.items()
+        if not _is_current(players.get(user), ledger) or _breaks_receipt(players.get(user), ledger)
+    }
     return wrong | (players.keys() - ledgers.keys())
 
 
-def contradicted_returns(ledgers: Ledgers) -> set[str]:
-    """Who came back and was not shown the state they had left in."""
+def contradicted(ledgers: Ledgers) -> set[str]:
+    """Who came back or looked around, and was not shown the state they had left."""
     return {
         user
         for user, ledger in ledgers.items()
-        if any(seen not in (known, awaited) for known, awaited, seen in ledger["returns"])
+        if any(seen not in (known, awaited) for known, awaited, seen in ledger["shown"])
+    }
+
+
+def mixed_up(players: Players, ledgers: Ledgers) -> set[str]:
+    """Who is stored with the data of somebody else, or was shown it. All data says whose it is."""
+    stored = {user for user, (state, _) in players.items() if state["name"] != user}
+    return stored | {
+        user
+        for user, ledger in ledgers.items()
+        if any(state["name"] != user for _, state in ledger["known"])
+        or any(seen["name"] != user for _, _, seen in ledger["shown"])
     }
 
 
@@ -84,10 +115,11 @@ def after_kill(players: Players, ledgers: Ledgers, killed_at: float, allowed_age
     """
     found = AfterKill()
     for user, ledger in ledgers.items():
-        stored, known, receipt = players.get(user), ledger["known"], ledger["receipt"]
-        reached = -1 if stored is None else stored["seq"]
-        if not (_is_current(stored, ledger) or stored in [state for _, state in known]) or (
-            receipt is not None and reached < receipt["seq"]
+        stored, known = players.get(user), ledger["known"]
+        reached = -1 if stored is None else stored.state["seq"]
+        told = [state for _, state in known]
+        if _breaks_receipt(stored, ledger) or not (
+            _is_current(stored, ledger) or (stored is not None and stored.state in told)
         ):
             found.lost.add(user)
         ages = [killed_at - at for at, state in known if state["seq"] > reached]
@@ -99,6 +131,19 @@ def after_kill(players: Players, ledgers: Ledgers, killed_at: float, allowed_age
     return found
 
 
-def _is_current(stored: State | None, ledger: Mapping[str, Any]) -> bool:
+def _is_current(stored: Stored | None, ledger: Mapping[str, Any]) -> bool:
     known = ledger["known"]
-    return not known or (stored is not None and stored in (known[-1][1], ledger["awaited"]))
+    return not known or (stored is not None and stored.state in (known[-1][1], ledger["awaited"]))
+
+
+def _breaks_receipt(stored: Stored | None, ledger: Mapping[str, Any]) -> bool:
+    """Whether the confirmed version is not there, nor a later one, or stands for something else than was confirmed."""
+    receipt: State | None = ledger["receipt"]
+    version: int | None = ledger["version"]
+    if receipt is None:
+        return False
+    if stored is None or stored.state["seq"] < receipt["seq"]:
+        return True
+    if version is None:
+        return False
+    return stored.version < version or (stored.version == version) != (stored.state == receipt)

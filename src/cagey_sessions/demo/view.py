@@ -26,6 +26,7 @@ PHASES = ("joining", "playing", "graceful stop", "playing again", "kill", "check
 LINE_EVERY = 2.0
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 78
+HEALTH_STYLES = {"ok": "green", "degraded": "yellow", "down": "red"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Board:
     bots: int
     seconds: float
     interval: float
+    events: bool
     phase: str = PHASES[0]
     online: int = 0
     oldest: float | None = None
@@ -52,37 +54,39 @@ class Board:
     reconnects: int = 0
     saves: int = 0
     skipped: int = 0
-    waiting: int = 0
+    pending: int = 0
+    in_flight: int = 0
     latency: float = 0.0
-    health: str = "ok"
+    health: str = "-"
+    reason: str = ""
     rates: deque[float] = field(default_factory=lambda: deque([0.0], maxlen=40))
     played_before: float = 0.0
     playing_since: float | None = None
-    _counted: tuple[float, int] = (0.0, 0)
-    _counted_skipped: int = 0
+    _counted: tuple[int, int] = (0, 0)
+    _measured: tuple[float, int] = field(default_factory=lambda: (time.monotonic(), 0))
 
     def played(self) -> float:
         """For how long the bots have played, the time while the server is away left out."""
         running = 0.0 if self.playing_since is None else time.monotonic() - self.playing_since
         return min(self.played_before + running, self.seconds)
 
-    def count_saves(self, saved: int) -> None:
-        """Take note of how many saves the server has made since it was started."""
-        (then, before), now = self._counted, time.monotonic()
-        if saved < before:
-            before = 0  # another server
-        self.saves += saved - before
-        self.rates.append((saved - before) / (now - then))
-        self._counted = (now, saved)
+    def count(self, saved: int, skipped: int) -> None:
+        """Take note of how many saves the server has made, and found unnecessary, since it was started."""
+        self.saves += saved - self._counted[0]
+        self.skipped += skipped - self._counted[1]
+        self._counted = saved, skipped
 
-    def count_skipped(self, skipped: int) -> None:
-        """Take note of how many saves the server has found unnecessary since it was started."""
-        self.skipped += skipped - (self._counted_skipped if skipped >= self._counted_skipped else 0)
-        self._counted_skipped = skipped
+    def measure_rate(self) -> None:
+        (then, before), now = self._measured, time.monotonic()
+        self.rates.append((self.saves - before) / (now - then))
+        self._measured = now, self.saves
 
     def server_is_away(self) -> None:
-        self.online, self.oldest, self.waiting = 0, None, 0
-        self._counted_skipped = 0
+        """The next one counts from 0."""
+        self.online, self.oldest, self.pending, self.in_flight = 0, None, 0, 0
+        self.latency, self.health, self.reason = 0.0, "-", "there is no server"
+        self.rates.append(0.0)
+        self._counted, self._measured = (0, 0), (time.monotonic(), self.saves)
 
 
 @asynccontextmanager
@@ -102,8 +106,10 @@ async def showing(board: Board, console: Console) -> AsyncIterator[None]:
 async def _print_lines(board: Board) -> None:
     while True:
         facts = (
-            f"online {board.online}, saves/s {board.rates[-1]:.0f}, oldest unsaved {_age(board.oldest)}, "
-            f"skipped {board.skipped}, receipts {board.receipts}, reconnects {board.reconnects}, {board.health}"
+            f"online {board.online}, saves/s {board.rates[-1]:.0f}, pending {board.pending}, "
+            f"in flight {board.in_flight}, oldest unsaved {_age(board.oldest)}, skipped {board.skipped}, "
+            f"store {_latency(board)}, health {board.health}, receipts {board.receipts}, "
+            f"reconnects {board.reconnects}"
         )
         print(f"{board.played():5.1f} s  {board.phase:<13}  {facts}", flush=True)
         await asyncio.sleep(LINE_EVERY)
@@ -115,14 +121,16 @@ def _panel(board: Board) -> Panel:
     progress.add_row(bar, f"{board.played():.1f} of {board.seconds:g} s")
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", width=14)
-    facts.add_column(style="bold", width=7, justify="right")
+    facts.add_column(style="bold", width=8, justify="right")
     facts.add_column()
     facts.add_row("players online", str(board.online), f"of {board.bots}")
     facts.add_row("saves/s", f"{board.rates[-1]:.0f}", Text(_sparkline(board.rates), style="cyan"))
     facts.add_row("oldest unsaved", _age(board.oldest), f"at most {board.interval:g} s and one save")
-    facts.add_row("saves", str(board.saves), f"{board.waiting} waiting or in flight")
-    facts.add_row("skipped", str(board.skipped), "due, but nothing had changed")
-    facts.add_row("store", f"{board.latency * 1000:.1f}", f"ms a call, {board.health}")
+    facts.add_row("pending", str(board.pending), f"saves due, and {board.in_flight} in flight")
+    facts.add_row("saves", str(board.saves))
+    facts.add_row("skipped", str(board.skipped), "needs a store" if board.events else "due, but nothing had changed")
+    facts.add_row("store", _latency(board), "none: the server saves in a listener" if board.events else "a call")
+    facts.add_row("health", Text(board.health, HEALTH_STYLES.get(board.health, "")), board.reason)
     facts.add_row("receipts", str(board.receipts), "purchases confirmed after their save")
     facts.add_row("reconnects", str(board.reconnects))
     content = Group(_phases(board.phase), "", progress, "", facts)
@@ -143,6 +151,10 @@ def _sparkline(values: Iterable[float]) -> str:
 
 def _age(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds:.1f} s"
+
+
+def _latency(board: Board) -> str:
+    return f"{board.latency * 1000:.1f} ms" if board.latency else "-"
 
 
 def show_checks(checks: Iterable[Check], console: Console) -> None:

@@ -3,14 +3,24 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .base import Claim, Outcome, Record, Store, Verdict
+from .base import MAX_NUMBER, Claim, Outcome, Record, Store, Verdict
 
 if TYPE_CHECKING:
     from .callback import CallbackStore
     from .memory import MemoryStore
     from .sqlite import SQLiteStore
 
-__all__ = ["CallbackStore", "Claim", "MemoryStore", "Outcome", "Record", "SQLiteStore", "Store", "Verdict"]
+__all__ = [
+    "MAX_NUMBER",
+    "CallbackStore",
+    "Claim",
+    "MemoryStore",
+    "Outcome",
+    "Record",
+    "SQLiteStore",
+    "Store",
+    "Verdict",
+]
 
 _LAZY = {"CallbackStore": "callback", "MemoryStore": "memory", "SQLiteStore": "sqlite"}
 """The stores, by module; each is imported when it is first named, and its driver with it."""

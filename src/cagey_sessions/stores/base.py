@@ -120,6 +120,8 @@ class Store(ABC):
     """Whether several processes use the store at a time. Where they do, the library releases users it no longer has."""
     keeps_schema: bool = True
     """Whether the schema of a record comes back with it; where not, what is loaded is taken to be of today's."""
+    can_erase: bool = True
+    """Whether `erase` is there at all."""
     loss_class: str = ""
     """What a crash may cost of what was acknowledged, in one line, as read from the engine at `open`."""
 
