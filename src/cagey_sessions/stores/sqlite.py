@@ -68,16 +68,16 @@ TABLES = {"cagey_sessions", "cagey_sessions_epochs"}
 COLUMNS = ["user_id", "epoch", "owner", "version", "schema", "body", "saved_at", "erased"]
 
 CLAIM = """INSERT INTO cagey_sessions
-    SELECT ?1, highest_deleted + 1, ?2, 0, 0, NULL, NULL, 0 FROM cagey_sessions_epochs WHERE true
+    SELECT ?, highest_deleted + 1, ?, 0, 0, NULL, NULL, 0 FROM cagey_sessions_epochs WHERE true
     ON CONFLICT (user_id) DO UPDATE SET epoch = epoch + 1, owner = excluded.owner, erased = 0
     RETURNING epoch, version, schema, CAST(body AS BLOB), saved_at"""
-SAVE = """UPDATE cagey_sessions SET version = ?1, schema = ?2, body = ?3, saved_at = ?4,
-    owner = CASE WHEN ?5 THEN '' ELSE owner END
-    WHERE user_id = ?6 AND epoch = ?7 AND owner = ?8 AND version < ?1 AND NOT erased"""
+SAVE = """UPDATE cagey_sessions SET version = ?, schema = ?, body = ?, saved_at = ?,
+    owner = CASE WHEN ? THEN '' ELSE owner END
+    WHERE user_id = ? AND epoch = ? AND owner = ? AND version < ? AND NOT erased"""
 LOOK = "SELECT epoch, owner, version, erased FROM cagey_sessions WHERE user_id = ?"
 RELEASE = "UPDATE cagey_sessions SET owner = '' WHERE user_id = ? AND epoch = ? AND owner = ?"
-REMEMBER_UNSAVED = """UPDATE cagey_sessions_epochs SET highest_deleted = max(highest_deleted, ?2)
-    WHERE EXISTS (SELECT 1 FROM cagey_sessions WHERE user_id = ?1 AND body IS NULL AND NOT erased)"""
+REMEMBER_UNSAVED = """UPDATE cagey_sessions_epochs SET highest_deleted = max(highest_deleted, ?)
+    WHERE EXISTS (SELECT 1 FROM cagey_sessions WHERE user_id = ? AND body IS NULL AND NOT erased)"""
 DELETE_UNSAVED = "DELETE FROM cagey_sessions WHERE user_id = ? AND body IS NULL AND NOT erased"
 ERASE = """UPDATE cagey_sessions
     SET epoch = epoch + 1, owner = '', version = 0, body = NULL, saved_at = NULL, erased = 1 WHERE user_id = ?"""
@@ -167,7 +167,7 @@ class SQLiteStore(Store):
         def release(connection: sqlite3.Connection) -> bool:
             if not connection.execute(RELEASE, (user_id, epoch, owner)).rowcount:
                 return False
-            connection.execute(REMEMBER_UNSAVED, (user_id, epoch))
+            connection.execute(REMEMBER_UNSAVED, (epoch, user_id))
             connection.execute(DELETE_UNSAVED, (user_id,))
             return True
 
@@ -254,6 +254,7 @@ def _parameters(record: Record) -> tuple[Any, ...] | None:
         record.user_id,
         record.epoch,
         record.owner,
+        record.version,
     )
 
 
