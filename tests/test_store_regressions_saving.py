@@ -386,6 +386,8 @@ async def test_two_rows_the_engine_chokes_on_are_no_outage(clock, store, manager
 
 
 @pytest.mark.parametrize("during", ["between attempts", "in an attempt"])
+# One deadline is kept for all who wait for a save, that of the first; a late caller may be told "10 s" too early.
+# Nothing is lost: the session stays due. Goes with a future and a deadline for each caller.
 @pytest.mark.xfail(reason="callers who share a save share its patience")
 async def test_who_asks_late_has_patience_of_their_own(clock, store, manager, during):
     """Somebody else has been waiting for nine seconds; that is no reason to be told of ten."""
@@ -537,6 +539,8 @@ async def test_a_release_refused_by_an_old_epoch_leaves_no_claim_behind(clock, s
     await end(clock, manager)
 
 
+# An end first waits for the save under way and then for its own, each up to `save_timeout`: told late, never wrongly.
+# Goes with one deadline for the whole end.
 @pytest.mark.xfail(reason="a caller behind a save that hangs waits for that one first")
 async def test_an_end_in_a_hanging_store_is_told_within_the_save_timeout(clock, store, manager):
     """A periodic save hangs when `destroy` is called: not first ten seconds for that, and then ten for its own."""
