@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import sqlite3
@@ -29,6 +30,7 @@ from cagey_sessions import (
 from cagey_sessions.stores import Record, SQLiteStore, sqlite
 from stores.conformance import (
     ALREADY,
+    ERASED,
     FENCED,
     INVALID,
     MISSING,
@@ -36,6 +38,7 @@ from stores.conformance import (
     StoreConformance,
     StoreMachine,
     claim,
+    everything,
     machine_test,
     opened,
     record,
@@ -264,6 +267,60 @@ async def test_a_job_that_fails_in_a_transaction_fails_alone(store, path):
         assert isinstance(second, OverflowError)
         assert third.granted
         assert await save(store, record(7), record(8)) == [MISSING, MISSING], "a call is done as a whole, or not at all"
+
+
+# Many rows
+
+
+FATES = {
+    # what becomes of a record for a row of version 5: what is sent, the outcome, whether it is written or releases
+    "next": ({"version": 6}, SAVED, True, False),
+    "last": ({"version": 9, "release": True}, SAVED, True, True),
+    "repeated": ({"version": 5}, ALREADY, False, False),
+    "last repeated": ({"version": 5, "release": True}, ALREADY, False, True),
+    "late": ({"version": 4, "release": True}, ALREADY, False, False),
+    "of a claim before": ({"version": 6, "epoch": 0, "release": True}, FENCED, False, False),
+    "of another owner": ({"version": 6, "owner": "b", "release": True}, FENCED, False, False),
+    "not text": ({"version": 6, "body": b"\xff", "release": True}, INVALID, False, False),
+    "not there": ({"version": 6}, MISSING, False, False),
+    "erased": ({"version": 6}, ERASED, False, False),
+    "next for a name": ({"version": 6, "body": '"é\U0001f409"'.encode()}, SAVED, True, False),
+}
+
+
+@pytest.mark.parametrize("variables", [None, 60])
+@pytest.mark.parametrize("number", [1, 2, 199, 200, 201, 3000])
+async def test_of_many_rows_each_has_its_own_verdict(path, writer, number, variables):
+    fates = dict(zip(range(number), itertools.cycle(FATES), strict=False))
+    users = {each: str(each) if fate == "next for a name" else each for each, fate in fates.items()}
+    async with opened(SQLiteStore(path, synchronous="NORMAL")) as store:
+        if variables:
+            writer.connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, variables)
+        there = [users[each] for each, fate in fates.items() if fate != "not there"]
+        claims = await store.claim_many(there, "a")
+        assert [(type(each.user_id), each.user_id, each.record) for each in claims] == [
+            (type(each), each, None) for each in there
+        ]
+        epochs = {each.user_id: each.epoch for each in claims}
+        first = [record(each, 5, epoch=epochs[each], body=b'"%d"' % len(str(each))) for each in there]
+        assert await save(store, *first) == [SAVED] * len(there)
+        gone = {users[each] for each, fate in fates.items() if fate == "erased"}
+        assert all(await asyncio.gather(*(store.erase(each, "a") for each in gone)))
+        model = {each.user_id: each for each in first if each.user_id not in gone}
+        batch, expected = [], []
+        for each, fate in fates.items():
+            changes, outcome, written, released = FATES[fate]
+            made = record(users[each], epoch=epochs.get(users[each], 1), body=b'"%d"' % each)._replace(**changes)
+            batch.append(made)
+            expected.append(outcome)
+            if written:
+                model[users[each]] = made._replace(release=False)
+            if released:
+                model[users[each]] = model[users[each]]._replace(owner="")
+        assert await save(store, *batch) == expected
+        assert await everything(store) == {(type(each), each): kept for each, kept in model.items()}
+        known = {each: kept._replace(epoch=kept.epoch + 1, owner="c") for each, kept in model.items()}
+        assert [each.record for each in await store.claim_many(there, "c")] == [known.get(each) for each in there]
 
 
 # Durability
@@ -687,13 +744,14 @@ async def test_a_body_that_is_not_text_is_invalid_alone(store, poison):
         assert await save(store, record(2, 3, epoch=epochs[2])) == [SAVED]
 
 
+@pytest.mark.parametrize("size", [20_000, 9_995])  # too much for a parameter; only for a row
 @pytest.mark.parametrize("place", [0, 1, 2])
-async def test_a_body_that_is_too_large_for_sqlite_is_invalid_alone(store, writer, place):
+async def test_a_body_that_is_too_large_for_sqlite_is_invalid_alone(store, writer, place, size):
     async with opened(store):
         epochs = await saved(store, 0, 1, 2)
         writer.connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000)
         bodies = [b"2"] * 3
-        bodies[place] = b'"' + b"x" * 20_000 + b'"'
+        bodies[place] = b'"' + b"x" * (size - 2) + b'"'
         batch = [record(each, 2, epoch=epochs[each], body=bodies[each]) for each in (0, 1, 2)]
         expected = [SAVED] * 3
         expected[place] = INVALID
@@ -750,13 +808,13 @@ async def test_abort_ends_a_statement_that_does_not_end(store, writer, monkeypat
     async with opened(store):
         epochs = await saved(store, 1)
         running = threading.Event()
-        writer.at["SELECT 1, " if reads else "UPDATE"] = running.set
+        writer.at["SELECT 1, " if reads else "INSERT"] = running.set
         with monkeypatch.context() as patch:
             if reads:
                 patch.setattr(sqlite, "LOAD", f"SELECT 1, ?, {ENDLESS}")
                 call = asyncio.ensure_future(store.load(1))
             else:
-                patch.setattr(sqlite, "SAVE", f"{sqlite.SAVE} AND {ENDLESS} > 0")
+                patch.setattr(sqlite, "SAVE", f"{sqlite.SAVE} WHERE {ENDLESS} > 0")
                 call = asyncio.ensure_future(save(store, record(1, 2, epoch=epochs[1])))
             assert await asyncio.to_thread(running.wait, 10)
             assert not call.done()

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import os
 import queue
 import sqlite3
 import sys
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -45,6 +46,9 @@ BUSY_SECONDS = 5.0
 """How long a transaction waits for another program that writes to the file."""
 JOBS_IN_A_TRANSACTION = 64
 ROWS_IN_A_SCAN = 500
+ROWS_IN_A_STATEMENT = 200
+MOST_COLUMNS = 7
+"""Of a row below that is bound to parameters."""
 
 CREATE = (
     # no affinity for user_id, so that 1 and '1' are two users
@@ -67,14 +71,27 @@ CREATE = (
 TABLES = {"cagey_sessions", "cagey_sessions_epochs"}
 COLUMNS = ["user_id", "epoch", "owner", "version", "schema", "body", "saved_at", "erased"]
 
+# Of the statements below that take many rows one text serves for all numbers of them up to the same power of two, so
+# that few are prepared and kept; the rows that are left over are NULL.
 CLAIM = """INSERT INTO cagey_sessions
-    SELECT ?, highest_deleted + 1, ?, 0, 0, NULL, NULL, 0 FROM cagey_sessions_epochs WHERE true
+    WITH batch (user_id, owner) AS (VALUES {rows})
+    SELECT user_id, highest_deleted + 1, owner, 0, 0, NULL, NULL, 0 FROM batch, cagey_sessions_epochs
+        WHERE user_id IS NOT NULL
     ON CONFLICT (user_id) DO UPDATE SET epoch = epoch + 1, owner = excluded.owner, erased = 0
-    RETURNING epoch, version, schema, CAST(body AS BLOB), saved_at"""
-SAVE = """UPDATE cagey_sessions SET version = ?, schema = ?, body = ?, saved_at = ?,
-    owner = CASE WHEN ? THEN '' ELSE owner END
-    WHERE user_id = ? AND epoch = ? AND owner = ? AND version < ? AND NOT erased"""
-LOOK = "SELECT epoch, owner, version, erased FROM cagey_sessions WHERE user_id = ?"
+    RETURNING user_id, epoch, version, schema, CAST(body AS BLOB), saved_at"""
+LOOK = """WITH batch (user_id, epoch, owner, version) AS (VALUES {rows})
+    SELECT batch.user_id, kept.epoch, kept.owner, kept.version, kept.erased
+    FROM batch LEFT JOIN cagey_sessions AS kept ON kept.user_id = batch.user_id
+    WHERE batch.user_id IS NOT NULL AND (kept.epoch = batch.epoch AND kept.owner = batch.owner
+        AND kept.version < batch.version AND NOT kept.erased) IS NOT TRUE"""
+"""The rows that forbid a save. Commonly there are none."""
+# An upsert, though every row is there: UPDATE FROM copies the bodies into a table of its own, and by statistics that
+# are out of date it may read all of ours.
+SAVE = """INSERT INTO cagey_sessions
+    WITH batch (user_id, epoch, owner, version, schema, body, saved_at) AS (VALUES {rows})
+    SELECT user_id, epoch, owner, version, schema, body, saved_at, 0 FROM batch WHERE user_id IS NOT NULL
+    ON CONFLICT (user_id) DO UPDATE SET owner = excluded.owner, version = excluded.version, schema = excluded.schema,
+        body = excluded.body, saved_at = excluded.saved_at"""
 RELEASE = "UPDATE cagey_sessions SET owner = '' WHERE user_id = ? AND epoch = ? AND owner = ?"
 REMEMBER_UNSAVED = """UPDATE cagey_sessions_epochs SET highest_deleted = max(highest_deleted, ?)
     WHERE EXISTS (SELECT 1 FROM cagey_sessions WHERE user_id = ? AND body IS NULL AND NOT erased)"""
@@ -146,10 +163,7 @@ class SQLiteStore(Store):
             await closed
 
     async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> list[Claim]:
-        def claim(connection: sqlite3.Connection) -> list[Claim]:
-            return [_claim(connection, user_id, owner) for user_id in user_ids]
-
-        return await self._run(claim)
+        return await self._run(lambda connection: _claim(connection, user_ids, owner))
 
     async def save_many(self, records: Sequence[Record]) -> list[Verdict]:
         latest: dict[int | str, Record] = {}
@@ -157,7 +171,15 @@ class SQLiteStore(Store):
             known = latest.setdefault(record.user_id, record)
             if (record.epoch, record.version) > (known.epoch, known.version):
                 latest[record.user_id] = record
-        verdicts = await self._run(lambda connection: _save(connection, list(latest.values())))
+
+        def save(connection: sqlite3.Connection) -> list[Verdict]:
+            return [
+                verdict
+                for portion in _portions(connection, list(latest.values()))
+                for verdict in _save(connection, portion)
+            ]
+
+        verdicts = await self._run(save)
         if len(latest) == len(records):
             return verdicts
         verdict_of = dict(zip(latest, verdicts, strict=True))
@@ -215,67 +237,91 @@ def _scan(last: int, connection: sqlite3.Connection) -> list[Any]:
     return connection.execute(SCAN, (last, ROWS_IN_A_SCAN)).fetchall()
 
 
-def _claim(connection: sqlite3.Connection, user_id: int | str, owner: str) -> Claim:
-    epoch, version, schema, body, saved_at = connection.execute(CLAIM, (user_id, owner)).fetchone()
-    record = None if body is None else Record(user_id, epoch, owner, version, schema, body, saved_at)
-    return Claim(user_id, epoch, record)
+@functools.cache
+def _statement(template: str, columns: int, rows: int) -> str:
+    row = f"({', '.join('?' * columns)})"
+    return template.format(rows=", ".join([row] * rows))
 
 
-def _save(connection: sqlite3.Connection, records: list[Record]) -> list[Verdict]:
-    """Write records, all with one prepared statement; one at a time only if that has not written them all."""
-    parameters = [_parameters(record) for record in records]
-    usable = [each for each in parameters if each is not None]
-    if len(usable) == len(records):
-        connection.execute("SAVEPOINT records")
-        try:
-            if connection.executemany(SAVE, usable).rowcount == len(records):
-                connection.execute("RELEASE records")
-                return [Verdict(Outcome.SAVED)] * len(records)
-        except (sqlite3.DataError, OverflowError):
-            pass  # one is larger than SQLite takes
-        connection.execute("ROLLBACK TO records")
-        connection.execute("RELEASE records")
-    return [_save_one(connection, *pair) for pair in zip(records, parameters, strict=True)]
+def _execute(connection: sqlite3.Connection, template: str, rows: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """For many rows at once: with each step Python gives the GIL away, and a busy loop is slow to give it back."""
+    columns, size = len(rows[0]), min(1 << (len(rows) - 1).bit_length(), _most_rows(connection))
+    parameters = [*itertools.chain.from_iterable(rows), *[None] * (columns * (size - len(rows)))]
+    return connection.execute(_statement(template, columns, size), parameters).fetchall()
 
 
-def _parameters(record: Record) -> tuple[Any, ...] | None:
+def _most_rows(connection: sqlite3.Connection) -> int:
+    return min(ROWS_IN_A_STATEMENT, connection.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER) // MOST_COLUMNS)
+
+
+def _portions(connection: sqlite3.Connection, everything: Sequence[T]) -> Iterator[Sequence[T]]:
+    most = _most_rows(connection)
+    for start in range(0, len(everything), most):
+        yield everything[start : start + most]
+
+
+def _claim(connection: sqlite3.Connection, user_ids: Sequence[int | str], owner: str) -> list[Claim]:
+    claims = {}
+    for portion in _portions(connection, user_ids):
+        for user_id, epoch, version, schema, body, saved_at in _execute(
+            connection, CLAIM, [(user_id, owner) for user_id in portion]
+        ):
+            record = None if body is None else Record(user_id, epoch, owner, version, schema, body, saved_at)
+            claims[user_id] = Claim(user_id, epoch, record)
+    return [claims[user_id] for user_id in user_ids]
+
+
+def _save(connection: sqlite3.Connection, records: Sequence[Record]) -> list[Verdict]:
+    keys = [(record.user_id, record.epoch, record.owner, record.version) for record in records]
+    texts = [_text(record.body) for record in records]
     try:
-        body = record.body.decode()
+        forbidding = {user_id: row for user_id, *row in _execute(connection, LOOK, keys)}
+        verdicts = [
+            Verdict(Outcome.INVALID, "the body is not text")
+            if text is None
+            else _verdict(record, forbidding.get(record.user_id))
+            for record, text in zip(records, texts, strict=True)
+        ]
+        rows = [
+            (user_id, epoch, "" if release else owner, version, schema, text, saved_at)
+            for (user_id, epoch, owner, version, schema, _, saved_at, release), text, verdict in zip(
+                records, texts, verdicts, strict=True
+            )
+            if verdict.outcome is Outcome.SAVED
+        ]
+        if rows:
+            _execute(connection, SAVE, rows)
+    except (sqlite3.DataError, OverflowError):
+        # nothing of the statement is left; one record is the cause, and SQLite does not say which
+        if len(records) == 1:
+            return [Verdict(Outcome.INVALID, "the body is larger than SQLite takes")]
+        middle = len(records) // 2
+        return _save(connection, records[:middle]) + _save(connection, records[middle:])
+    for record, verdict in zip(records, verdicts, strict=True):
+        # only of the version that is there: a repeat that comes late releases nothing
+        if verdict.outcome is Outcome.ALREADY and record.release and record.version == forbidding[record.user_id][2]:
+            connection.execute(RELEASE, (record.user_id, record.epoch, record.owner))
+    return verdicts
+
+
+def _text(body: bytes) -> str | None:
+    try:
+        text = body.decode()
     except UnicodeDecodeError:
         return None
-    if "\0" in body:
-        return None
-    return (
-        record.version,
-        record.schema,
-        body,
-        record.saved_at,
-        record.release,
-        record.user_id,
-        record.epoch,
-        record.owner,
-        record.version,
-    )
+    return None if "\0" in text else text
 
 
-def _save_one(connection: sqlite3.Connection, record: Record, parameters: tuple[Any, ...] | None) -> Verdict:
-    if parameters is None:
-        return Verdict(Outcome.INVALID, "the body is not text")
-    try:
-        if connection.execute(SAVE, parameters).rowcount:
-            return Verdict(Outcome.SAVED)
-    except (sqlite3.DataError, OverflowError):
-        return Verdict(Outcome.INVALID, "the body is larger than SQLite takes")
-    row = connection.execute(LOOK, (record.user_id,)).fetchone()
-    if row is None:
+def _verdict(record: Record, forbidding: list[Any] | None) -> Verdict:
+    if forbidding is None:
+        return Verdict(Outcome.SAVED)
+    epoch, owner, version, erased = forbidding
+    if epoch is None:
         return Verdict(Outcome.MISSING)
-    epoch, owner, version, erased = row
     if erased:
         return Verdict(Outcome.ERASED)
     if epoch != record.epoch or (owner and owner != record.owner) or record.version > version:
         return Verdict(Outcome.FENCED)
-    if record.release and record.version == version:
-        connection.execute(RELEASE, (record.user_id, epoch, record.owner))
     return Verdict(Outcome.ALREADY)
 
 
