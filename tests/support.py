@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import heapq
 import itertools
 import json
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from contextvars import Context
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import cagey_sessions
 from cagey_sessions import StoreUnavailableError
 from cagey_sessions.options import parse_duration
+from cagey_sessions.savefile import Files
 from cagey_sessions.stores import Claim, MemoryStore, Record, Verdict
 from cagey_sessions.stores.memory import MemoryBacking, Row
 
@@ -28,6 +36,20 @@ class _Timer:
 
     def cancel(self) -> None:
         self.cancelled = True
+
+
+def python(script: str, prelude: str = "", *, status: int = 0, timeout: float = 30) -> subprocess.CompletedProcess[str]:
+    """Run a script in a fresh interpreter and expect its exit status."""
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error::RuntimeWarning", "-c", prelude + textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(cagey_sessions.__file__).parents[1])},
+    )
+    assert done.returncode == status, done.stderr
+    return done
 
 
 async def turns(count: int = 25) -> None:
@@ -287,3 +309,73 @@ class ScriptedStore(MemoryStore):
     def versions(self, user_id: int | str) -> list[int]:
         """The versions of a user's saves, in the order they were sent."""
         return [record.version for batch in self.batches for record in batch.records if record.user_id == user_id]
+
+
+class Crash(BaseException):
+    """The machine has gone down at this point."""
+
+
+class FaultyDisk(Files):
+    """A disk on which one step goes wrong.
+
+    Steps are counted from 0; the names of those begun are in `steps`. `fail` maps a step, or the name of a step, to the
+    number of an error. `crash` is a step and ``"before"``, ``"during"`` or ``"after"`` it; from then on nothing is done
+    any more, and what was written to a file and never synced is half lost.
+    """
+
+    def __init__(self, *, fail: dict[int | str, int] | None = None, crash: tuple[int, str] | None = None) -> None:
+        self.fail = fail or {}
+        self.crash = crash
+        self.crashed = False
+        self.steps: list[str] = []
+        self._unsynced: dict[int, str] = {}
+
+    def _step(self, name: str, work: Callable[[], Any], half: Callable[[], Any] = lambda: None) -> Any:
+        if self.crashed:
+            raise Crash
+        number = len(self.steps)
+        self.steps.append(name)
+        code = self.fail.get(number) or self.fail.get(name)
+        if code:
+            if code == errno.ENOSPC:
+                half()
+            raise OSError(code, os.strerror(code))
+        moment = self.crash[1] if self.crash is not None and self.crash[0] == number else ""
+        if moment == "during":
+            half()
+        result = work() if moment in ("", "after") else None
+        if moment:
+            self.crashed = True
+            for path in self._unsynced.values():
+                os.truncate(path, os.path.getsize(path) // 2)
+            raise Crash
+        return result
+
+    def create(self, path: str) -> int:
+        file: int = self._step("create", lambda: Files.create(self, path))
+        self._unsynced[file] = path
+        return file
+
+    def write(self, file: int, data: bytes) -> None:
+        self._step(
+            "write", lambda: Files.write(self, file, data), lambda: Files.write(self, file, data[: len(data) // 2])
+        )
+
+    def sync(self, file: int) -> None:
+        self._step("sync", lambda: (Files.sync(self, file), self._unsynced.pop(file)))
+
+    def close(self, file: int) -> None:
+        self._step("close", lambda: (Files.close(self, file), self._unsynced.pop(file, None)))
+
+    def replace(self, source: str, target: str) -> None:
+        self._step("replace", lambda: Files.replace(self, source, target))
+
+    def sync_folder(self, path: str) -> None:
+        self._step("sync folder", lambda: Files.sync_folder(self, path))
+
+    def remove(self, path: str) -> None:
+        self._step("remove", lambda: Files.remove(self, path))
+
+    def read(self, path: str) -> bytes:
+        data: bytes = self._step("read", lambda: Files.read(self, path))
+        return data

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import textwrap
 
 import pytest
+
+import support
 
 PRELUDE = """
 import asyncio, gc, os, signal, sys, threading
@@ -25,16 +26,7 @@ async def begin(**options):
 
 
 def python(script: str, *, status: int = 0, timeout: float = 30) -> subprocess.CompletedProcess[str]:
-    """Run a script in a fresh interpreter and expect its exit status."""
-    done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error::RuntimeWarning", "-c", PRELUDE + textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == status, done.stderr
-    return done
+    return support.python(script, PRELUDE, status=status, timeout=timeout)
 
 
 def test_case_15_all_is_saved_when_run_returns_after_destroy():

@@ -475,7 +475,7 @@ async def test_f6b_a_release_that_never_returns_does_not_keep_the_store_down(clo
     task = asyncio.ensure_future(session.persist_now())
     await turns()
     assert not manager.statistics().store_up
-    manager._life.ownership._let_go(9, 1)  # as after a cancelled login
+    manager._life.claims.let_go(9, 1)  # as after a cancelled login
     await clock.advance("5s")
     assert (await task).changed, "saves come before releases"
     assert store.stored(1) == {"n": 1}
@@ -579,9 +579,6 @@ async def test_f7c_a_login_tries_the_last_save_of_the_earlier_session_at_once(cl
     await end(clock, manager)
 
 
-# One deadline is kept for all who wait for a save, that of the first; a late caller may be told "10 s" too early.
-# Nothing is lost: the session stays due. Goes with a future and a deadline for each caller.
-@pytest.mark.xfail(reason="callers who share a save share its patience")
 async def test_f7d_who_comes_later_has_patience_of_their_own(clock, store, manager):
     """`persist_now` waits for `save_timeout`, not for what is left of an earlier caller's."""
     session = await changed(manager)
@@ -980,9 +977,6 @@ async def test_f21_a_claim_made_again_that_comes_late_is_let_go_of(clock, store,
 # F22: patience adds up
 
 
-# An end first waits for the save under way and then for its own, each up to `save_timeout`: told late, never wrongly.
-# Goes with one deadline for the whole end.
-@pytest.mark.xfail(reason="a caller behind a save that hangs waits for that one first")
 async def test_f22_destroy_raises_after_the_save_timeout_also_when_a_save_hangs(clock, store, manager):
     """Not after what is left of the one under way, and then `save_timeout` once more."""
     session = await changed(manager)

@@ -249,9 +249,9 @@ async def test_a_login_gives_up_after_the_save_timeout(clock, store, manager):
     with pytest.raises(StoreUnavailableError):
         await let_time_pass(clock, session.login(1, default={}))
     assert 9 <= (clock.now() - before) / 1e9 <= 10.5
-    store.claim_script = ["hang"]
     store.down = False
     await clock.advance("2s")
+    store.claim_script = ["hang"]
     with pytest.raises(StoreUnavailableError):
         await let_time_pass(clock, session.login(1, default={}))
     store.release_all.set()

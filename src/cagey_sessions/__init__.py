@@ -33,12 +33,27 @@ from .errors import *  # noqa: F403 - its __all__ is ours, see below
 from .errors import __all__ as _errors
 from .manager import SessionManager, create
 from .options import Duration
-from .records import DrainReport, EndReason, Health, Receipt, Statistics, UnsavedUser
+from .records import (
+    DamagedEntry,
+    DrainReport,
+    EndReason,
+    Health,
+    Receipt,
+    Snapshot,
+    SnapshotEntry,
+    SnapshotReport,
+    SpillReport,
+    Statistics,
+    UnsavedUser,
+)
+from .sanitizer import UserDataWarning
 from .session import Session
+from .snapshot import read_snapshot
 
 __all__ = [
     "Clock",
     "Codec",
+    "DamagedEntry",
     "DrainReport",
     "Duration",
     "EndReason",
@@ -46,12 +61,18 @@ __all__ = [
     "Receipt",
     "Session",
     "SessionManager",
+    "Snapshot",
+    "SnapshotEntry",
+    "SnapshotReport",
+    "SpillReport",
     "Statistics",
     "TimerHandle",
     "UnsavedUser",
+    "UserDataWarning",
     "__version__",
     "create",
     "dataclass_codec",
     "msgspec_codec",
+    "read_snapshot",
     *_errors,
 ]

@@ -89,6 +89,7 @@ cdef struct Row:
     uint32_t generation     # rises each time the slot gets a new tenant
     uint8_t state
     uint8_t failures        # saves failed since the last acknowledged one, at most 255
+    uint8_t marks           # MARKED, MARKED_BEFORE: changes that are not known to be stored
 
 
 include "core/values.pxi"

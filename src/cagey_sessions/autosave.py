@@ -20,6 +20,7 @@ from .errors import (
     ListenerCancelledError,
     NothingSavesError,
     SaveOverdueError,
+    SessionEndedError,
     StoreUnavailableError,
     UnsavableError,
 )
@@ -32,6 +33,8 @@ __all__ = ["Autosave", "Flight", "ListenerSaver", "SaveHost", "Saver"]
 Outcome = Exception | Receipt | None
 """Of a save: what went wrong, or the receipt of the store, or None where a listener has saved."""
 
+AVERAGE_OVER = 16
+"""The duration of a save is averaged over about so many saves."""
 LONGEST_TICK = SECOND // 100
 SHORTEST_TICK = SECOND // 1000
 ROWS_PER_STEP = 256
@@ -112,29 +115,44 @@ class Saver(Protocol):
 class Flight:
     """A save that is asked for or under way, and who waits for it."""
 
-    __slots__ = ("error", "fingerprint", "outcome", "patient_until", "releases", "started", "waiting")
+    __slots__ = ("error", "fingerprint", "is_patient", "is_resolved", "outcome", "releases", "started", "waiters")
 
-    def __init__(self) -> None:
-        self.outcome: asyncio.Future[Outcome] | None = None
+    def __init__(self, *, is_patient: bool = False) -> None:
+        self.is_patient = is_patient  # a failed attempt is not its end yet
+        self.is_resolved = False
+        self.outcome: Outcome = None  # as far as whoever waits will hear of it, even if the save is still under way
         self.started = 0
-        self.waiting = 0
-        self.patient_until: int | None = None
+        self.waiters: list[tuple[int | None, asyncio.Future[Outcome]]] = []  # each with the end of their patience
         self.error: Exception | None = None  # of the last attempt
         self.fingerprint: object = None  # of what is being saved, if the session was ending when it was fixed
         self.releases = False  # the store lets go of the user with this save
 
-    def wait(self) -> asyncio.Future[Outcome]:
-        if self.outcome is None:
-            self.outcome = asyncio.get_running_loop().create_future()
-        return self.outcome
+    @property
+    def has_waiters(self) -> bool:
+        return bool(self.waiters) and any(not future.done() for _, future in self.waiters)
 
     def resolve(self, outcome: Outcome) -> None:
-        if self.outcome is not None and not self.outcome.done():
-            self.outcome.set_result(outcome)
+        if not self.is_resolved:
+            self.is_resolved, self.outcome = True, outcome
+            if self.waiters:
+                self._tell(self.waiters, outcome)
+                self.waiters = []
 
-    @property
-    def is_resolved(self) -> bool:
-        return self.outcome is not None and self.outcome.done()
+    def lose_patience(self, now: int, patience: int) -> None:
+        """Tell those who have waited long enough; if nobody is left it is not waited for any longer."""
+        late = [waiter for waiter in self.waiters if waiter[0] is not None and waiter[0] <= now]
+        if late:
+            outcome = _out_of_patience(patience, self.error)
+            self._tell(late, outcome)
+            self.waiters = [waiter for waiter in self.waiters if waiter[0] is None or waiter[0] > now]
+            if not self.waiters:
+                self.resolve(outcome)
+
+    @staticmethod
+    def _tell(waiters: list[tuple[int | None, asyncio.Future[Outcome]]], outcome: Outcome) -> None:
+        for _, future in waiters:
+            if not future.done():
+                future.set_result(outcome)
 
 
 class Worker:
@@ -167,6 +185,8 @@ class Autosave:
         self._interval = options.interval
         self.tick = min(LONGEST_TICK, max(SHORTEST_TICK, options.interval // 100)) if options.interval else LONGEST_TICK
         self._interval_ticks = options.interval // self.tick if options.interval else 0
+        # with `debug` nobody is passed over, for how else would a forgotten mark be seen
+        self._skip = self._interval_ticks if options.tracking == "marked" and not options.debug else 0
         self._overdue_after = options.interval or 30 * SECOND
         self._jitter = random.Random(random.getrandbits(64))
         self._context: Context | None = None
@@ -179,9 +199,10 @@ class Autosave:
         self._turn_is_queued = False
         self._asked: dict[SessionCore, Flight] = {}
         self._in_flight: dict[SessionCore, Flight] = {}
-        self._carried: set[SessionCore] = set()
+        self._carried: dict[SessionCore, None] = {}
         """Sessions of which somebody waits for the next attempt."""
         self._patience_timer: TimerHandle | None = None
+        self._patience_at = 0  # what the timer is set for
         self._workers: set[asyncio.Task[None]] = set()
         self._employed = 0
         self._starting = 0  # of those employed, who have not looked for work yet
@@ -190,6 +211,7 @@ class Autosave:
         self._pause: TimerHandle | None = None
         self.gave_up: Exception | None = None
         self._closed = False
+        self.seconds_per_save = 0.0  # of listeners, as a moving average
         self.tick_lag = 0
         self.slice_overruns = 0
         self._slice_is_overrun = False
@@ -208,8 +230,8 @@ class Autosave:
         if self._interval:
             self._arm()
 
-    async def save(self, session: SessionCore) -> Outcome:
-        """Have a session saved as it is now, or later: the outcome.
+    async def save(self, session: SessionCore, until: int | None = None) -> Outcome:
+        """Have a session saved as it is now, or later: the outcome, or at the end of the caller's patience its lack.
 
         Callers that come before the next save starts share it. Cancelling one of them stops the waiting, not the save.
         """
@@ -218,17 +240,13 @@ class Autosave:
         self._table.ask(session)
         flight = self._asked.get(session)
         if flight is None:
-            flight = self._asked[session] = Flight()
-            self._be_patient(flight)
-        flight.waiting += 1
-        try:
-            self.employ()
-            return await self._outcome(flight)
-        finally:
-            flight.waiting -= 1
+            flight = self._asked[session] = Flight(is_patient=self._saver.patience is not None)
+        outcome = self._outcome(flight, until or self.patience_ends())
+        self.employ()
+        return await outcome
 
-    async def settle(self, session: SessionCore, outcome: Outcome = None) -> Outcome:
-        """Wait until no save of a session is under way or asked for.
+    async def settle(self, session: SessionCore, until: int | None, outcome: Outcome = None) -> Outcome:
+        """Wait until no save of a session is under way or asked for, or patience ends.
 
         Returns the outcome of the last one waited for, or the one given if there was none.
         """
@@ -236,47 +254,52 @@ class Autosave:
             if self.gave_up is not None:
                 return self.gave_up  # the save may be under way for ever
             if flight.is_resolved:
-                return await flight.wait()  # its outcome is known as far as it will be: it is not waited for any longer
-            outcome = await self._outcome(flight)
+                return flight.outcome  # it is known as far as it will be: it is not waited for any longer
+            outcome = await self._outcome(flight, until)
+            if until is not None and self._clock.now() >= until:
+                break
         return outcome
 
-    async def _outcome(self, flight: Flight) -> Outcome:
-        flight.waiting += 1
-        try:
-            return await asyncio.shield(flight.wait())
-        finally:
-            flight.waiting -= 1
+    def forget(self, session: SessionCore) -> None:
+        """A session is past its last save: whoever has asked for another hears of it."""
+        flight = self._asked.pop(session, None)
+        if flight is not None:
+            flight.resolve(SessionEndedError(f"the session has ended, or is past its last save ({session!r})"))
 
     # Patience
 
-    def _be_patient(self, flight: Flight) -> None:
-        if self._saver.patience is not None:
-            until = self._clock.now() + self._saver.patience
-            flight.patient_until = -(-until // PATIENCE_GRID) * PATIENCE_GRID
-            if self._patience_timer is None:
-                self._set_patience_timer(flight.patient_until)
+    def patience_ends(self) -> int | None:
+        """Until when a caller who comes now waits while attempts fail; None if the first failure is the answer."""
+        if self._saver.patience is None:
+            return None
+        return -(-(self._clock.now() + self._saver.patience) // PATIENCE_GRID) * PATIENCE_GRID
+
+    def _outcome(self, flight: Flight, until: int | None) -> asyncio.Future[Outcome]:
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        flight.waiters.append((until, future))
+        if until is not None:
+            self._set_patience_timer(until)
+        return future
 
     def _set_patience_timer(self, when: int) -> None:
-        if not self._closed:
-            delay = max(when - self._clock.now(), SHORTEST_TICK)
-            assert self._context is not None
-            self._patience_timer = self._clock.call_later(delay, self._lose_patience, self._context)
+        if self._closed or (self._patience_timer is not None and self._patience_at <= when):
+            return
+        if self._patience_timer is not None:
+            self._patience_timer.cancel()
+        self._patience_at = when
+        delay = max(when - self._clock.now(), SHORTEST_TICK)
+        assert self._context is not None
+        self._patience_timer = self._clock.call_later(delay, self._lose_patience, self._context)
 
     def _lose_patience(self) -> None:
         """Tell callers who have waited long enough; their sessions stay due."""
         self._patience_timer = None
         now = self._clock.now()
-        next_time: int | None = None
-        for flights in (self._asked, self._in_flight):
-            for session, flight in list(flights.items()):
-                if flight.patient_until is None or flight.is_resolved:
-                    continue
-                if flight.patient_until > now:
-                    next_time = min(next_time or flight.patient_until, flight.patient_until)
-                    continue
-                if flights is self._asked:
-                    del self._asked[session]
-                flight.resolve(_out_of_patience(self._saver.patience or 0, flight.error))
+        for flight in (*self._asked.values(), *self._in_flight.values()):
+            flight.lose_patience(now, self._saver.patience or 0)
+        self._asked = {session: flight for session, flight in self._asked.items() if not flight.is_resolved}
+        flights = (*self._asked.values(), *self._in_flight.values())
+        next_time = min((until for flight in flights for until, _ in flight.waiters if until), default=None)
         if next_time is not None:
             self._set_patience_timer(next_time)
 
@@ -396,7 +419,7 @@ class Autosave:
         self._turn_is_queued = False
         if self._closed:
             return
-        while self._table.advance(self.now_tick(), ROWS_PER_STEP) == ROWS_PER_STEP:
+        while self._table.advance(self.now_tick(), ROWS_PER_STEP, self._skip) == ROWS_PER_STEP:
             if self.slice_is_spent():
                 self._turn_is_queued = True
                 assert self._loop is not None
@@ -404,7 +427,7 @@ class Autosave:
                 break
         for session in list(self._carried):
             if session not in self._asked:
-                self._carried.discard(session)
+                self._carried.pop(session, None)
             elif self._table.state(session) == "due":
                 self._table.ask(session)  # somebody waits for it: not behind those whose time has come
         self._employ_unless_paused()
@@ -516,20 +539,19 @@ class Autosave:
         flight.resolve(receipt)
         self._tell_host(session, owned, None, flight)
 
+    def note_duration(self, flight: Flight) -> None:
+        """A listener has taken until now."""
+        taken, average = (self._clock.now() - flight.started) / SECOND, self.seconds_per_save
+        self.seconds_per_save = average + (taken - average) / AVERAGE_OVER if average else taken
+
     def fail(
         self, session: SessionCore, version: int, flight: Flight, error: Exception, *, report: bool = True
     ) -> None:
         """A save has failed. Whoever waits hears of it, unless there is patience left; then the next attempt counts."""
         del self._in_flight[session]
-        is_patient = (
-            flight.waiting > 0
-            and flight.patient_until is not None
-            and not isinstance(error, UnsavableError)
-            and self.gave_up is None
-            and not flight.is_resolved
-        )
+        heard = flight.has_waiters
+        is_patient = heard and flight.is_patient and not isinstance(error, UnsavableError) and self.gave_up is None
         owned = self._table.fail(session, version, self._retry_tick(session, is_patient, error))
-        heard = flight.waiting > 0
         if is_patient and owned and self._table.state(session) != "gone":
             self._wait_on(session, flight, error)
             if self._table.is_ending(session):
@@ -552,13 +574,11 @@ class Autosave:
     def _wait_on(self, session: SessionCore, flight: Flight, error: Exception) -> None:
         """Leave the callers of a failed attempt to the next one."""
         flight.error = error
-        self._carried.add(session)
+        self._carried[session] = None
         later = self._asked.setdefault(session, flight)
         if later is not flight:  # somebody has asked meanwhile; all of them wait for the same save from now on
             later.error = error
-            later.patient_until = min(later.patient_until or 0, flight.patient_until or 0)
-            later.wait().add_done_callback(lambda outcome: flight.resolve(outcome.result()))
-            later.waiting += flight.waiting
+            later.waiters += flight.waiters
         if not self._saver.may_start() and self._table.state(session) in ("idle", "ending"):
             self._table.ask(session)  # nothing is tried by the clock now: be among the first when it is
         self._arm()
@@ -626,6 +646,7 @@ class ListenerSaver:
             error = raised
         finally:
             if error is None:
+                autosave.note_duration(flight)
                 autosave.acknowledge(session, version, flight, None)
             else:
                 autosave.fail(session, version, flight, error)

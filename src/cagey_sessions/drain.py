@@ -10,19 +10,23 @@ are cancelled.
 from __future__ import annotations
 
 import asyncio
+import atexit
 from contextvars import Context
+from dataclasses import replace
 
 from ._core import SessionCore
-from .errors import DrainDeadlineError, DrainError, ListenerError, ManagerClosedError
+from .errors import DrainDeadlineError, DrainError, ListenerError, ManagerClosedError, SnapshotError
 from .lifecycle import Ending, Lifecycle, name_some
 from .options import SECOND
 from .records import DrainReport, EndReason, UnsavedUser
+from .savefile import in_thread
 from .waits import within_host
 
 __all__ = ["drain"]
 
 AFTER_DEADLINE = SECOND
 """How long listeners of ``destroy`` may still run when the deadline has passed."""
+SECONDS_TO_SPILL = 10
 MOST_ENDS_AT_WORK = 10_000
 MOST_ENDS_ANNOUNCING = 100_000
 """How many listeners of ``before_destroy`` may be waited for at a time."""
@@ -46,8 +50,10 @@ async def drain(life: Lifecycle, persist: bool, deadline: int) -> DrainReport:
     errors: list[Exception] = [*(user.error for user in report.unsaved), *current.errors]
     if errors:
         user_ids = [user.user_id for user in report.unsaved]
+        spilled = sum(user.spilled for user in report.unsaved)
         raise DrainError(
             f"{len(user_ids)} users were not saved: {name_some(user_ids)}"
+            + (f"; {spilled} of them are in the spill file, and are saved at the next start" if spilled else "")
             if user_ids
             else "everybody who was to be saved is saved, but listeners raised",
             errors,
@@ -73,12 +79,16 @@ class _Drain:
         self._started = life.clock.now()
         self._saved = 0
         self._unsaved: list[UnsavedUser] = []
+        self._spill_is_written = False
         self._task: asyncio.Task[None] | None = None
         self._sweep: asyncio.Task[None] | None = None
         self._room = asyncio.Event()
         self._quiet: asyncio.Future[bool] | None = None
 
     def begin(self, deadline: int) -> None:
+        self._life.end_wanted.set()
+        if self._life.sanitizer is not None:
+            self._life.sanitizer.look_at_all_ended()
         # in a context of its own: a listener that calls for the end of everybody is not waited for by it
         self._life.autosave.drain()
         self._task = self._life.spawn(self._run(deadline), "drain", Context())
@@ -103,7 +113,8 @@ class _Drain:
         elif ending.reason in (EndReason.UNSAVED, EndReason.FENCED) and session.user_id is not None:
             age = self._life.autosave.age(self._life.table.saved_at(session))
             assert ending.last_error is not None
-            self._unsaved.append(UnsavedUser(session.user_id, age, ending.last_error))
+            spilled = ending.reason is EndReason.UNSAVED and self._life.collect_unsaved(session)
+            self._unsaved.append(UnsavedUser(session.user_id, age, ending.last_error, spilled))
         elif ending.persist:
             self._saved += 1
         elif session.user_id is not None and ending.reason is EndReason.DRAINED:
@@ -118,7 +129,10 @@ class _Drain:
 
     def report(self) -> DrainReport:
         """How it has gone so far."""
-        oldest_first = sorted(self._unsaved, key=lambda user: -user.age)
+        unsaved = self._unsaved
+        if not self._spill_is_written:
+            unsaved = [replace(user, spilled=False) for user in unsaved]
+        oldest_first = sorted(unsaved, key=lambda user: -user.age)
         return DrainReport(self._saved, tuple(oldest_first), (self._life.clock.now() - self._started) / SECOND)
 
     async def _run(self, deadline: int) -> None:
@@ -131,12 +145,17 @@ class _Drain:
             self._start_sweep()
             await self._wait_quiet(AFTER_DEADLINE)
         await self._end_the_rest_by_force()
+        await self._write_spill()
         life.autosave.close()
+        if life.sanitizer is not None:
+            life.sanitizer.look_at_all_ended()
         if life.store_saver is not None:
             life.store_saver.close()
         if life.gateway is not None:
-            await life.ownership.settle(life.clock.now() + AFTER_DEADLINE)
+            await life.claims.settle(life.clock.now() + AFTER_DEADLINE)
             await life.gateway.close()
+        if life.spill is not None and not life.spill.is_stale:  # else the exit tries once more
+            atexit.unregister(life.spill_at_exit)
         life.listeners.clear()
         life.closed = True
         self.outcome.set_result(self.report())
@@ -231,6 +250,21 @@ class _Drain:
             await life.autosave.slice()
         for session, ending in list(life.endings.items()):
             self._finish_by_force(session, ending)
+
+    async def _write_spill(self) -> None:
+        """Keep in a file whom the store did not take."""
+        spill = self._life.spill
+        try:
+            if spill is not None and spill.is_stale:
+                writing = self._life.spawn(in_thread(spill.write), "spill", Context())
+                await asyncio.wait([writing], timeout=SECONDS_TO_SPILL)
+                if not writing.done():
+                    raise SnapshotError(f"{spill.path} was not written within {SECONDS_TO_SPILL} s: the disk hangs")
+                writing.result()
+                self._spill_is_written = True
+        except Exception as error:  # whatever it is, everybody is to hear how it went
+            self._life.say("error", "what was not saved could not be spilled: %s", error)
+            self.errors.append(error)
 
     def _finish_by_force(self, session: SessionCore, ending: Ending) -> None:
         self._life.finish(session, ending)

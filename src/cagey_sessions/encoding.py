@@ -99,6 +99,11 @@ class Encoding:
         self.schema = schema
         self.max_bytes = max_bytes
 
+    @property
+    def converts(self) -> bool:
+        """Whether a program's own functions have a part in it."""
+        return self._encode is not None or self._decode is not None
+
     def dump(self, value: object) -> bytes:
         """The body of a value as it is now.
 

@@ -33,8 +33,10 @@ CageySessionsError
 |       |-- UserErasedError      the user was erased; nothing more of this session is saved
 |       |-- LostRecordError      the store no longer has the record; it is claimed and saved again
 |       |-- CorruptRecordError   a stored body that cannot be read; `.body`
+|       |-- SpillConflictError   the store has something newer than what was spilled; the spill is kept
 |       `-- NewerSchemaError     written by a newer version of the program; `.schema`
 |-- UnsavableError               data that is not saved as long as it is what it is; `.user_id`, `.path`
+|-- SnapshotError                a snapshot or a spill cannot be written, or what is there is none
 |-- ListenerError                a group: what the listeners of one event raised
 |-- UnsavedError                 a group: who could not be saved, in `.user_ids`
 |   `-- DrainError               the same at the end of a manager, in full in `.report`
@@ -78,6 +80,8 @@ __all__ = [
     "RecordError",
     "SaveOverdueError",
     "SessionEndedError",
+    "SnapshotError",
+    "SpillConflictError",
     "StoreContractError",
     "StoreError",
     "StoreInUseError",
@@ -268,6 +272,14 @@ class NewerSchemaError(RecordError):
     def __init__(self, message: str, *, user_id: int | str, schema: int) -> None:
         super().__init__(message, user_id=user_id)
         self.schema = schema
+
+
+class SpillConflictError(RecordError):
+    """Spilled data was not saved, because the store has something newer, or the user was erased; the spill is kept."""
+
+
+class SnapshotError(CageySessionsError):
+    """The file of a snapshot or a spill cannot be written, or what is there cannot be read as one."""
 
 
 class UnsavableError(CageySessionsError):

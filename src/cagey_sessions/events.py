@@ -18,6 +18,7 @@ from types import AsyncGeneratorType, GeneratorType
 from ._core import SessionCore
 from .errors import InvalidListenerError, ListenerCancelledError, ListenerError
 from .options import known_event
+from .sanitizer import Sanitizer
 
 __all__ = ["MANAGER_EVENTS", "SESSION_EVENTS", "Listener", "Listeners", "listener_error"]
 
@@ -39,10 +40,11 @@ class _Registration:
 class Listeners:
     """The listeners of one manager or one session, by event."""
 
-    __slots__ = ("_by_name", "_known")
+    __slots__ = ("_by_name", "_known", "_sanitizer")
 
-    def __init__(self, known: tuple[str, ...]) -> None:
+    def __init__(self, known: tuple[str, ...], sanitizer: Sanitizer | None = None) -> None:
         self._known = known
+        self._sanitizer = sanitizer
         self._by_name: dict[str, list[_Registration]] = {}
 
     def add(self, name: str, function: Listener, *, once: bool) -> None:
@@ -86,7 +88,10 @@ class Listeners:
             if registration.once:
                 self._discard(name, registration)
             try:
-                result = registration.function(*args)
+                if self._sanitizer is None:
+                    result = registration.function(*args)
+                else:
+                    result = self._sanitizer.call(name, registration.function, args)
                 if result is not None:
                     await _finish(result)
             except asyncio.CancelledError as error:

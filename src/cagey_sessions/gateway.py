@@ -50,11 +50,18 @@ class Call(Generic[T]):
 
     async def answer(self) -> T:
         """What the call returns or raises; at its deadline raises `CallTimedOutError`."""
-        await self._gateway.wait_for(self.task, self._gateway.timeout - (self._gateway.now() - self.started))
+        try:
+            await self._gateway.wait_for(self.task, self._left())
+        except asyncio.CancelledError:
+            self._gateway.bound(self, self._left())
+            raise
         if not self.task.done():
             self._gateway.give_up_on(self)
             raise CallTimedOutError(f"{self._gateway.name} did not answer within {self._gateway.timeout / SECOND:g} s")
         return self.result()
+
+    def _left(self) -> int:
+        return self._gateway.timeout - (self._gateway.now() - self.started)
 
     async def end(self) -> None:
         """Wait until the call has returned, without a deadline."""
@@ -85,7 +92,7 @@ class StoreGateway:
         self._jitter = random.Random(random.getrandbits(64))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opening: asyncio.Task[None] | None = None
-        self._calls: set[asyncio.Task[Any]] = set()
+        self._calls: dict[asyncio.Task[Any], None] = {}  # in the order in which they began
         self.writes: dict[int | str, asyncio.Task[Any]] = {}
         """The writes under way by user, where the store fences off nothing that comes late."""
         self._last_success = -1
@@ -169,8 +176,8 @@ class StoreGateway:
             return await method(*args)  # here, so that what it raises before its first await is raised here too
 
         task = asyncio.Task(run(), loop=self._loop, name="cagey-sessions store call", context=Context())
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
+        self._calls[task] = None
+        task.add_done_callback(self._calls.pop)
         task.add_done_callback(_look_at)
         return task
 
@@ -203,6 +210,16 @@ class StoreGateway:
             self.store.abort(call.task)
         except Exception as error:
             self._say("error", "%s could not abort a call: %s", self.name, type(error).__name__)
+
+    def bound(self, call: Call[Any], left: int) -> None:
+        """See to the deadline of a call that nobody waits for any more."""
+
+        def give_up() -> None:
+            if not call.task.done() and not self.closed:
+                self.give_up_on(call)
+
+        timer = self._clock.call_later(max(0, left), give_up, Context())
+        call.task.add_done_callback(lambda _: timer.cancel())
 
     def write(self, records: list[Record]) -> Call[list[Verdict]]:
         """Begin a call of `Store.save_many`, and know of it until it returns, whoever still waits for it."""

@@ -11,7 +11,9 @@ the wheel until it is saved, or the manager's deadline passes.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import time
 from collections import deque
 from collections.abc import Coroutine, Iterator
 from contextlib import suppress
@@ -33,6 +35,7 @@ from .errors import (
     ManagerClosedError,
     NothingSavesError,
     SessionEndedError,
+    SnapshotError,
     StoreError,
     StoreModeError,
     StoreUnavailableError,
@@ -45,10 +48,12 @@ from .errors import (
 from .events import MANAGER_EVENTS, Listeners, listener_error
 from .gateway import StoreGateway
 from .options import SECOND, Options
-from .records import EndReason, Health, Receipt, Statistics
+from .records import EndReason, Health, Receipt, SnapshotEntry, Statistics
+from .sanitizer import Sanitizer
+from .spill import Spill, SpillEntry
 from .stores import Claim, Store
 from .waits import Wait, listening, saves_inside, waiting_for, would_deadlock
-from .writebehind import StoreSaver
+from .writebehind import MOST_ROWS, StoreSaver
 
 __all__ = ["Drain", "Ending", "Lifecycle", "name_some"]
 
@@ -59,6 +64,8 @@ MOST_SAVES_ASKED = 1000
 """How many saves of everybody are asked for at a time, where a store takes them in batches."""
 MOST_LAST_SAVES = 20
 """How often the last save is repeated for data that does not stop changing."""
+SECONDS_PER_END = 0.0001
+"""What the end of one session costs the event loop, about."""
 NOT_SAVED, UNSEEN = object(), object()
 _LOSSES = (EndReason.UNSAVED, EndReason.FENCED, EndReason.ERASED)
 
@@ -100,6 +107,7 @@ class Drain(Protocol):
     """The end of everybody, as far as the end of one needs to know."""
 
     gave_up: bool
+    persist: bool
 
     def note(self, session: SessionCore, ending: Ending, error: ListenerError | None) -> None:
         """A session has ended; the error is what its listeners raised."""
@@ -124,14 +132,20 @@ class Lifecycle:
         store: Store | None = None,
         encoding: Encoding | None = None,
         owner: str = "",
+        spill: Spill | None = None,
     ) -> None:
         self.options = options
         self.clock = clock
         self.owner = owner
+        self.encoding = encoding or Encoding()
+        self.spill = spill
+        self.claims: Any = None
         self.ownership: Any = None
         """What is done with users of the store; it stands above this room."""
-        self.listeners = Listeners(MANAGER_EVENTS)
         self.table = SessionTable(session_type, self, seed=random.getrandbits(64), stored=store is not None)
+        encoding = encoding or Encoding()
+        self.sanitizer = Sanitizer(self.table, encoding, self.fingerprint_of, self.report) if options.debug else None
+        self.listeners = Listeners(MANAGER_EVENTS, self.sanitizer)
         self.gateway: StoreGateway | None = None
         self.store_saver: StoreSaver | None = None
         saver: Saver
@@ -140,7 +154,7 @@ class Lifecycle:
         else:
             self.gateway = StoreGateway(store, clock, options.save_timeout, self.say)
             saver = self.store_saver = StoreSaver(
-                self.table, self.gateway, encoding or Encoding(), clock, options, self, owner
+                self.table, self.gateway, self.encoding, clock, options, self, owner, self.sanitizer
             )
         self.autosave = Autosave(self.table, clock, options, self, saver)
         if self.store_saver is not None:
@@ -149,7 +163,10 @@ class Lifecycle:
         self.ends_at_work = 0
         self.ends_announcing = 0
         self.drain: Drain | None = None
+        self.end_wanted = asyncio.Event()
+        """Set once the end of everybody has begun, or is about to."""
         self.closed = False
+        self._pid = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: dict[SessionCore, asyncio.Future[EndReason]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -234,6 +251,8 @@ class Lifecycle:
 
     async def perform(self, session: SessionCore) -> None:
         self.require_saver()
+        if self.sanitizer is not None:
+            self.sanitizer.saving(session)
         errors: list[Exception] = []
         if await self.listeners.call("persist_user_data", (session,), errors):
             errors.append(ListenerCancelledError("a listener was removed while the save was under way"))
@@ -241,8 +260,11 @@ class Lifecycle:
             raise listener_error("persist_user_data", errors)
 
     def fingerprint(self, session: SessionCore) -> object:
+        """See `fingerprint_of`."""
+        return self.fingerprint_of(session.user_data)
+
+    def fingerprint_of(self, data: object) -> object:
         """Bytes that change when the data does, or `UNSEEN` for data that is not JSON, whose changes cannot be seen."""
-        data = session.user_data
         if self.store_saver is not None:
             return self.store_saver.fingerprint(data)
         if not is_plain(data):
@@ -461,6 +483,7 @@ class Lifecycle:
             return False
         self.table.begin_end(session)
         self.table.forget(session)
+        self.autosave.forget(session)
         self._let_go(session, reason)
         return True
 
@@ -537,10 +560,10 @@ class Lifecycle:
         return None
 
     def disown(self, claim: Claim) -> None:
-        self.ownership.disown(claim)
+        self.claims.disown(claim)
 
-    def see_late_claims(self, call: asyncio.Task[list[Claim]]) -> None:
-        self.ownership.see_late_claims(call)
+    def doubt(self, user_ids: list[int | str], call: asyncio.Task[list[Claim]]) -> None:
+        self.claims.doubt(user_ids, call)
 
     def unsavable(self, session: SessionCore, error: UnsavableError) -> None:
         self.say("error", "%s", error)
@@ -581,14 +604,15 @@ class Lifecycle:
                     self.ends_at_work += 1
                     if self.drain is not None:
                         self.drain.look()
-        outcome = await self.autosave.settle(session)
+        until = self.autosave.patience_ends()
+        outcome = await self.autosave.settle(session, until)
         if self.endings.get(session) is not ending:
             return  # ended by force meanwhile
         ending.decided = True
         if ending.saved is UNSEEN:
             ending.saved = NOT_SAVED  # it may have changed since
         if ending.persist:
-            error = await self._save_last(session, ending)
+            error = await self._save_last(session, ending, until)
             if error is not None and ending.persist:
                 ending.last_error = error
                 if not self._is_hopeless(error):
@@ -617,20 +641,23 @@ class Lifecycle:
         epoch = self.table.epoch(session)
         if self._gave_up():
             return  # other nodes wait until this one is dead
+        if not self.gateway.may_call():
+            self.claims.release_later(session.user_id, epoch)
+            return
         try:
             await self.gateway.ask(self.gateway.store.release, session.user_id, epoch, self.owner)
         except Exception as error:
             self.report(error, session)
-            self.ownership.release_later(session.user_id, epoch)
+            self.claims.release_later(session.user_id, epoch)
 
-    async def _save_last(self, session: SessionCore, ending: Ending) -> Exception | None:
+    async def _save_last(self, session: SessionCore, ending: Ending, until: int | None) -> Exception | None:
         """Save a session that is being ended, again while its data changes meanwhile: what went wrong, if anything."""
         for _ in range(MOST_LAST_SAVES):
             if self._is_saved(session, ending):
                 return None
             if self._gave_up():
                 return ending.last_error or self.autosave.gave_up
-            outcome = await self.autosave.settle(session, await self.autosave.save(session))
+            outcome = await self.autosave.settle(session, until, await self.autosave.save(session, until))
             if isinstance(outcome, Exception):
                 return outcome
         self.say(
@@ -692,6 +719,7 @@ class Lifecycle:
         if self.drain is not None:
             self.drain.note(session, ending, None)
         self.table.forget(session)
+        self.autosave.forget(session)
 
     def finish(self, session: SessionCore, ending: Ending) -> None:
         """The session has had its last event."""
@@ -721,6 +749,8 @@ class Lifecycle:
         """The very end: the handle is dead from here on."""
         if session._listeners is not None:
             session._listeners.clear()
+        if self.sanitizer is not None:
+            self.sanitizer.ended(session)
         if self.store_saver is not None:
             self.store_saver.forget(session)
         session._end(reason)
@@ -743,6 +773,77 @@ class Lifecycle:
 
     # Looking
 
+    def entry_of(self, session: SessionCore) -> SnapshotEntry:
+        """A user as they are at this moment. Raises `UnsavableError`, or `EncodingError` without a store."""
+        assert session.user_id is not None
+        if self.store_saver is None:
+            body = self.encoding.dump(session.user_data)
+            return SnapshotEntry(session.user_id, session.key, 0, "", 0, self.encoding.schema, body)
+        body = self.store_saver.body(session)
+        _, acknowledged = self.table.versions(session)
+        epoch = self.table.epoch(session)
+        return SnapshotEntry(session.user_id, session.key, epoch, self.owner, acknowledged, self.encoding.schema, body)
+
+    # Who is not saved in the end
+
+    def collect_unsaved(self, session: SessionCore) -> bool:
+        """Have a user in the spill file when it is written next: False without one, and if that cannot be encoded."""
+        if self.spill is None:
+            return False
+        try:
+            self.spill.collect(self._spill_entry_of(session))
+        except UnsavableError:
+            return False
+        return True
+
+    def _spill_entry_of(self, session: SessionCore) -> SpillEntry:
+        assert self.store_saver is not None
+        entry = self.entry_of(session)
+        return SpillEntry(
+            entry.user_id,
+            None,  # of no use to another process, and perhaps a secret
+            entry.epoch,
+            entry.owner,
+            entry.version,
+            entry.schema,
+            entry.body,
+            time.time(),
+            self.store_saver.digest_key,
+            self.store_saver.known_stored(session),
+        )
+
+    def spill_at_exit(self) -> None:
+        """The interpreter exits, and nobody has ended this manager: keep what is unsaved."""
+        if self.spill is None or self.store_saver is None or os.getpid() != self._pid:
+            return
+        if self.closed and not self.spill.is_stale:
+            return
+        self.table.bind_thread()  # the loop may have run in another one, which is over
+        lost = 0
+        for session in self.table.sessions_now():
+            if self._is_to_be_saved(session):
+                try:
+                    entry = self._spill_entry_of(session)
+                except UnsavableError:
+                    lost += 1
+                    continue
+                if not self.table.is_current(session, self.store_saver.digest(entry.body)):
+                    self.spill.collect(entry)
+        try:
+            kept = self.spill.write()
+        except SnapshotError as error:
+            self.say("error", "what was unsaved at exit could not be spilled: %s", error)
+            return
+        if kept or lost:
+            self.say("warning", "unsaved at exit: %d users are in %s, %d are lost", kept, self.spill.path, lost)
+
+    def _is_to_be_saved(self, session: SessionCore) -> bool:
+        """Whether a session has a user, and nobody has said that it is not to be saved."""
+        if session.user_id is None or self.table.state(session) == "gone" or self.loss_of(session) is not None:
+            return False
+        asker = self.endings.get(session) or self.drain
+        return asker is None or asker.persist
+
     def statistics(self) -> Statistics:
         counters = self.table.counters
         oldest = self.table.oldest_save
@@ -757,7 +858,7 @@ class Lifecycle:
             overdue=self.autosave.overdue()[0],
             oldest_unsaved=None if oldest is None else self.autosave.age(oldest),
             saved=counters.saved,
-            unchanged=0 if self.store_saver is None else self.store_saver.unchanged,
+            unchanged=0 if self.store_saver is None else self.store_saver.unchanged + counters.skipped,
             failed=counters.failed,
             fenced=0 if self.store_saver is None else self.store_saver.fenced,
             unsavable=0 if self.store_saver is None else len(self.store_saver.unsavable),
@@ -767,6 +868,15 @@ class Lifecycle:
             tick_lag=self.autosave.tick_lag / SECOND,
             slice_overruns=self.autosave.slice_overruns,
         )
+
+    def drain_seconds(self) -> float:
+        """See `SessionManager.estimate_drain_seconds`."""
+        users = self.table.counters.identified
+        if self.gateway is None:
+            saves, seconds = users, self.autosave.seconds_per_save
+        else:
+            saves, seconds = -(-users // MOST_ROWS), self.gateway.latency
+        return -(-saves // self.options.max_in_flight) * seconds + users * SECONDS_PER_END
 
     def health(self) -> Health:
         """See `SessionManager.health`."""

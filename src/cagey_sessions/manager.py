@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast, overload
 
 from ._core import Counters
+from .claims import Claims
 from .clock import Clock, SystemClock
 from .drain import drain
 from .encoding import MAX_BYTES, Encoding
@@ -22,8 +23,12 @@ from .events import Listener
 from .lifecycle import Lifecycle
 from .options import PERSIST_EVENTS, Duration, known_event, parse_duration, quote, read_options, suggest
 from .ownership import NO_DEFAULT, Ownership
-from .records import DrainReport, Health, Statistics
+from .records import DrainReport, Health, SnapshotReport, SpillReport, Statistics
+from .replay import Replay
 from .session import Session, T
+from .signals import run_until_signal
+from .snapshot import take_snapshot
+from .spill import Spill
 from .stores import Store
 
 __all__ = ["SessionManager", "create"]
@@ -66,10 +71,22 @@ class SessionManager(Generic[T]):
     save_timeout
         With a store: how long `persist_now`, `destroy`, `login`, `open`, `read`, `edit`, `erase` and a single call of
         the store may take; 10 seconds by default.
+    tracking
+        With a store: how a change is noticed. ``"content"`` encodes each user once an interval and compares;
+        ``"marked"`` passes over users for whom nobody has called `Session.mark_changed`, or assigned `user_data`, since
+        the bytes last saved were fixed. `persist_now`, `destroy` and `persist_all_user_data` compare in either case.
     user_id
         ``int`` or ``str`` to accept user ids of that type only.
+    spill
+        With a store: the path of a file for what is not saved when the deadline of `destroy` has passed, or when the
+        interpreter exits without `destroy`. It is saved at the next start with the same path, where nobody has saved
+        the user since; see `spill_report`. Only one manager at a time may have it.
     log
         A logger; ``logging.getLogger("cagey_sessions")`` by default. It is given ids and counts, never data or keys.
+    debug
+        True to look for mistakes with user data, each a `UserDataWarning`: objects that two users share, changes after
+        the end or without a mark, values that are others after `encode` and `decode`, listeners that hold the loop. It
+        walks all data at each save, so it is for development and tests.
     clock
         Where time comes from; for tests.
 
@@ -92,8 +109,11 @@ class SessionManager(Generic[T]):
         max_bytes: int | None = None,
         before_save: Callable[[Session[T]], None] | None = None,
         save_timeout: Duration | None = None,
+        tracking: str | None = None,
         user_id: type[int] | type[str] | None = None,
+        spill: str | os.PathLike[str] | None = None,
         log: Any = None,
+        debug: bool = False,
         clock: Clock | None = None,
     ) -> None:
         if store is not None and not isinstance(store, Store):
@@ -106,6 +126,8 @@ class SessionManager(Generic[T]):
         encoding = Encoding(
             encode, decode, 0 if schema is None else schema, MAX_BYTES if max_bytes is None else max_bytes
         )
+        if spill is not None and store is None:
+            raise OptionError("spill needs a store; without one, a listener of 'persist_user_data' does the saving")
         checked = read_options(
             options,
             stored=store is not None,
@@ -114,17 +136,23 @@ class SessionManager(Generic[T]):
             max_in_flight=max_in_flight,
             before_save=before_save,
             save_timeout=save_timeout,
+            tracking=tracking,
             user_id=user_id,
             log=log,
+            debug=debug,
         )
+        spilled = None if spill is None else Spill(spill)
         # fresh at each start, so that nobody takes what an earlier process of the same name has claimed for ours
         owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}"
-        self._life = Lifecycle(Session, checked, clock or SystemClock(), store, encoding, owner)
-        self._life.ownership = self._ownership = Ownership(self._life, encoding)
+        self._life = Lifecycle(Session, checked, clock or SystemClock(), store, encoding, owner, spilled)
+        self._life.claims = claims = Claims(self._life)
+        self._replay = Replay(self._life, claims)
+        self._life.ownership = self._ownership = Ownership(self._life, encoding, claims, self._replay)
         self._saves = _Saves()
         self._warning = weakref.finalize(
             self._life, _warn_of_unsaved, self._life.table.counters, self._saves, checked.log, os.getpid()
         )
+        self._is_over = False
         self._saves.configured = store is not None or checked.interval is not None or bool(checked.persist_on)
 
     async def create(self, key: str | None = None, *, replace: bool = False) -> Session[T]:
@@ -215,6 +243,29 @@ class SessionManager(Generic[T]):
         """
         await self._life.persist_all()
 
+    async def snapshot(self, path: str | os.PathLike[str]) -> SnapshotReport:
+        """Write everybody who is here now to a file, for a backup or a look; `read_snapshot` reads it.
+
+        Each user's data is as at one moment, encoded as for a save; users later in the file are of a later moment. Who
+        leaves meanwhile is not in it, who joins may be. Users whose data cannot be encoded are left out and named in
+        the report. The file is for its owner only (mode 0600), and holds all data as readable JSON. It takes the place
+        of an earlier one as a whole, when it is safe on the disk; if it cannot, or the call is cancelled, the earlier
+        one stays.
+
+        Raises `SnapshotError` if the disk does not take it, `ManagerClosedError` after the end. O(users), in slices; a
+        thread waits for the disk.
+        """
+        return await take_snapshot(self._life, path)
+
+    @property
+    def spill_report(self) -> SpillReport | None:
+        """What became of the users that an earlier process has spilled, as it stands now. O(those users).
+
+        None without `spill`, and before the store was opened for the first time.
+        """
+        spill = self._life.spill
+        return spill.report() if spill is not None and spill.is_open else None
+
     def statistics(self) -> Statistics:
         """What the manager is doing at this instant. O(1), plus one step for each save under way."""
         return self._life.statistics()
@@ -234,8 +285,8 @@ class SessionManager(Generic[T]):
         Nobody new is admitted from now on; what is under way is awaited; with `persist` (unless given: True with a
         store, False without) every user's last save is made, oldest first, and tried again when it fails; then the
         store is closed. Whoever is not saved when `deadline` has passed is ended unsaved and named in the `DrainError`
-        that is raised then: its ``report`` is the `DrainReport`. Listeners of ``destroy`` may run for one second more.
-        A save that is under way by then is left to itself.
+        that is raised then: its ``report`` is the `DrainReport`. With `spill` their data is kept in that file.
+        Listeners of ``destroy`` may run for one second more. A save that is under way by then is left to itself.
 
         Calls that come later join the first. Inside a listener that this end waits for, or in a task that such a
         listener has started, the call returns at once.
@@ -250,17 +301,58 @@ class SessionManager(Generic[T]):
             self._warning.detach()
         return report
 
+    async def run_until_signal(self, *, deadline: Duration = "25s") -> int:
+        """Wait for SIGTERM or SIGINT, then `destroy` the manager: an exit status, 1 if anybody is unsaved, else 0.
+
+        Users are saved if `persist_on` has ``"shutdown"``. Returns too once somebody else has destroyed the manager.
+        The report goes to the log, and leaving ``async with`` raises it no more::
+
+            async def main() -> int:
+                async with manager:
+                    ...
+                    return await manager.run_until_signal()
+
+            raise SystemExit(asyncio.run(main()))
+
+        The handlers are there from the call to its return. One that the program has set with `signal.signal` is called
+        as well, one of `loop.add_signal_handler` too; Python's own, `asyncio.run`'s and an ignored signal are not. All
+        are back in place afterwards, unless somebody has set others meanwhile. Further signals are logged, and abort
+        nothing. Cancelling the call stops the waiting, not an end that has begun.
+
+        Raises `UsageError` outside the main thread, `DurationError`, before anything changes.
+        """
+        parse_duration(deadline, "deadline", shortest=0)
+        status = await run_until_signal(
+            self._life,
+            lambda persist: self.destroy(persist, deadline=deadline),
+            lambda: self.will_persist_user_data_on("shutdown"),
+        )
+        self._is_over = True
+        return status
+
+    def estimate_drain_seconds(self) -> float:
+        """About how many seconds `destroy(persist=True)` would take now; 0.0 with nobody to save.
+
+        Users present, in full batches, as many at a time as `max_in_flight` says, each as long as a call of the store
+        takes on average; without a store one save for each, as long as the listeners have taken on average; and 0.1 ms
+        of the event loop's own work for each. An estimate: before anything was measured it is that work alone, and it
+        knows nothing of a store that is down, of large data, of failed attempts and of what your listeners do. O(1).
+        """
+        return self._life.drain_seconds()
+
     async def __aenter__(self) -> Self:
         """Bind the loop and open the store; raises what `Store.open` raises."""
         self._life.enter()
         if self._life.gateway is not None:
-            await self._life.gateway.open()
+            await self._replay.enter()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Destroy the manager; users are saved if `persist_on` has ``"shutdown"``, which with a store it has."""
+        if self._is_over:
+            return  # how it went has been told
         begun = self._life.drain is not None  # then whoever began it has said what to save
         await self.destroy(not begun and self.will_persist_user_data_on("shutdown"))
 

@@ -33,6 +33,8 @@ BEYOND = 10**12  # seconds, past LONGEST, where a float still holds nanoseconds 
 PERSIST_EVENTS = ("disconnect", "shutdown")
 """The moments a program may want to save at, besides the interval."""
 
+TRACKING = ("content", "marked")
+
 _MILLISECONDS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:ms|msecs?|milliseconds?)\s*", re.ASCII)
 _LOG_METHODS = ("debug", "info", "warning", "error")
 
@@ -47,6 +49,8 @@ class Options:
     save_timeout: int = 10 * SECOND
     before_save: Callable[[Any], object] | None = None
     user_id: type[int] | type[str] | None = None
+    tracking: str = "content"
+    debug: bool = False
     log: Any = field(default_factory=lambda: logging.getLogger("cagey_sessions"))
 
 
@@ -129,7 +133,7 @@ def read_options(nested: object, *, stored: bool = False, **given: Any) -> Optio
         given[name] = value
     checked: dict[str, Any] = {name: _CHECKS[name](value) for name, value in given.items() if value is not None}
     if not stored:
-        for name in ("before_save", "save_timeout"):
+        for name in ("before_save", "save_timeout", "tracking"):
             if name in checked:
                 raise OptionError(
                     f"{name} needs a store; without one, a listener of 'persist_user_data' does the saving"
@@ -197,6 +201,18 @@ def _user_id(value: object) -> object:
     return value
 
 
+def _tracking(value: object) -> object:
+    if not isinstance(value, str) or value not in TRACKING:
+        raise OptionError(f"tracking is 'content' or 'marked', not {quote(value)}{suggest(str(value), TRACKING)}")
+    return value
+
+
+def _debug(value: object) -> object:
+    if type(value) is not bool:
+        raise OptionError(f"debug is True or False, not {quote(value)}")
+    return value
+
+
 def _log(value: object) -> object:
     missing = [name for name in _LOG_METHODS if not callable(getattr(value, name, None))]
     if missing:
@@ -212,5 +228,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "save_timeout": _save_timeout,
     "before_save": _before_save,
     "user_id": _user_id,
+    "tracking": _tracking,
+    "debug": _debug,
     "log": _log,
 }

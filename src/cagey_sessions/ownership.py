@@ -1,5 +1,5 @@
-"""Whose user it is. What lives here: claiming users in the store, loading them, and what is done with users who may not
-be on this server: reading, editing, erasing. What must not: saving what is live.
+"""Whose user it is. What lives here: loading users, and what is done with users who may not be on this server: reading,
+editing, erasing. What must not: saving what is live, or how a claim is made (`claims.py`).
 
 Order of a login: the user's turn is taken, so that nobody else in this process is at work on the same user; an older
 session is saved and ended; the store is asked for the claim; the body is decoded and encoded again, for its digest; and
@@ -17,17 +17,16 @@ from contextvars import Context
 from typing import Any, NamedTuple
 
 from ._core import SessionCore, check_user_id
+from .claims import Claims
 from .encoding import Encoding
 from .errors import (
     AlreadyIdentifiedError,
-    CageySessionsError,
     CorruptRecordError,
     EncodingError,
     FencedError,
     OptionError,
-    OwnedElsewhereError,
+    SessionEndedError,
     StoreContractError,
-    StoreError,
     StoreModeError,
     StoreUnavailableError,
     UnsavableError,
@@ -36,19 +35,16 @@ from .errors import (
     UserNotFoundError,
     WouldDeadlockError,
 )
-from .gateway import CallTimedOutError, StoreGateway
+from .gateway import StoreGateway
 from .lifecycle import Lifecycle
-from .options import SECOND, quote, suggest
+from .options import quote, suggest
+from .replay import Replay
 from .stores import Claim, Outcome, Record
-from .waits import Wait, ends_inside, would_deadlock
-from .writebehind import StoreSaver, is_sound
+from .waits import Wait, would_deadlock
+from .writebehind import StoreSaver
 
 __all__ = ["NO_DEFAULT", "Ownership"]
 
-CLAIMS_IN_A_CALL = 64
-CLAIM_CALLS = 4
-FIRST_RETRY = SECOND // 20
-LONGEST_RETRY = SECOND
 
 NO_DEFAULT: Any = object()
 WHEN_ACTIVE = ("replace", "refuse", "join")
@@ -76,27 +72,16 @@ class _Opening:
         self.is_given_up = False  # everybody who waited has been cancelled
 
 
-class _Turn:
-    """Who is at work on a user in this process, and how many are or wait for it."""
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.users = 0
-        self.holder: asyncio.Task[Any] | None = None
-
-
 class Ownership:
     """What a manager and its sessions do with users of the store."""
 
-    def __init__(self, life: Lifecycle, encoding: Encoding) -> None:
+    def __init__(self, life: Lifecycle, encoding: Encoding, claims: Claims, replay: Replay) -> None:
         self._life = life
+        self._claims = claims
+        self._replay = replay
         self._encoding = encoding
-        self._turns: dict[int | str, _Turn] = {}
         self._identifying: set[SessionCore] = set()
         self._opening: dict[int | str, _Opening] = {}
-        self._wanted: dict[int | str, asyncio.Future[Claim]] = {}
-        self._claimers = 0
-        self._releasing = 0
 
     # The parts of Lifecycle that are there because there is a store
 
@@ -128,7 +113,7 @@ class Ownership:
         life.refuse_if_closed()
         self._identifying.add(session)
         try:
-            async with self._turn(user_id):
+            async with self._claims.turn(user_id):
                 await self._make_room(user_id, when_active)
                 loaded = await self._load(user_id, default)
                 try:
@@ -136,7 +121,7 @@ class Ownership:
                     life.refuse_if_closed()
                     self._identify(session, loaded)
                 except BaseException:
-                    self._let_go(loaded.user_id, loaded.epoch)
+                    self._claims.let_go(loaded.user_id, loaded.epoch)
                     raise
         finally:
             self._identifying.discard(session)
@@ -153,7 +138,7 @@ class Ownership:
         if opening is None:
             if when_active == "join" and (live := life.table.find_by_user(user_id)) is not None:
                 return live
-            self._refuse_inside(user_id)
+            self._claims.refuse_inside(user_id)
             opening = _Opening()
             if when_active == "join":
                 self._opening[user_id] = opening
@@ -198,7 +183,7 @@ class Ownership:
 
     async def _open(self, user_id: int | str, default: Any, when_active: str, opening: _Opening) -> SessionCore:
         life = self._life
-        async with self._turn(user_id):
+        async with self._claims.turn(user_id):
             if when_active == "join" and (live := life.table.find_by_user(user_id)) is not None:
                 return live
             opening.is_new = True
@@ -214,7 +199,7 @@ class Ownership:
                     await self._end_quietly(session)
                     raise
             except BaseException:
-                self._let_go(loaded.user_id, loaded.epoch)
+                self._claims.let_go(loaded.user_id, loaded.epoch)
                 raise
         try:
             await life.emit_identified(session, user_id, session.user_data)
@@ -271,7 +256,7 @@ class Ownership:
         session = life.table.active_session(user_id)
         if session is not None and session.end_reason is None:
             return self._encoding.copy(session.user_data)
-        record = await self._persistently(lambda _: gateway.ask(gateway.store.load, user_id))
+        record = await self._claims.persistently(lambda _: gateway.ask(gateway.store.load, user_id))
         if record is None:
             raise _not_found(user_id)
         return self._decode(record)
@@ -286,14 +271,14 @@ class Ownership:
         life.refuse_if_closed()
         live = life.table.find_by_user(user_id)
         if live is not None:
-            yield live.user_data
-            await life.persist(live)
+            async with self._edit_live(live) as data:
+                yield data
             return
-        async with self._turn(user_id):
+        async with self._claims.turn(user_id):
             live = life.table.find_by_user(user_id)
             if live is not None:  # who had the turn before has logged in
-                yield live.user_data
-                await life.persist(live)
+                async with self._edit_live(live) as data:
+                    yield data
                 return
             await self._make_room(user_id, "replace")
             loaded = await self._load(user_id, default)
@@ -301,12 +286,22 @@ class Ownership:
                 yield loaded.data
                 body = self._encoding.dump(loaded.data)
                 if loaded.version and self._saver.digest(body) == loaded.digest:
-                    self._let_go(user_id, loaded.epoch)
+                    self._claims.let_go(user_id, loaded.epoch)
                 else:
                     await self._write(loaded, body)
             except BaseException:
-                self._let_go(user_id, loaded.epoch)
+                self._claims.let_go(user_id, loaded.epoch)
                 raise
+
+    @asynccontextmanager
+    async def _edit_live(self, session: SessionCore) -> AsyncIterator[Any]:
+        session.mark_changed()
+        try:
+            yield session.user_data
+        finally:
+            with suppress(SessionEndedError):
+                session.mark_changed()  # what a block that raises has changed stays changed
+        await self._life.persist(session)
 
     async def _write(self, loaded: _Loaded, body: bytes) -> None:
         """Save a user who has no session, and let go of them."""
@@ -344,16 +339,21 @@ class Ownership:
             if outcome not in (Outcome.SAVED, Outcome.ALREADY):
                 raise StoreUnavailableError(f"{gateway.name} could not save user {user_id!r:.80}: {detail or outcome}")
 
-        await self._persistently(save)
+        try:
+            await self._claims.persistently(save)
+        except BaseException:
+            if len(epochs) > 1:
+                self._claims.let_go(user_id, epochs[-1])
+            raise
 
     async def _owns_again(self, loaded: _Loaded, epochs: list[int]) -> bool:
         """After a refusal by the fence: whether it was our own late claim, and nobody else has written since."""
         if len(epochs) > 1:
             return False
-        claim = await self._claim(loaded.user_id)
+        claim = await self._claims.claim(loaded.user_id)
         found = (0, 0) if claim.record is None else (claim.record.version, self._saver.digest(claim.record.body))
         if found != (loaded.version, loaded.stored):
-            self._let_go(loaded.user_id, claim.epoch)
+            self._claims.let_go(loaded.user_id, claim.epoch)
             return False
         epochs.append(claim.epoch)
         return True
@@ -371,50 +371,25 @@ class Ownership:
         session = life.table.active_session(user_id)
         if session is not None and would_deadlock(Wait(session, is_save=False)):
             raise WouldDeadlockError("this listener would wait for an end that waits for this listener")
-        async with self._turn(user_id):
+        async with self._claims.turn(user_id):
             if not gateway.store.fenced:  # then the last write has to come first
-                await self._persistently(lambda _: gateway.ask(gateway.store.load, user_id))  # is it there at all?
+                await self._claims.persistently(
+                    lambda _: gateway.ask(gateway.store.load, user_id)
+                )  # is it there at all?
                 await self._end_erased(user_id)
-                await self._outlast(user_id)
-            erased: bool = await self._persistently(lambda _: gateway.ask(gateway.store.erase, user_id, life.owner))
+                await self._claims.outlast(user_id)
+            erased: bool = await self._claims.persistently(
+                lambda _: gateway.ask(gateway.store.erase, user_id, life.owner)
+            )
             await self._end_erased(user_id)
+            if life.spill is not None and life.spill.drop(user_id):
+                await self._replay.write_spill()
             return erased
 
     async def _end_erased(self, user_id: int | str) -> None:
         while (session := self._life.table.active_session(user_id)) is not None:
             self._life.end_unsaved(session, UserErasedError(f"user {user_id!r:.80} was erased", user_id=user_id))
             await self._life.wait_ended(session)
-
-    # Turns
-
-    @asynccontextmanager
-    async def _turn(self, user_id: int | str) -> AsyncIterator[None]:
-        """Within this block nobody else in this process loads, edits or erases the same user."""
-        self._refuse_inside(user_id)
-        turn = self._turns.setdefault(user_id, _Turn())
-        turn.users += 1
-        try:
-            async with turn.lock:
-                turn.holder = asyncio.current_task()
-                try:
-                    yield
-                finally:
-                    turn.holder = None
-        finally:
-            turn.users -= 1
-            if not turn.users:
-                del self._turns[user_id]
-
-    def _refuse_inside(self, user_id: int | str) -> None:
-        turn = self._turns.get(user_id)
-        if turn is None or turn.holder is None:
-            return
-        if turn.holder is asyncio.current_task():
-            raise WouldDeadlockError(f"user {user_id!r:.80} is being edited right here: leave that block first")
-        if any(getattr(session, "user_id", None) == user_id for session in ends_inside()):
-            raise WouldDeadlockError(
-                f"somebody who wants user {user_id!r:.80} waits for the end that waits for this listener"
-            )
 
     def _check(self, user_id: int | str, default: Any, when_active: str, known: tuple[str, ...]) -> None:
         """Bad input gets its error before anything changes."""
@@ -428,9 +403,10 @@ class Ownership:
 
     async def _load(self, user_id: int | str, default: Any) -> _Loaded:
         """Claim a user and read or make their data. If that fails, the user is let go of."""
-        await self._outlast(user_id)
-        claim = await self._claim(user_id)
+        await self._claims.outlast(user_id)
+        claim = await self._claims.claim(user_id)
         try:
+            claim = await self._replay.see(claim)
             if claim.record is not None:
                 data = self._decode(claim.record)
                 version = max(claim.record.version, 1)
@@ -443,17 +419,8 @@ class Ownership:
             stored = 0 if claim.record is None else digest(claim.record.body)
             return _Loaded(user_id, claim.epoch, version, digest(self._dump(claim, data)), stored, data)
         except BaseException:
-            self._let_go(user_id, claim.epoch)
+            self._claims.let_go(user_id, claim.epoch)
             raise
-
-    async def _outlast(self, user_id: int | str) -> None:
-        """Where nothing fences off a late write, wait for the end of any before the user is read."""
-        while (write := self._gateway.writes.get(user_id)) is not None:
-            await self._gateway.wait_for(write, self._gateway.timeout)
-            if not write.done():
-                raise StoreUnavailableError(
-                    f"an earlier write of user {user_id!r:.80} has not returned, and would land on top of what follows"
-                )
 
     def _dump(self, claim: Claim, data: Any) -> bytes:
         try:
@@ -473,188 +440,6 @@ class Ownership:
             record = record._replace(schema=self._encoding.schema)
         return self._encoding.load(record)
 
-    async def _claim(self, user_id: int | str) -> Claim:
-        """Claim one user, in one call of the store with whoever asks at the same time.
-
-        Raises `OwnedElsewhereError`, and `StoreUnavailableError` after as long as callers are made to wait.
-        """
-        claim: Claim = await self._persistently(lambda until: self._wait_for_claim(user_id, until))
-        if not claim.granted:
-            raise OwnedElsewhereError(
-                f"user {user_id!r:.80} is on another node ({claim.owner})", user_id=user_id, owner=claim.owner
-            )
-        return claim
-
-    async def _wait_for_claim(self, user_id: int | str, until: int) -> Claim:
-        future: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
-        self._wanted[user_id] = future
-        if self._claimers < CLAIM_CALLS:
-            self._claimers += 1
-            task = self._life.spawn(self._claim_all(), "claims", Context())
-            task.add_done_callback(self._see_claimer_gone)
-
-        def lose_patience() -> None:
-            _refuse(future, StoreUnavailableError(f"{self._gateway.name} has not answered to the claim of this user"))
-
-        clock = self._life.clock
-        timer = clock.call_later(max(0, until - clock.now()), lose_patience, Context())
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None and future.result().granted:
-                self.disown(future.result())  # the answer and the cancellation came in the same turn of the loop
-            raise
-        finally:
-            timer.cancel()
-            if self._wanted.get(user_id) is future:
-                del self._wanted[user_id]  # nobody waits any more, and nothing has been asked
-
-    def _see_claimer_gone(self, task: asyncio.Task[None]) -> None:
-        self._claimers -= 1
-        if task.cancelled():
-            for future in self._wanted.values():
-                future.cancel()
-            self._wanted.clear()
-
-    async def _claim_all(self) -> None:
-        """Claim whoever is wanted, until nobody is."""
-        while self._wanted:
-            await self._gateway.admission()
-            wanted = {user_id: self._wanted.pop(user_id) for user_id in list(self._wanted)[:CLAIMS_IN_A_CALL]}
-            if not wanted:
-                return
-            error = await self._claim_some(wanted)
-            if error is None:
-                continue
-            if len(wanted) > 1 and not isinstance(error, StoreUnavailableError):
-                for user_id, future in wanted.items():  # it may be the fault of one of them
-                    if error := await self._claim_some({user_id: future}):
-                        _refuse(future, error)
-            else:
-                for future in wanted.values():
-                    _refuse(future, error)
-
-    async def _claim_some(self, wanted: dict[int | str, asyncio.Future[Claim]]) -> Exception | None:
-        gateway = self._gateway
-        call = gateway.start(gateway.store.claim_many, list(wanted), self._life.owner)
-        try:
-            claims = await call.answer()
-            answers = {claim.user_id: claim for claim in claims}
-            if answers.keys() != wanted.keys() or not all(is_sound(claim) for claim in claims):
-                raise StoreContractError(f"{gateway.name} did not answer with one claim for each user")
-        except CallTimedOutError as error:
-            call.task.add_done_callback(self.see_late_claims)
-            return error
-        except StoreError as error:
-            return error
-        except Exception as error:
-            unavailable = StoreUnavailableError(f"{gateway.name} could not load: {type(error).__name__}")
-            unavailable.__cause__ = error
-            return error if len(wanted) > 1 else unavailable
-        for user_id, future in wanted.items():
-            claim = answers[user_id]
-            if not future.done():
-                future.set_result(claim)
-            elif claim.granted:
-                self.disown(claim)  # whoever wanted it has been cancelled
-        return None
-
-    def see_late_claims(self, task: asyncio.Task[list[Claim]]) -> None:
-        """A claim was given up on, and has been granted after all."""
-        if task.cancelled() or task.exception() is not None or self._gateway.closed:
-            return
-        for claim in task.result():
-            if claim.granted:
-                self.disown(claim)
-
-    def disown(self, claim: Claim) -> None:
-        """Nobody waits for a claim any more."""
-        self._life.spawn(self._settle_stray(claim), "stray claim", Context())
-
-    async def _settle_stray(self, claim: Claim) -> None:
-        """Let go of a claim, unless a session has the user by another one meanwhile."""
-        table = self._life.table
-        async with self._turn(claim.user_id):
-            session = table.active_session(claim.user_id)
-            if session is None:
-                self._let_go(claim.user_id, claim.epoch)
-            elif claim.epoch > table.epoch(session) and self._is_known(session, claim.record):
-                table.own(session, claim.epoch)  # else the fence finds out that the session is stale
-
-    def _is_known(self, session: SessionCore, stored: Record | None) -> bool:
-        if stored is None:
-            return self._life.table.versions(session)[1] == 0
-        return self._life.table.is_stored(session, stored.version, self._saver.digest(stored.body))
-
-    def _let_go(self, user_id: int | str, epoch: int) -> None:
-        """Release a claim that no session has taken over; nobody waits for that."""
-        if not self._gateway.closed:
-            self.release_later(user_id, epoch)
-
-    def release_later(self, user_id: int | str, epoch: int) -> None:
-        """Let go of a user, and go on trying while this process lives."""
-        self._releasing += 1
-        self._life.spawn(self._release_later(user_id, epoch), "release", Context())
-
-    async def _release_later(self, user_id: int | str, epoch: int) -> None:
-        gateway = self._gateway
-        delay = FIRST_RETRY
-        try:
-            while not gateway.closed and not self._life.closed:
-                while gateway.down and not (gateway.may_call() and not self._life.table.has_due()):
-                    await self._pause(LONGEST_RETRY)  # saves come first
-                with suppress(Exception):
-                    await gateway.ask(gateway.store.release, user_id, epoch, self._life.owner)
-                    return
-                await self._pause(delay)
-                delay = min(2 * delay, LONGEST_RETRY)
-        finally:
-            self._releasing -= 1
-
-    async def settle(self, until: int) -> None:
-        """Wait until nobody is at work on a user any more, at most until then."""
-        while (self._turns or self._releasing) and self._life.clock.now() < until:
-            await self._pause(SECOND // 200)
-
-    async def _persistently(self, work: Callable[[int], Any]) -> Any:
-        """Do something with the store, again while it is unavailable, for as long as callers are made to wait.
-
-        `work` is told until when that is.
-        """
-        life = self._life
-        until = life.clock.now() + life.options.save_timeout
-        delay = FIRST_RETRY
-        while True:
-            while not self._gateway.may_call() and life.clock.now() < until and not life.closed:
-                await self._pause(FIRST_RETRY)
-            if not self._gateway.may_call():
-                raise StoreUnavailableError(f"{self._gateway.name} is down")
-            try:
-                await self._gateway.open()
-                return await work(until)
-            except Exception as error:
-                if isinstance(error, CageySessionsError) and not isinstance(error, StoreUnavailableError):
-                    raise
-                if life.clock.now() + delay >= until or life.closed:
-                    if isinstance(error, StoreUnavailableError):
-                        raise
-                    raise StoreUnavailableError(f"{self._gateway.name} raised {type(error).__name__}") from error
-            await self._pause(delay)
-            delay = min(2 * delay, LONGEST_RETRY)
-
-    async def _pause(self, delay: int) -> None:
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def wake() -> None:
-            if not future.done():
-                future.set_result(None)
-
-        timer = self._life.clock.call_later(delay, wake, Context())
-        try:
-            await future
-        finally:
-            timer.cancel()
-
 
 def _made(default: Callable[[], Any]) -> Any:
     data = default()
@@ -665,11 +450,6 @@ def _made(default: Callable[[], Any]) -> Any:
             "default is a value, or a plain function that makes one; this one returned something to await"
         )
     return data
-
-
-def _refuse(future: asyncio.Future[Claim], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)
 
 
 def _not_found(user_id: int | str) -> UserNotFoundError:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-__all__ = ["DrainReport", "EndReason", "Health", "Receipt", "Statistics", "UnsavedUser"]
+__all__ = [
+    "DamagedEntry",
+    "DrainReport",
+    "EndReason",
+    "Health",
+    "Receipt",
+    "Snapshot",
+    "SnapshotEntry",
+    "SnapshotReport",
+    "SpillReport",
+    "Statistics",
+    "UnsavedUser",
+]
 
 
 class EndReason(StrEnum):
@@ -50,6 +62,8 @@ class UnsavedUser:
     """Seconds since the state last acknowledged; what is lost is at most this much."""
     error: Exception
     """What the last attempt raised, or a `DrainDeadlineError` where none has come to an end."""
+    spilled: bool = False
+    """Whether the data is in the spill file, and is saved at the next start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,3 +133,87 @@ class Health:
 
     def __bool__(self) -> bool:
         return self.state != "down"
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotReport:
+    """A snapshot has been written."""
+
+    saved: int
+    """Users in it."""
+    left_out: tuple[int | str, ...]
+    """Users who are not in it, because their data cannot be encoded as it is."""
+    size: int
+    """Bytes."""
+    seconds: float
+    """How long it took."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotEntry:
+    """One user of a snapshot or a spill."""
+
+    user_id: int | str
+    key: str | None = field(repr=False)
+    """Of the session."""
+    epoch: int
+    """Of the claim under which the user was on that server; 0 without a store."""
+    owner: str
+    """The server's name in the store; empty without one."""
+    version: int
+    """Last acknowledged by the store; `body` may be newer. 0 without a store, and for a user never saved."""
+    schema: int
+    """The program's number for the shape of the data."""
+    body: bytes = field(repr=False)
+    """JSON in UTF-8."""
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedEntry:
+    """A line of such a file that cannot be read."""
+
+    line: int
+    """Its number, from 1."""
+    user_id: int | str | None
+    """Whose it is, as far as that can be read; the damage may be there, too. None if it cannot."""
+    raw: bytes = field(repr=False)
+    """The line as it is, without the end of the line."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a file has."""
+
+    kind: str
+    """``"snapshot"`` or ``"spill"``."""
+    taken_at: float | None
+    """When it was begun, in Unix seconds; None if the first line is damaged."""
+    owner: str | None
+    """The name of the server that wrote it, empty if it had no store; None if the first line is damaged."""
+    entries: tuple[SnapshotEntry, ...]
+    damaged: tuple[DamagedEntry, ...]
+    """Lines that are none of the above, in order."""
+    expected: int | None
+    """How many entries were written; None if the last line, which says so, is missing: the file was cut."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything that was written is in `entries`."""
+        return not self.damaged and self.expected == len(self.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class SpillReport:
+    """What became of the users of a spill file."""
+
+    replayed: tuple[int | str, ...]
+    """Saved to the store, now or by an earlier attempt."""
+    pending: tuple[int | str, ...]
+    """Still in the file: another server has them, or the store did not take them. Saved when they log in."""
+    conflicts: tuple[int | str, ...]
+    """Still in the file, and not saved: somebody has written, or erased, the user since."""
+    damaged: tuple[DamagedEntry, ...]
+    """Lines that cannot be read; still in the file."""
+    complete: bool
+    """Whether everything that was written to the file could be read."""

@@ -166,5 +166,5 @@ class Session(SessionCore, Generic[T]):
         self._require_alive()
         listeners: Listeners | None = self._listeners
         if listeners is None:
-            listeners = self._listeners = Listeners(SESSION_EVENTS)
+            listeners = self._listeners = Listeners(SESSION_EVENTS, self._host.sanitizer)
         return listeners

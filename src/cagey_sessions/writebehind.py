@@ -35,9 +35,10 @@ from .errors import (
 from .gateway import Call, CallTimedOutError, StoreGateway
 from .options import SECOND, Options
 from .records import Receipt
+from .sanitizer import Sanitizer
 from .stores import MAX_NUMBER, Claim, Outcome, Record, Verdict
 
-__all__ = ["MOST_ROWS", "StoreHost", "StoreSaver"]
+__all__ = ["MOST_BYTES", "MOST_ROWS", "StoreHost", "StoreSaver"]
 
 _OUTCOMES = frozenset(Outcome)
 
@@ -76,8 +77,8 @@ class StoreHost(SaveHost, Protocol):
         """Let go of a claim that turned out not to be wanted."""
         ...
 
-    def see_late_claims(self, call: asyncio.Task[list[Claim]]) -> None:
-        """Claims that were given up on have been answered after all."""
+    def doubt(self, user_ids: list[int | str], call: asyncio.Task[list[Claim]]) -> None:
+        """A claim of these users had no answer, and may be granted all the same."""
         ...
 
 
@@ -121,6 +122,7 @@ class StoreSaver:
         options: Options,
         host: StoreHost,
         owner: str,
+        sanitizer: Sanitizer | None = None,
     ) -> None:
         self.patience: int | None = options.save_timeout
         self.encoding = encoding
@@ -131,14 +133,19 @@ class StoreSaver:
         """Sessions whose data cannot be saved as it is, with the fault that was last told."""
         self._refused: dict[SessionCore, tuple[int, UnsavableError]] = {}  # by the store: the digest, and why
         self._unknown: dict[SessionCore, set[tuple[int, int]]] = {}
-        """Writes that may have been stored, by version and digest, since the last one acknowledged."""
+        """Writes that may be stored, or be about to, by version and digest, since the last one acknowledged."""
         self._table = table
         self._gateway = gateway
         self._clock = clock
         self._interval = options.interval
         self._before_save: Callable[[SessionCore], object] | None = options.before_save
+        self._sanitizer = sanitizer
+        if sanitizer is not None and options.before_save is not None:
+            self._before_save = sanitizer.before_save(options.before_save)
+        self._is_marked_only = options.tracking == "marked"
         self._host = host
-        self.digest = Digest(secrets.token_bytes(16))
+        self.digest_key = secrets.token_bytes(16)
+        self.digest = Digest(self.digest_key)
         self._order = random.Random(random.getrandbits(64))
         self._kick: Callable[[], None] = lambda: None
         self._recovering = False
@@ -150,6 +157,14 @@ class StoreSaver:
     def bind(self, kick: Callable[[], None]) -> None:
         """`kick` is called when there may be more to do."""
         self._kick = kick
+
+    def known_stored(self, session: SessionCore) -> frozenset[tuple[int, int]]:
+        """All that the store may have of a user by the work of this session: versions, with digests of the bodies."""
+        known = set(self._unknown.get(session, ()))
+        version, digest = self._table.stored(session)
+        if version:
+            known.add((version, digest))
+        return frozenset(known)
 
     def close(self) -> None:
         if self._step_timer is not None:
@@ -238,7 +253,7 @@ class StoreSaver:
                 break
             row = _Row(*taken)
             rows.append(row)
-            if self._recovering and not row.flight.waiting and not self._table.is_ending(row.session):
+            if self._recovering and not row.flight.has_waiters and not self._table.is_ending(row.session):
                 self._allowance -= 1
             size += self._fix(row, autosave)
 
@@ -257,11 +272,9 @@ class StoreSaver:
             autosave.drop(session, row.version, row.flight, loss)
             return 0
         try:
-            if self._before_save is not None:
-                self._copy_live_state(self._before_save, session)
-            body = self.encoding.dump(session.user_data)
-        except Exception as error:
-            self._refuse(row, autosave, _unsavable(user_id, error))
+            body = self.body(session)
+        except UnsavableError as error:
+            self._refuse(row, autosave, error.with_traceback(None))
             return 0
         fingerprint = self.digest(body)
         refused = self._refused.get(session)
@@ -274,6 +287,9 @@ class StoreSaver:
         release = is_ending and self._host.is_last_save(session)
         version = self._table.fix(session, fingerprint)
         row.changed = version > 0
+        if self._sanitizer is not None:
+            by_timer = self._is_marked_only and not row.flight.is_patient and not is_ending
+            self._sanitizer.saving(session, found_changed=by_timer and row.changed)
         if version:
             row.version = version
         elif not release:
@@ -292,7 +308,18 @@ class StoreSaver:
             time.time(),
             release,
         )
+        self._unknown.setdefault(session, set()).add((row.version, fingerprint))
         return len(body)
+
+    def body(self, session: SessionCore) -> bytes:
+        """The data of a session as it is to be stored now. Raises `UnsavableError`."""
+        assert session.user_id is not None
+        try:
+            if self._before_save is not None:
+                self._copy_live_state(self._before_save, session)
+            return self.encoding.dump(session.user_data)
+        except Exception as error:
+            raise _unsavable(session.user_id, error) from error
 
     def _copy_live_state(self, before_save: Callable[[SessionCore], object], session: SessionCore) -> None:
         result = before_save(session)
@@ -310,13 +337,10 @@ class StoreSaver:
 
     def refusal(self, session: SessionCore) -> UnsavableError | None:
         """Why the data of a session cannot be saved as it is, as far as can be told without the store."""
-        assert session.user_id is not None
         try:
-            if self._before_save is not None:
-                self._copy_live_state(self._before_save, session)
-            body = self.encoding.dump(session.user_data)
-        except Exception as error:
-            return _unsavable(session.user_id, error)
+            body = self.body(session)
+        except UnsavableError as error:
+            return error.with_traceback(None)
         refused = self._refused.get(session)
         if refused is not None and refused[0] == self.digest(body):
             return refused[1]
@@ -343,6 +367,9 @@ class StoreSaver:
             if hanging:
                 # not behind a call that may never return: another worker takes them
                 self._fail_all(part, autosave, StoreUnavailableError(f"{self._gateway.name} hangs"), report=False)
+                continue
+            if not self._gateway.may_call():  # it has gone down since these rows were taken
+                self._fail_all(part, autosave, StoreUnavailableError(f"{self._gateway.name} is down"), report=False)
                 continue
             error = await self._call(part, autosave, hanging)
             if error is None:
@@ -469,14 +496,16 @@ class StoreSaver:
                 rows.remove(row)
         if not rows:
             return
+        if not self._gateway.may_call():
+            self._fail_all(rows, autosave, StoreUnavailableError(f"{self._gateway.name} is down"), report=False)
+            return
         call = self._gateway.start(self._gateway.store.claim_many, [row.user_id for row in rows], self.owner)
         try:
             answers = {claim.user_id: claim for claim in await call.answer() if is_sound(claim)}
-        except CallTimedOutError as error:
-            call.task.add_done_callback(self._host.see_late_claims)
-            self._fail_all(rows, autosave, error)
-            return
-        except Exception as error:
+        except BaseException as error:
+            self._host.doubt([row.user_id for row in rows], call.task)
+            if not isinstance(error, Exception):
+                raise
             self._fail_all(rows, autosave, error)
             return
         owned = []
@@ -534,8 +563,6 @@ class StoreSaver:
             self._report_batch(rows, error)
         for row in rows:
             row.settled = True
-            if row.record is not None and row.session.end_reason is None:
-                self._unknown.setdefault(row.session, set()).add((row.version, self.digest(row.record.body)))
             autosave.fail(row.session, row.version, row.flight, error, report=False)
 
     def _report_batch(self, rows: list[_Row], error: Exception) -> None:
@@ -580,9 +607,7 @@ def _unsavable(user_id: int | str, error: Exception) -> UnsavableError:
     path = error.path if isinstance(error, EncodingError) else None
     reason = str(error) if isinstance(error, EncodingError) else f"before_save raised {type(error).__name__}"
     message = f"the data of user {user_id!r:.80} cannot be saved: {reason}"
-    unsavable = UnsavableError(message, user_id=user_id, path=path)
-    unsavable.__cause__ = error
-    return unsavable
+    return UnsavableError(message, user_id=user_id, path=path)
 
 
 def _fenced(user_id: int | str) -> FencedError:

@@ -265,6 +265,7 @@ RAW: dict[str, Callable[[Any], Any]] = {
     "user_data": lambda session: session.user_data,
     "set": lambda session: session.set("name", 1),
     "get": lambda session: session.get("name"),
+    "mark_changed": lambda session: session.mark_changed(),
     "start": lambda session: asyncio.run(session.start()),
     "set_user": lambda session: asyncio.run(session.set_user(1, {})),
     "login": lambda session: asyncio.run(session.login(1, default={})),
@@ -331,7 +332,9 @@ OPERATIONS: dict[str, Callable[[SessionTable, Any], Any]] = {
     "own": lambda table, session: table.own(session, 1, 1, 1),
     "epoch": lambda table, session: table.epoch(session),
     "fix": lambda table, session: table.fix(session, 1),
+    "is_marked": lambda table, session: table.is_marked(session),
     "is_current": lambda table, session: table.is_current(session, 1),
+    "stored": lambda table, session: table.stored(session),
     "is_stored": lambda table, session: table.is_stored(session, 1, 1),
 }
 
@@ -916,12 +919,15 @@ GUARDED: dict[str, Callable[[SessionTable, Any], Any]] = {
     "own": lambda table, session: table.own(session, 1, 1, 1),
     "epoch": lambda table, session: table.epoch(session),
     "fix": lambda table, session: table.fix(session, 1),
+    "is_marked": lambda table, session: table.is_marked(session),
     "is_current": lambda table, session: table.is_current(session, 1),
+    "stored": lambda table, session: table.stored(session),
     "is_stored": lambda table, session: table.is_stored(session, 1, 1),
     "oldest_first": lambda table, session: table.oldest_first(),
     "user_data": lambda table, session: session.user_data,
     "user_data=": lambda table, session: setattr(session, "user_data", {}),
     "set": lambda table, session: session.set("name", 1),
+    "mark_changed": lambda table, session: session.mark_changed(),
     "_require_alive": lambda table, session: session._require_alive(),
 }
 

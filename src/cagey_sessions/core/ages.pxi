@@ -37,6 +37,7 @@ cdef class OldestFirst:
                 table.release(self.here)
                 raise
             table.age_append(age_list, self.end)
+            table.walks += 1
         cdef uint32_t oldest = table.rows[age_list].newer
         table.rows[self.here].older = age_list
         table.rows[self.here].newer = oldest
@@ -74,6 +75,7 @@ cdef class OldestFirst:
             return
         table.check_thread()
         self.table = None
+        table.walks -= self.end >= FIRST_SLOT
         for slot in (self.here, self.end):
             if slot >= FIRST_SLOT:
                 table.age_remove(slot)

@@ -63,6 +63,7 @@ cdef int check_table(SessionTable table) except -1:
         if session.key is not None:
             assert (table.by_key.get(session.key) is session) != is_ending(table.rows[slot].state), f"key of slot {slot}"
         assert table.rows[slot].acknowledged <= table.rows[slot].version
+        assert not table.rows[slot].marks & MARKED_BEFORE or has_save_in_flight(table.rows[slot].state)
     assert <uint64_t> len(table.by_user) == identified == table.counters.identified
     assert live == table.counters.created - table.counters.ended
     assert live + free + marks == table.capacity - FIRST_SLOT

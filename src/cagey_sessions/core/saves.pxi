@@ -9,7 +9,14 @@
 #   - Whoever asks while a save is in flight gets a later one: the `*_ASKED` states survive acknowledgement and failure.
 #   - A timer's wish (DUE) is dropped when the session is ended; a caller's wish (ASKED) is not.
 #
+#   - A mark outlives every save but one: the first whose bytes were fixed after it and that is acknowledged. As one save
+#     is in flight at a time, two bits do what a counter would.
+#
 # Cost: one array look-up a step.
+
+cdef enum:
+    MARKED = 1              # since the bytes in flight were fixed, or none are
+    MARKED_BEFORE = 2       # before that: the save in flight holds the change
 
 cdef enum:
     NONE                    # no user, nothing to save

@@ -104,6 +104,19 @@ cdef class SessionCore:
         if value is None:
             raise InvalidUserDataError("user_data must not be None: there would be nothing to save")
         self.data = value
+        if self.slot:
+            self.table.rows[self.slot].marks |= MARKED
+
+    def mark_changed(self):
+        """Say that `user_data` has changed. Needed with ``tracking="marked"``, and harmless without.
+
+        The mark stays until a save is acknowledged whose bytes were fixed after it. Raises `NotIdentifiedError`,
+        and `SessionEndedError` once the last save is done. O(1).
+        """
+        cdef SessionTable table = table_of(self)
+        if self.user_id is None:
+            raise NotIdentifiedError("this session has no user yet, and nothing that could have changed")
+        table.rows[table.slot_of(self)].marks |= MARKED
 
     def set(self, key, value):
         """Keep any live object under a name for as long as the session lives. It is never saved.

@@ -68,6 +68,7 @@ cdef class Counters:
     cdef readonly uint64_t in_flight
     cdef readonly uint64_t due
     cdef readonly uint64_t saved
+    cdef readonly uint64_t skipped
     cdef readonly uint64_t failed
 
 
@@ -90,6 +91,7 @@ cdef class SessionTable:
     cdef uint32_t capacity
     cdef Wheel wheel
     cdef uint32_t served_last   # a lane
+    cdef uint32_t walks         # those under way that saves can move a session out of
     cdef uint64_t random
     cdef unsigned long thread
     cdef uint64_t forked
@@ -242,7 +244,7 @@ cdef class SessionTable:
         self.sessions[slot] = session
         cdef Row* row = &self.rows[slot]
         row.state = NONE
-        row.failures = 0
+        row.failures = row.marks = 0
         row.version = row.acknowledged = row.saved_at = 0
         if self.copies is not NULL:
             memset(&self.copies[slot], 0, sizeof(Copy))
@@ -361,11 +363,12 @@ cdef class SessionTable:
             self.counters.due += 1
         return 0
 
-    def advance(self, uint64_t now, uint32_t limit):
+    def advance(self, uint64_t now, uint32_t limit, uint64_t again=0):
         """Move time to `now` and what is due into the lanes, walking at most `limit` rows, cascades included.
 
-        Returns the rows walked; as many as `limit` means there may be more at this instant, first in line for the next
-        call. Time never moves back. O(limit).
+        With `again`, users without a mark count as saved at `now`, unchanged, and are due again that many ticks later;
+        unless they were never saved, or a walk under way would miss them. Returns the rows walked; as many as `limit`
+        means there may be more at this instant, first in line for the next call. Time never moves back. O(limit).
         """
         cdef uint32_t budget = limit, slot
         self.check_thread()
@@ -373,11 +376,28 @@ cdef class SessionTable:
             slot = wheel_pop(&self.wheel, self.rows, now, &budget)
             if slot == 0:
                 break
+            if again and self.is_skipped(slot):
+                self.skip(slot, now, again)
+                continue
             list_append(self.rows, lane_of(step(&self.rows[slot], BECOME_DUE)), slot)
             self.counters.due += 1
         if CAGEY_DEBUG:
             check_table(self)
         return limit - budget
+
+    cdef inline bint is_skipped(self, uint32_t slot) noexcept:
+        cdef Row* row = &self.rows[slot]
+        return row.marks == 0 and row.state == IDLE and row.acknowledged != 0 and self.walks == 0
+
+    cdef void skip(self, uint32_t slot, uint64_t now, uint64_t again) noexcept:
+        # past the wheel's own time, else the row would be due again in this very call
+        cdef uint64_t here = now if now > self.wheel.elapsed else self.wheel.elapsed
+        wheel_arm(&self.wheel, self.rows, slot, here + (again if again < NEVER - 1 - here else NEVER - 1 - here))
+        self.rows[slot].saved_at = now
+        self.age_remove(slot)
+        self.age_append(IDENTIFIED, slot)
+        self.counters.saved += 1
+        self.counters.skipped += 1
 
     def next_deadline(self):
         """A tick no later than the next deadline in the wheel, or None if it is empty. O(1)."""
@@ -461,12 +481,19 @@ cdef class SessionTable:
         self.require_copies()
         if not has_save_in_flight(row.state):
             raise UsageError("no save of this session is in flight")
+        if row.marks:
+            row.marks = MARKED_BEFORE
         if row.version == 0 or self.copies[slot].digest != digest:
             row.version += 1
             self.copies[slot].digest = digest
         elif row.version == row.acknowledged:
             return 0
         return row.version
+
+    def is_marked(self, SessionCore session not None):
+        """Whether a session has a mark, or was never saved. O(1)."""
+        cdef Row* row = &self.rows[self.slot_of(session)]
+        return row.marks != 0 or row.acknowledged == 0
 
     def is_current(self, SessionCore session not None, uint64_t digest):
         """Whether bytes with that digest are the ones last acknowledged. O(1)."""
@@ -480,6 +507,12 @@ cdef class SessionTable:
         cdef uint32_t slot = self.slot_of(session)
         self.require_copies()
         return version != 0 and version == self.rows[slot].acknowledged and digest == self.copies[slot].stored
+
+    def stored(self, SessionCore session not None):
+        """The version last acknowledged and the digest of its body, as the store has it; version 0 before that. O(1)."""
+        cdef uint32_t slot = self.slot_of(session)
+        self.require_copies()
+        return self.rows[slot].acknowledged, self.copies[slot].stored
 
     cdef int require_copies(self) except -1:
         if self.copies is NULL:
@@ -498,6 +531,7 @@ cdef class SessionTable:
         cdef Row* row = &self.rows[slot]
         self.settle(slot, ACKNOWLEDGE, deadline is not None and not is_ending(row.state), tick)
         row.failures = 0
+        row.marks &= MARKED
         if self.copies is not NULL and row.acknowledged != version:
             self.copies[slot].stored = self.copies[slot].digest
         row.acknowledged = version
@@ -520,6 +554,7 @@ cdef class SessionTable:
             return False
         cdef Row* row = &self.rows[slot]
         self.settle(slot, FAIL, deadline is not None, tick)
+        row.marks = MARKED
         if row.failures < 255:
             row.failures += 1
         self.counters.failed += 1

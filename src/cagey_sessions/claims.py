@@ -1,0 +1,363 @@
+"""Claims of users in the store. What lives here: whose turn it is with a user in this process, asking the store for
+many users in a call, and letting go of those whom nobody has in the end. What must not: data, or why a user is wanted.
+
+A claim whose answer never came may have been granted all the same, even later. Then somebody looks after it, for a user
+who is kept by nobody is kept from everybody: the other servers wait until this process is dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+from contextvars import Context
+from typing import Any
+
+from ._core import SessionCore
+from .errors import (
+    CageySessionsError,
+    OwnedElsewhereError,
+    StoreContractError,
+    StoreError,
+    StoreUnavailableError,
+    WouldDeadlockError,
+)
+from .gateway import StoreGateway
+from .lifecycle import Lifecycle
+from .options import SECOND
+from .stores import Claim, Record
+from .waits import ends_inside
+from .writebehind import is_sound
+
+__all__ = ["CLAIMS_IN_A_CALL", "CLAIM_CALLS", "Claims"]
+
+CLAIMS_IN_A_CALL = 64
+CLAIM_CALLS = 4
+LOOKS_AT_DOUBTFUL = (SECOND, 5 * SECOND, 30 * SECOND)
+"""How long after a claim that had no answer somebody looks whether it came to anything."""
+FIRST_RETRY = SECOND // 20
+LONGEST_RETRY = SECOND
+
+
+class _Turn:
+    """Who is at work on a user in this process, and how many are or wait for it."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.users = 0
+        self.holder: asyncio.Task[Any] | None = None
+
+
+class Claims:
+    """The claims of one manager."""
+
+    def __init__(self, life: Lifecycle) -> None:
+        self._life = life
+        self.open_store: Callable[[], Awaitable[None]] = self._open
+        """How the store is opened; a spill has to be known before anybody is claimed."""
+        self._turns: dict[int | str, _Turn] = {}
+        self._wanted: dict[int | str, asyncio.Future[Claim]] = {}
+        self._claimers = 0
+        self._releasing = 0
+        self._doubtful: dict[int | str, list[int]] = {}
+        """Users whose claims had no answer, and when to look after them."""
+        self._looker: asyncio.Task[None] | None = None
+
+    @property
+    def _gateway(self) -> StoreGateway:
+        assert self._life.gateway is not None
+        return self._life.gateway
+
+    async def _open(self) -> None:
+        await self._gateway.open()
+
+    # Turns
+
+    @asynccontextmanager
+    async def turn(self, user_id: int | str) -> AsyncIterator[None]:
+        """Within this block nobody else in this process loads, edits or erases the same user."""
+        self.refuse_inside(user_id)
+        turn = self._turns.setdefault(user_id, _Turn())
+        turn.users += 1
+        try:
+            async with turn.lock:
+                turn.holder = asyncio.current_task()
+                try:
+                    yield
+                finally:
+                    turn.holder = None
+        finally:
+            turn.users -= 1
+            if not turn.users:
+                del self._turns[user_id]
+
+    def is_at_work(self, user_id: int | str) -> bool:
+        """Whether anybody in this process has the turn, or waits for it."""
+        return user_id in self._turns
+
+    def refuse_inside(self, user_id: int | str) -> None:
+        turn = self._turns.get(user_id)
+        if turn is None or turn.holder is None:
+            return
+        if turn.holder is asyncio.current_task():
+            raise WouldDeadlockError(f"user {user_id!r:.80} is being edited right here: leave that block first")
+        if any(getattr(session, "user_id", None) == user_id for session in ends_inside()):
+            raise WouldDeadlockError(
+                f"somebody who wants user {user_id!r:.80} waits for the end that waits for this listener"
+            )
+
+    async def outlast(self, user_id: int | str) -> None:
+        """Where nothing fences off a late write, wait for the end of any before the user is read."""
+        while (write := self._gateway.writes.get(user_id)) is not None:
+            await self._gateway.wait_for(write, self._gateway.timeout)
+            if not write.done():
+                raise StoreUnavailableError(
+                    f"an earlier write of user {user_id!r:.80} has not returned, and would land on top of what follows"
+                )
+
+    async def claim(self, user_id: int | str) -> Claim:
+        """Claim one user, in one call of the store with whoever asks at the same time.
+
+        Raises `OwnedElsewhereError`, and `StoreUnavailableError` after as long as callers are made to wait.
+        """
+        claim: Claim = await self.persistently(lambda until: self._wait_for_claim(user_id, until))
+        if not claim.granted:
+            raise OwnedElsewhereError(
+                f"user {user_id!r:.80} is on another node ({claim.owner})", user_id=user_id, owner=claim.owner
+            )
+        return claim
+
+    async def _wait_for_claim(self, user_id: int | str, until: int) -> Claim:
+        future: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
+        self._wanted[user_id] = future
+        if self._claimers < CLAIM_CALLS:
+            self._claimers += 1
+            task = self._life.spawn(self._claim_all(), "claims", Context())
+            task.add_done_callback(self._see_claimer_gone)
+
+        def lose_patience() -> None:
+            _refuse(future, StoreUnavailableError(f"{self._gateway.name} has not answered to the claim of this user"))
+
+        clock = self._life.clock
+        timer = clock.call_later(max(0, until - clock.now()), lose_patience, Context())
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None and future.result().granted:
+                self.disown(future.result())  # the answer and the cancellation came in the same turn of the loop
+            raise
+        finally:
+            timer.cancel()
+            if self._wanted.get(user_id) is future:
+                del self._wanted[user_id]  # nobody waits any more, and nothing has been asked
+
+    def _see_claimer_gone(self, task: asyncio.Task[None]) -> None:
+        self._claimers -= 1
+        if task.cancelled():
+            for future in self._wanted.values():
+                future.cancel()
+            self._wanted.clear()
+
+    async def _claim_all(self) -> None:
+        """Claim whoever is wanted, until nobody is."""
+        while self._wanted:
+            await self._gateway.admission()
+            wanted = {user_id: self._wanted.pop(user_id) for user_id in list(self._wanted)[:CLAIMS_IN_A_CALL]}
+            if not wanted:
+                return
+            error = await self._claim_some(wanted)
+            if error is None:
+                continue
+            if len(wanted) > 1 and not isinstance(error, StoreUnavailableError):
+                for user_id, future in wanted.items():  # it may be the fault of one of them
+                    if error := await self._claim_some({user_id: future}):
+                        _refuse(future, error)
+            else:
+                for future in wanted.values():
+                    _refuse(future, error)
+
+    async def _claim_some(self, wanted: dict[int | str, asyncio.Future[Claim]]) -> Exception | None:
+        gateway = self._gateway
+        call = gateway.start(gateway.store.claim_many, list(wanted), self._life.owner)
+        try:
+            claims = await call.answer()
+            answers = {claim.user_id: claim for claim in claims}
+            if answers.keys() != wanted.keys() or not all(is_sound(claim) for claim in claims):
+                raise StoreContractError(f"{gateway.name} did not answer with one claim for each user")
+        except Exception as error:
+            self.doubt(wanted, call.task)
+            if isinstance(error, StoreError):
+                return error
+            unavailable = StoreUnavailableError(f"{gateway.name} could not load: {type(error).__name__}")
+            unavailable.__cause__ = error
+            return error if len(wanted) > 1 else unavailable
+        for user_id, future in wanted.items():
+            claim = answers[user_id]
+            if not future.done():
+                future.set_result(claim)
+            elif claim.granted:
+                self.disown(claim)  # whoever wanted it has been cancelled
+        return None
+
+    def _see_late(self, task: asyncio.Task[list[Claim]]) -> None:
+        """A claim was given up on, and has been granted after all."""
+        if task.cancelled() or task.exception() is not None or self._gateway.closed:
+            return
+        for claim in task.result():
+            self._doubtful.pop(claim.user_id, None)
+            if claim.granted:
+                self.disown(claim)
+
+    def doubt(self, user_ids: Iterable[int | str], call: asyncio.Task[list[Claim]]) -> None:
+        """A claim of these users had no answer, and may be granted all the same: see that nobody is kept by nobody."""
+        if not call.done():
+            call.add_done_callback(self._see_late)
+        if not self._gateway.store.shared:
+            return
+        now = self._life.clock.now()
+        for user_id in user_ids:
+            self._doubtful[user_id] = [now + delay for delay in LOOKS_AT_DOUBTFUL]
+        if self._looker is None or self._looker.done():
+            self._looker = self._life.spawn(self._look_at_doubtful(), "doubtful claims", Context())
+
+    async def _look_at_doubtful(self) -> None:
+        """Look after users several times, for a request may arrive long after its connection was closed."""
+        spill = self._life.spill
+        while self._doubtful and not self._life.closed:
+            await self._pause(LOOKS_AT_DOUBTFUL[0])
+            for user_id, looks in list(self._doubtful.items()):
+                if not self._gateway.may_call() or self._life.drain is not None:
+                    break
+                if self.is_at_work(user_id) or (spill is not None and user_id in spill.pending):
+                    continue  # a load, or the replay, will claim them
+                if looks[0] <= self._life.clock.now():
+                    with suppress(Exception):
+                        await self._look_at(user_id)
+                        looks.pop(0)
+                if not looks and self._doubtful.get(user_id) is looks:
+                    del self._doubtful[user_id]
+
+    async def _look_at(self, user_id: int | str) -> None:
+        """Let go of a user who is ours in the store, and whom no session has."""
+        store, owner = self._gateway.store, self._life.owner
+
+        async def ask(method: Callable[..., Any], *arguments: object) -> Any:
+            self._require_chance()
+            return await self._gateway.ask(method, *arguments)
+
+        async with self.turn(user_id):
+            if self._life.table.active_session(user_id) is not None:
+                return
+            record = await ask(store.load, user_id)
+            if record is None:  # new, and then only another claim tells whose
+                self._require_chance()
+                call = self._gateway.start(store.claim_many, [user_id], owner)
+                try:
+                    (claim,) = await call.answer()
+                except Exception:
+                    self.doubt([user_id], call.task)  # this one, too
+                    raise
+                if claim.granted:
+                    await ask(store.release, user_id, claim.epoch, owner)
+            elif record.owner == owner:
+                await ask(store.release, user_id, record.epoch, owner)
+
+    def _require_chance(self) -> None:
+        if not self._gateway.may_call():
+            raise StoreUnavailableError(f"{self._gateway.name} has gone down")
+
+    def disown(self, claim: Claim) -> None:
+        """Nobody waits for a claim any more."""
+        self._life.spawn(self._settle_stray(claim), "stray claim", Context())
+
+    async def _settle_stray(self, claim: Claim) -> None:
+        """Let go of a claim, unless a session has the user by another one meanwhile."""
+        table = self._life.table
+        async with self.turn(claim.user_id):
+            session = table.active_session(claim.user_id)
+            if session is None or self._life.loss_of(session) is not None:
+                self.let_go(claim.user_id, claim.epoch)
+            elif claim.epoch > table.epoch(session) and self._is_known(session, claim.record):
+                table.own(session, claim.epoch)  # else the fence finds out that the session is stale
+
+    def _is_known(self, session: SessionCore, stored: Record | None) -> bool:
+        if stored is None:
+            return self._life.table.versions(session)[1] == 0
+        assert self._life.store_saver is not None
+        return self._life.table.is_stored(session, stored.version, self._life.store_saver.digest(stored.body))
+
+    def let_go(self, user_id: int | str, epoch: int) -> None:
+        """Release a claim that no session has taken over; nobody waits for that."""
+        if not self._gateway.closed:
+            self.release_later(user_id, epoch)
+
+    def release_later(self, user_id: int | str, epoch: int) -> None:
+        """Let go of a user, and go on trying while this process lives."""
+        self._releasing += 1
+        self._life.spawn(self._release_later(user_id, epoch), "release", Context())
+
+    async def _release_later(self, user_id: int | str, epoch: int) -> None:
+        gateway = self._gateway
+        delay = FIRST_RETRY
+        try:
+            while not gateway.closed and not self._life.closed:
+                while gateway.down and not (gateway.may_call() and not self._life.table.has_due()):
+                    await self._pause(LONGEST_RETRY)  # saves come first
+                with suppress(Exception):
+                    await gateway.ask(gateway.store.release, user_id, epoch, self._life.owner)
+                    return
+                await self._pause(delay)
+                delay = min(2 * delay, LONGEST_RETRY)
+        finally:
+            self._releasing -= 1
+
+    async def settle(self, until: int) -> None:
+        """Wait until nobody is at work on a user any more, at most until then; the end."""
+        if self._looker is not None:
+            self._looker.cancel()
+        while (self._turns or self._releasing) and self._life.clock.now() < until:
+            await self._pause(SECOND // 200)
+
+    async def persistently(self, work: Callable[[int], Any]) -> Any:
+        """Do something with the store, again while it is unavailable, for as long as callers are made to wait.
+
+        `work` is told until when that is.
+        """
+        life = self._life
+        until = life.clock.now() + life.options.save_timeout
+        delay = FIRST_RETRY
+        while True:
+            while not self._gateway.may_call() and life.clock.now() < until and not life.closed:
+                await self._pause(FIRST_RETRY)
+            if not self._gateway.may_call():
+                raise StoreUnavailableError(f"{self._gateway.name} is down")
+            try:
+                await self.open_store()
+                return await work(until)
+            except Exception as error:
+                if isinstance(error, CageySessionsError) and not isinstance(error, StoreUnavailableError):
+                    raise
+                if life.clock.now() + delay >= until or life.closed:
+                    if isinstance(error, StoreUnavailableError):
+                        raise
+                    raise StoreUnavailableError(f"{self._gateway.name} raised {type(error).__name__}") from error
+            await self._pause(delay)
+            delay = min(2 * delay, LONGEST_RETRY)
+
+    async def _pause(self, delay: int) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def wake() -> None:
+            if not future.done():
+                future.set_result(None)
+
+        timer = self._life.clock.call_later(delay, wake, Context())
+        try:
+            await future
+        finally:
+            timer.cancel()
+
+
+def _refuse(future: asyncio.Future[Claim], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

@@ -1,0 +1,407 @@
+"""A file of users, one a line. What lives here: the format that snapshots and spills share, reading it, and replacing a
+file as a whole. What must not: who is in such a file, and why.
+
+Every line is the CRC-32 of what follows, as eight hexadecimal digits, a space, and a JSON object:
+
+    5f0c8e1a {"format":"cagey_sessions","version":1,"kind":"snapshot","taken_at":1767225600.0,"owner":"node-1"}
+    90ab12cd {"user_id":"alice","key":null,"epoch":3,"owner":"node-1","version":12,"schema":0,"body":{"gold":10}}
+    03e4f5a6 {"end":1,"format":"cagey_sessions","version":1,"kind":"snapshot"}
+
+The id comes first, so that a line that was cut still tells whose it was; the body comes last, so that its bytes can be
+told from the rest without another writing of them. The end repeats the version, so that the entries can be read when
+the first line cannot. In every later version of the format the first line is to be understood by this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import re
+import secrets
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future
+from contextlib import suppress
+from typing import Any, TypeVar
+from zlib import crc32
+
+import orjson
+
+from ._core import check_user_id
+from .errors import InvalidUserIdError, SnapshotError
+from .records import DamagedEntry, Snapshot, SnapshotEntry
+
+__all__ = [
+    "DISK",
+    "Files",
+    "NewFile",
+    "entry_line",
+    "first_line",
+    "in_thread",
+    "last_line",
+    "read",
+    "read_entry",
+    "write_whole",
+]
+
+T = TypeVar("T")
+
+FORMAT = "cagey_sessions"
+VERSION = 1
+CHUNK = 1024 * 1024
+"""How much is written at a time."""
+_BODY = b',"body":'  # no JSON string can hold this: the quote would have a backslash before it
+_ID = re.compile(rb'\{"user_id":(-?\d{1,19}|"(?:[^"\\]|\\.)*")[,}]')
+
+
+class Files:
+    """What is done with the disk; tests put one that fails in its place. Every method raises `OSError`."""
+
+    def create(self, path: str) -> int:
+        """A new file that only its owner may read."""
+        return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o600)
+
+    def write(self, file: int, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(file, left) :]
+
+    def sync(self, file: int) -> None:
+        os.fsync(file)
+
+    def close(self, file: int) -> None:
+        os.close(file)
+
+    def replace(self, source: str, target: str) -> None:
+        os.replace(source, target)
+
+    def sync_folder(self, path: str) -> None:
+        """Make the names in a folder durable."""
+        if sys.platform == "win32":  # a folder cannot be opened there
+            return
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def remove(self, path: str) -> None:
+        os.remove(path)
+
+    def read(self, path: str) -> bytes:
+        with open(path, "rb") as file:
+            return file.read()
+
+
+DISK = Files()
+
+
+class NewFile:
+    """A file written beside the one it is to replace, which stays whole until `commit`, and after `abandon`.
+
+    Raises `SnapshotError` where the disk does not do what it is told.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], files: Files = DISK) -> None:
+        self.path = os.path.realpath(path)  # what a link points to is replaced, not the link
+        self.size = 0
+        self._files = files
+        self._temporary = f"{self.path}.{secrets.token_hex(4)}.tmp"
+        self._file: int | None = None
+        self._exists = False
+
+    def write(self, data: bytes) -> None:
+        """Append to the new file."""
+        try:
+            if self._file is None:
+                self._file = self._files.create(self._temporary)
+                self._exists = True
+            self._files.write(self._file, data)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        self.size += len(data)
+
+    def commit(self) -> None:
+        """Put the new file in the place of the old one, durably."""
+        assert self._file is not None
+        try:
+            self._files.sync(self._file)
+            file, self._file = self._file, None
+            self._files.close(file)
+            self._files.replace(self._temporary, self.path)
+            self._exists = False
+            self._files.sync_folder(os.path.dirname(self.path))
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+
+    def abandon(self) -> None:
+        """Remove what there is of the new file, if it has not been committed."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            with suppress(OSError):
+                self._files.close(file)
+        if self._exists:
+            with suppress(OSError):
+                self._files.remove(self._temporary)
+
+
+def unwritable(path: str, error: OSError) -> SnapshotError:
+    """What to say of a disk that refuses."""
+    remedy = {
+        errno.ENOSPC: "free some space, or give a path on another disk",
+        errno.EDQUOT: "free some space, or give a path on another disk",
+        errno.ENOENT: "make its folder first",
+        errno.EACCES: "let this process write to its folder",
+        errno.EROFS: "give a path that can be written to",
+        errno.EISDIR: "give the path of a file, not of a folder",
+    }.get(error.errno or 0, "look at the disk, or give another path")
+    return SnapshotError(
+        f"{path} could not be written ({error.strerror or type(error).__name__}): {remedy}. "
+        "Nothing that this file was to hold is safe in it yet"
+    )
+
+
+# Lines
+
+
+def _line(content: bytes) -> bytes:
+    return b"%08x %b\n" % (crc32(content), content)
+
+
+def first_line(kind: str, taken_at: float, owner: str) -> bytes:
+    """The header."""
+    return _line(
+        orjson.dumps({"format": FORMAT, "version": VERSION, "kind": kind, "taken_at": taken_at, "owner": owner})
+    )
+
+
+def last_line(kind: str, entries: int) -> bytes:
+    """The footer."""
+    return _line(orjson.dumps({"end": entries, "format": FORMAT, "version": VERSION, "kind": kind}))
+
+
+def entry_line(entry: SnapshotEntry, **more: object) -> bytes:
+    """One user; `more` are fields that only some kinds of file have."""
+    return _line(
+        orjson.dumps(
+            {
+                "user_id": entry.user_id,
+                "key": entry.key,
+                "epoch": entry.epoch,
+                "owner": entry.owner,
+                "version": entry.version,
+                "schema": entry.schema,
+                **more,
+                "body": orjson.Fragment(entry.body),
+            }
+        )
+    )
+
+
+def read_entry(fields: dict[str, Any], body: bytes) -> SnapshotEntry:
+    """An entry of its fields. Raises `ValueError` for what is not one."""
+    check_user_id(fields["user_id"])
+    key, owner = fields["key"], fields["owner"]
+    if not (key is None or isinstance(key, str)) or not isinstance(owner, str):
+        raise ValueError("key or owner is not a str")
+    for name in ("epoch", "version", "schema"):
+        if type(fields[name]) is not int or fields[name] < 0:
+            raise ValueError(f"{name} is not a whole number")
+    return SnapshotEntry(fields["user_id"], key, fields["epoch"], owner, fields["version"], fields["schema"], body)
+
+
+# Reading
+
+
+def read(
+    path: str | os.PathLike[str],
+    kind: str | None = None,
+    parse: Callable[[dict[str, Any], bytes], SnapshotEntry] = read_entry,
+    files: Files = DISK,
+) -> Snapshot:
+    """Everything a file has, what is damaged set aside; see `read_snapshot`. Raises `FileNotFoundError` as it is."""
+    try:
+        data = files.read(os.fspath(path))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SnapshotError(f"{path} could not be read ({error.strerror or type(error).__name__})") from error
+    return _Reader(os.fspath(path), kind, parse).read(data)
+
+
+class _Damaged(Exception):
+    """A line that cannot be taken for what it should be."""
+
+
+class _Reader:
+    def __init__(self, path: str, kind: str | None, parse: Callable[[dict[str, Any], bytes], SnapshotEntry]) -> None:
+        self._path = path
+        self._kind = kind
+        self._parse = parse
+
+    def read(self, data: bytes) -> Snapshot:
+        lines = data.split(b"\n")
+        if not lines[-1]:
+            lines.pop()
+        header: dict[str, Any] | None = None
+        footer: dict[str, Any] | None = None
+        entries: list[SnapshotEntry] = []
+        damaged: list[DamagedEntry] = []
+        for number, raw in enumerate(lines, 1):
+            try:
+                content = _checked(raw)
+                if number == 1 and content.startswith(b'{"format":'):
+                    header = self._frame(content)
+                elif number == len(lines) and content.startswith(b'{"end":'):
+                    footer = self._frame(content)
+                else:
+                    entries.append(self._entry(content))
+            except _Damaged as error:
+                damaged.append(DamagedEntry(number, _told_id(raw), raw, str(error)))
+        frame = header or footer
+        if frame is None:
+            raise SnapshotError(
+                f"{self._path} is not a snapshot of cagey-sessions, or neither its beginning nor its end can be read"
+            )
+        return Snapshot(
+            kind=frame["kind"],
+            taken_at=header["taken_at"] if header else None,
+            owner=header["owner"] if header else None,
+            entries=tuple(entries),
+            damaged=tuple(damaged),
+            expected=footer["end"] if footer else None,
+        )
+
+    def _frame(self, content: bytes) -> dict[str, Any]:
+        """The fields of the first or the last line."""
+        fields: dict[str, Any] = _object(content)
+        version = fields.get("version")
+        if fields.get("format") != FORMAT or type(version) is not int:
+            raise _Damaged("neither the first nor the last line of a snapshot")
+        if version > VERSION:
+            raise SnapshotError(
+                f"{self._path} has format {version}, and this version of cagey-sessions reads up to {VERSION}; "
+                "read it with the version that wrote it. The file is left as it is"
+            )
+        kind = fields.get("kind")
+        if not isinstance(kind, str) or type(fields.get("end", 0)) is not int:
+            raise _Damaged("neither the first nor the last line of a snapshot")
+        if "end" not in fields and not (
+            isinstance(fields.get("owner"), str) and isinstance(fields.get("taken_at"), (int, float))
+        ):
+            raise _Damaged("the first line says neither when nor by whom it was written")
+        if self._kind is not None and kind != self._kind:
+            raise SnapshotError(f"{self._path} is a {kind}, not a {self._kind}; give another path")
+        return fields
+
+    def _entry(self, content: bytes) -> SnapshotEntry:
+        head, found, body = content.partition(_BODY)
+        if not found or not body.endswith(b"}"):
+            raise _Damaged("no entry")
+        body = body[:-1]
+        fields = _object(head + b"}")
+        try:
+            orjson.loads(body)
+        except orjson.JSONDecodeError:
+            raise _Damaged("the body is not JSON") from None
+        try:
+            return self._parse(fields, body)
+        except InvalidUserIdError:
+            raise _Damaged("the user id is none") from None
+        except KeyError as error:
+            raise _Damaged(f"there is no field {error}") from None
+        except (ValueError, TypeError) as error:
+            raise _Damaged(str(error)) from None
+
+
+def _checked(raw: bytes) -> bytes:
+    content = raw[9:]
+    if raw[:9] != b"%08x " % crc32(content):
+        raise _Damaged("the checksum is that of other bytes")
+    return content
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    try:
+        fields = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        raise _Damaged("not JSON") from None
+    if not isinstance(fields, dict):
+        raise _Damaged("not a JSON object")
+    return fields
+
+
+def _told_id(raw: bytes) -> int | str | None:
+    """Whose line it is, as far as it still says so."""
+    match = _ID.search(raw)
+    if match is None:
+        return None
+    try:
+        user_id: int | str = orjson.loads(match[1])
+        check_user_id(user_id)
+    except (orjson.JSONDecodeError, InvalidUserIdError):
+        return None
+    return user_id
+
+
+def remove_whole(path: str, files: Files = DISK) -> None:
+    """Remove a file that has nothing more to say. Raises `SnapshotError`."""
+    try:
+        with suppress(FileNotFoundError):
+            files.remove(path)
+        files.sync_folder(os.path.dirname(path))
+    except OSError as error:
+        raise SnapshotError(
+            f"{path} could not be removed ({error.strerror}); what is in it is saved already, and no harm"
+        ) from error
+
+
+class _OwnThread(Executor):
+    """A thread for one piece of work, which holds up no exit of the interpreter."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        outcome: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                result = fn(*args, **kwargs)
+            except BaseException as error:
+                outcome.set_exception(error)
+            else:
+                outcome.set_result(result)
+
+        threading.Thread(target=run, name="cagey-sessions disk", daemon=True).start()
+        return outcome
+
+
+async def in_thread(work: Callable[..., T], *args: object) -> T:
+    """Have a thread wait for the disk. Cancelled, it waits for the thread all the same, which uses what we clean up.
+
+    The thread is our own: those of the loop may all be taken by calls of a database that never return.
+    """
+    done = asyncio.ensure_future(asyncio.get_running_loop().run_in_executor(_OwnThread(), work, *args))
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        await asyncio.wait([done])
+        done.exception()  # nobody is left to hear of it
+        raise
+
+
+def write_whole(path: str, lines: Iterable[bytes], files: Files = DISK) -> None:
+    """Replace a file by these lines. Raises `SnapshotError`; then the old file is as it was."""
+    new = NewFile(path, files)
+    try:
+        chunk, size = [], 0
+        for line in lines:
+            chunk.append(line)
+            size += len(line)
+            if size >= CHUNK:
+                new.write(b"".join(chunk))
+                chunk, size = [], 0
+        new.write(b"".join(chunk))
+        new.commit()
+    finally:
+        new.abandon()

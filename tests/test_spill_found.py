@@ -1,0 +1,98 @@
+"""What a review of the spill has found: each of these once lost somebody's data."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from cagey_sessions import DrainError, OptionError, SessionManager
+from cagey_sessions.stores import CallbackStore, MemoryStore
+
+
+class Program:
+    """A program around a dict, whose saves fail until `takes` is set."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+        self.stored: dict = {}
+        self.takes = False
+
+    def load(self, user_id):
+        return self.stored.get(user_id)
+
+    def save_many(self, records):
+        if self.takes:
+            self.stored.update({record.user_id: record.value() for record in records})
+        return [self.takes] * len(records)
+
+    async def start(self, **options) -> SessionManager:
+        store = CallbackStore(self.load, self.save_many)
+        manager = SessionManager(store=store, spill=self.path, save_timeout="200ms", **options)
+        await manager.__aenter__()
+        return manager
+
+    def has_file(self):
+        return os.path.exists(self.path)
+
+    async def end(self, manager) -> None:
+        with pytest.raises(DrainError):
+            await manager.destroy(deadline="50ms")
+
+
+@pytest.fixture
+def program(tmp_path):
+    return Program(tmp_path / "players.spill")
+
+
+async def test_a_replay_that_fails_leaves_a_new_user_in_the_file(program):
+    first = await program.start()
+    await first.open("ann", default={"gold": 7})
+    await program.end(first)
+    second = await program.start()
+    assert second.spill_report.pending == ("ann",)
+    await second.destroy()
+    assert program.has_file()
+    program.takes = True
+    third = await program.start()
+    assert third.spill_report.replayed == ("ann",)
+    assert program.stored == {"ann": {"gold": 7}}
+    await third.destroy()
+
+
+async def test_a_snapshot_never_takes_the_place_of_the_spill(tmp_path):
+    manager = SessionManager(store=MemoryStore(), spill=tmp_path / "spill")
+    async with manager:
+        os.symlink(tmp_path / "spill", tmp_path / "link")
+        for name in ("spill", "link"):
+            with pytest.raises(OptionError, match="spill"):
+                await manager.snapshot(tmp_path / name)
+        await manager.snapshot(tmp_path / "snapshot")
+
+
+async def test_spilled_data_of_an_older_schema_is_converted(program):
+    program.stored = {"ann": {"gold": 1}}
+    first = await program.start(schema=1)
+    (await first.open("ann")).user_data["gold"] = 7
+    await program.end(first)
+    program.takes = True
+
+    def decode(value, schema):
+        return {"coins": value["gold"]} if schema < 2 else value
+
+    second = await program.start(schema=2, decode=decode)
+    assert program.stored == {"ann": {"coins": 7}}
+    await second.destroy()
+
+
+async def test_spilled_data_of_a_newer_schema_is_kept(program):
+    program.stored = {"ann": {"gold": 1}}
+    first = await program.start(schema=2)
+    (await first.open("ann")).user_data["gold"] = 7
+    await program.end(first)
+    program.takes = True
+    second = await program.start(schema=1)
+    assert second.spill_report.conflicts == ("ann",)
+    assert program.stored == {"ann": {"gold": 1}}
+    await second.destroy()
+    assert program.has_file()
