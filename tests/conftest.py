@@ -14,6 +14,7 @@ import pytest
 import uvloop
 
 from cagey_sessions import SessionManager
+from cagey_sessions.testing.plugin import cagey_world  # noqa: F401 - as pytest finds it where the package is installed
 from support import Db, ManualClock
 
 
@@ -52,7 +53,7 @@ def run(test: Any, loop_kind: str = "asyncio") -> Any:
         loop.set_exception_handler(
             lambda _, context: unobserved.append(f"{context['message']}: {context.get('exception')!r}")
         )
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             result = await test
         for _ in range(5):
             await asyncio.sleep(0)

@@ -1,0 +1,280 @@
+"""A server in virtual time, for tests of the program's own logic. What lives here: `world` and the handle it gives.
+What must not: random faults and crashes (`crash.py`), anything the library itself needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import random
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import orjson
+
+from ..clock import Clock
+from ..errors import UsageError
+from ..manager import SessionManager
+from ..options import Duration, parse_duration
+from ..records import DrainReport
+from ..session import Session
+from ..stores import Record, Store
+from ..stores.memory import Row
+from .store import SimulatedDatabase, SimulatedStore
+from .universe import Universe, VirtualClock, VirtualLoop
+
+__all__ = ["MakeManager", "Server", "World", "WorldError", "world"]
+
+T = TypeVar("T")
+
+MakeManager = Callable[..., SessionManager[Any]]
+"""``make_manager(store=..., clock=...)``: builds the program's manager on the store and the clock it is given."""
+
+LIMIT = 3600 * 1_000_000_000
+"""How much virtual time a call may take before it counts as stuck."""
+ROUNDS_AT_THE_END = 20
+
+
+class WorldError(UsageError):
+    """The world was asked for something that makes no sense now, such as a session of a server that has crashed."""
+
+
+class Server:
+    """One process: an event loop, a connection to the database, and the program's manager."""
+
+    def __init__(self, database: SimulatedDatabase, make_manager: MakeManager) -> None:
+        self.universe = database.universe
+        self.loop: VirtualLoop = self.universe.add_loop()
+        self.store = SimulatedStore(database)
+        self.clock: Clock = VirtualClock(self.loop)
+        try:
+            self.manager = _call(make_manager, self.store, self.clock)
+        except BaseException:
+            self.universe.remove_loop(self.loop)
+            self.loop.close()
+            raise
+        self.is_alive = True
+        self.unobserved: list[str] = []
+        """What nobody caught, as the loop was told."""
+        self.loop.set_exception_handler(self._observe)
+
+    def _observe(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if self.is_alive:
+            self.unobserved.append(f"{context['message']}: {context.get('exception')!r}")
+
+    def run(self, work: Coroutine[Any, Any, T], limit: int = LIMIT) -> T:
+        """Have a coroutine run on this server and let time pass until it is done."""
+        return self.universe.run(self.loop.start(work), limit)
+
+    def kill(self) -> None:
+        """End the process as SIGKILL does: nothing of it runs any more."""
+        self.is_alive = False
+        self.universe.remove_loop(self.loop)
+        self.store.cut()
+        if self.store.owner:
+            self.store.backing.dead.add(self.store.owner)
+
+    def bury(self) -> None:
+        """Let go of what a process has left in memory. What its clean-up code does has no effect on the world."""
+        self.is_alive = False
+        self.store.cut()
+        self.manager._warning.detach()
+        atexit.unregister(self.manager._life.spill_at_exit)
+        for _ in range(ROUNDS_AT_THE_END):  # some clean-up waits for other tasks, some starts new ones
+            for task in asyncio.all_tasks(self.loop):
+                task.cancel()
+            for _ in range(ROUNDS_AT_THE_END):
+                if not self.loop.is_ready():
+                    break
+                self.loop.turn()
+        self.loop.close()
+
+
+class World:
+    """One server, its database and their time. `world` makes one."""
+
+    def __init__(self, make_manager: MakeManager, universe: Universe) -> None:
+        self.universe = universe
+        self.database = SimulatedDatabase(universe)
+        self._make_manager = make_manager
+        self._server: Server | None = None
+        self._graves: list[Server] = []
+
+    # The server
+
+    @property
+    def server(self) -> Server:
+        if self._server is None:
+            raise WorldError("the server is down; `restart()` starts it again")
+        return self._server
+
+    @property
+    def manager(self) -> SessionManager[Any]:
+        """The manager of the server that runs now; another one after each `restart`."""
+        return self.server.manager
+
+    @property
+    def now(self) -> float:
+        """How many seconds of virtual time have passed since the world began."""
+        return self.universe.seconds
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the server, as long in virtual time as it takes, and return its result.
+
+        Raises what it raises, `StuckError` if it waits for what can never happen.
+        """
+        try:
+            _refuse_inside()
+        except WorldError:
+            work.close()
+            raise
+        return self.server.run(work)
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Begin a coroutine on the server; it goes on whenever time passes."""
+        return self.server.loop.start(work)
+
+    def open(self, user_id: int | str, **options: Any) -> Session[Any]:
+        """`SessionManager.open`, run to its end."""
+        return self.run(self.manager.open(user_id, **options))
+
+    def advance(self, duration: Duration) -> None:
+        """Let virtual time pass, and everything happen that is due by then: ``advance("31s")``."""
+        _refuse_inside()
+        self.universe.advance(parse_duration(duration, "duration", shortest=0))
+
+    def crash(self) -> None:
+        """End the server as a kill -9 or a power cut does: no handler runs, nothing more is saved.
+
+        What it has sent may still reach the database. Its sessions are lost; `restart` starts a new server.
+        """
+        _refuse_inside()
+        server = self.server
+        server.kill()
+        self._graves.append(server)
+        self._server = None
+
+    def stop(self, **options: Any) -> DrainReport:
+        """`SessionManager.destroy`, run to its end, and the end of the server."""
+        _refuse_inside()
+        server = self.server
+        try:
+            return self.run(server.manager.destroy(**options))
+        finally:
+            self.universe.advance(0)
+            self._server = None
+            self._graves.append(server)
+            server.kill()
+
+    def restart(self) -> SessionManager[Any]:
+        """Start a server with a new manager, on what the database has; the manager."""
+        if self._server is not None:
+            raise WorldError("the server is running; `crash()` or `stop()` it first")
+        self._server = Server(self.database, self._make_manager)
+        return self.run(self._server.manager.__aenter__())
+
+    # The database
+
+    def stored(self, user_id: int | str) -> Any:
+        """What the database has of a user now, as plain values; None if nothing. A copy."""
+        return self.database.stored(user_id)
+
+    def put(self, user_id: int | str, data: Any) -> None:
+        """Have the database know a user already, with this data, as JSON values."""
+        row = self.database.backing.rows.setdefault(user_id, Row())
+        if row.owner:
+            raise WorldError(f"user {user_id!r:.80} is on a server; end the session first")
+        version = 1 if row.record is None else row.record.version + 1
+        row.epoch += 1
+        row.record = Record(user_id, row.epoch, "", version, 0, orjson.dumps(data), 0.0)
+
+    def store_down(self, duration: Duration | None = None, *, silent: bool = False) -> None:
+        """From now on the database cannot be reached: for `duration`, or until `store_up`.
+
+        Connections are refused at once; with `silent` calls get no answer instead.
+        """
+        self.database.faults.down = "silent" if silent else "refusing"
+        if duration is not None:
+            self.universe.call_later(parse_duration(duration, "duration"), self.store_up)
+
+    def store_up(self) -> None:
+        """The database can be reached again."""
+        self.database.faults.down = ""
+
+    def store_slow(self, latency: Duration) -> None:
+        """From now on each call of the database takes as long as this, there and back together."""
+        there_and_back = parse_duration(latency, "latency", shortest=0)
+        self.database.faults.latency = (there_and_back // 2, there_and_back // 2)
+
+    # The end
+
+    def close(self) -> None:
+        """End everything, without a save."""
+        if self._server is not None:
+            self.crash()
+        logging.disable(logging.CRITICAL)
+        try:
+            for server in self._graves:
+                server.bury()
+        finally:
+            logging.disable(logging.NOTSET)
+        self._graves.clear()
+
+    @property
+    def unobserved(self) -> list[str]:
+        """Errors of tasks and callbacks that nobody caught, of all servers so far."""
+        servers = [*self._graves] if self._server is None else [*self._graves, self._server]
+        return [line for server in servers for line in server.unobserved]
+
+
+@contextmanager
+def world(make_manager: MakeManager, *, seed: int = 0) -> Iterator[World]:
+    """A server with a database, in virtual time: a test of hours takes milliseconds, and nothing sleeps.
+
+    Parameters
+    ----------
+    make_manager
+        Called as ``make_manager(store=store, clock=clock)`` for each start of the server; returns the program's
+        `SessionManager`, with its listeners, on that store and clock.
+    seed
+        Decides how long the database takes for each call; the same seed gives the same run.
+
+    A test is a plain function and drives the world from outside: `run` runs a coroutine, `advance` lets time pass.
+    Errors in tasks and callbacks that nobody caught raise `WorldError` at the end, unless the test has failed already.
+    """
+    state = random.getstate()
+    random.seed(seed)
+    here = World(make_manager, Universe(seed))
+    try:
+        here.restart()
+        yield here
+        here.universe.advance(0)
+        if here.unobserved:
+            raise WorldError("nobody caught what went wrong on the server: " + "; ".join(here.unobserved))
+    finally:
+        here.close()
+        random.setstate(state)
+
+
+def _refuse_inside() -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise WorldError(
+        "a world is driven from outside, by a plain function: what runs on its server cannot move its time, or end it"
+    )
+
+
+def _call(make_manager: MakeManager, store: Store, clock: Clock) -> SessionManager[Any]:
+    manager = make_manager(store=store, clock=clock)
+    if not isinstance(manager, SessionManager):
+        raise WorldError(f"make_manager returned {type(manager).__name__}, not a SessionManager")
+    if manager._life.gateway is None or manager._life.gateway.store is not store or manager._life.clock is not clock:
+        raise WorldError(
+            "make_manager has to build its manager on what it is given: "
+            "def make_manager(store, clock): return SessionManager(store=store, clock=clock, ...)"
+        )
+    return manager
