@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard src/cagey_sessions/*.pyx src/cagey_sessions/core/*.pxi)
 DEBUG := build/debug
 
-.PHONY: help demo test test-debug lint types format bench nightly clean
+.PHONY: help demo test test-debug lint types format bench mutants simulation nightly diagrams clean
 
 help:
 	@echo "make demo        a game server and its bots, stopped and killed: nothing acknowledged is lost"
@@ -15,7 +15,10 @@ help:
 	@echo "make lint types  ruff, and mypy in strict mode"
 	@echo "make format      ruff's formatter"
 	@echo "make bench       benchmarks against the pure-Python port (BENCH_ARGS='--quick')"
-	@echo "make nightly     the property tests for hours (NIGHTLY_EXAMPLES=20000)"
+	@echo "make simulation  random servers, databases and crashes in virtual time (SIMULATION_ARGS='--seeds 2000')"
+	@echo "make mutants     known faults put into the sources: the tests have to find each (MUTANTS_ARGS='--only release')"
+	@echo "make nightly     all of that for hours (NIGHTLY_SEEDS=50000, NIGHTLY_EXAMPLES=20000)"
+	@echo "make diagrams    the pictures of the pages, drawn from the code"
 	@echo "make clean       remove .venv and everything built"
 
 $(VENV)/python:
@@ -62,11 +65,23 @@ format: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
+simulation: $(VENV)/dev
+	PYTHONPATH=tests $(BIN)/python -m simulation $(SIMULATION_ARGS)
+
+mutants: $(VENV)/dev
+	PYTHONPATH=tests $(BIN)/python -m mutants $(MUTANTS_ARGS)
+
+diagrams: $(VENV)/dev
+	$(BIN)/python docs/draw.py
+
 nightly: $(VENV)/dev $(DEBUG)/built
+	$(MAKE) --no-print-directory simulation SIMULATION_ARGS="--seeds $(or $(NIGHTLY_SEEDS),50000)"
+	$(MAKE) --no-print-directory mutants
 	PYTHONPATH=$(DEBUG) HYPOTHESIS_PROFILE=nightly CAGEY_TEST_EXAMPLES=$(or $(NIGHTLY_EXAMPLES),20000) \
 	  $(BIN)/python -m pytest tests/core tests/test_manager_machine.py --timeout 0 -o faulthandler_timeout=0
 	CAGEY_TEST_HISTORIES=$(or $(NIGHTLY_HISTORIES),20000) CAGEY_TEST_CRASHES=300 \
-	  $(BIN)/python -m pytest tests/test_store_histories.py tests/test_crash.py --timeout 0 -o faulthandler_timeout=0
+	  $(BIN)/python -m pytest tests/test_store_histories.py tests/test_spill_histories.py tests/test_crash.py \
+	  --timeout 0 -o faulthandler_timeout=0
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -55,17 +55,24 @@ def run(code: str, folder: Path) -> tuple[list[str], str]:
 
 
 COUNTS = {
-    "README.md": 2,
+    "README.md": 3,
     "CONTRIBUTING.md": 0,
     "docs/from-node.md": 2,
+    "docs/design.md": 0,
+    "docs/guarantees.md": 0,
     "docs/quickstart.md": 3,
     "docs/settings.md": 0,
+    "docs/snapshots.md": 3,
     "docs/stores.md": 7,
+    "docs/testing.md": 4,
     "docs/user-data.md": 6,
 }
-SAYS_WHAT_IT_PRINTS = [("docs/quickstart.md", 1), ("docs/quickstart.md", 2)] + [
-    ("docs/user-data.md", number) for number in range(COUNTS["docs/user-data.md"])
-]
+SAYS_WHAT_IT_PRINTS = [
+    ("docs/quickstart.md", 1),
+    ("docs/quickstart.md", 2),
+    ("docs/snapshots.md", 0),
+    ("docs/snapshots.md", 2),
+] + [("docs/user-data.md", number) for number in range(COUNTS["docs/user-data.md"])]
 LOGGED = {
     # nobody has set up logging, so that warnings and errors go to stderr
     ("docs/quickstart.md", 2): "the data of user 'alice' cannot be saved: user_data[\"bag\"]: set is not JSON; only ",
@@ -86,6 +93,18 @@ def test_a_program_prints_what_the_page_says(tmp_path, page, number):
     assert complaints.startswith(logged) if logged else complaints == ""
     assert len(complaints.splitlines()) == bool(logged)
     assert printed == said
+
+
+def test_the_program_that_puts_users_back(tmp_path):
+    take, back, _ = (code for code, _ in programs("docs/snapshots.md"))
+    run(take, tmp_path)
+    query = "UPDATE cagey_sessions SET body = '{\"gold\":0,\"bag\":[]}' WHERE user_id = 'ann'"
+    with closing(sqlite3.connect(tmp_path / "players.db")) as connection, connection:
+        connection.execute(query)
+    assert run(back, tmp_path) == ([], "")
+    with closing(sqlite3.connect(tmp_path / "players.db")) as connection:
+        bodies = connection.execute("SELECT body FROM cagey_sessions").fetchall()
+    assert bodies == [('{"gold":10}',)] * 2
 
 
 async def test_the_listener_of_the_page_for_node_saves(make_manager, clock):
@@ -127,6 +146,36 @@ async def test_the_functions_of_the_page_for_node_load_and_save(tmp_path, monkey
         await bob.destroy()
         assert stored == {"ann": b'{"gold":1}', "bob": b'{"gold":0}'}
     assert stored == {"ann": b'{"gold":11}', "bob": b'{"gold":0}'}
+
+
+def reports(page: str) -> list[str]:
+    """What the page says that a failed `crash_test` prints."""
+    return re.findall(r"^```text\n(.*?)^```$", read(page), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(1, COUNTS["docs/testing.md"]))
+def test_the_tests_of_the_page_pass_and_report_what_it_says(tmp_path, number):
+    code, _ = programs("docs/testing.md")[number]
+    (tmp_path / "test_game.py").write_text(code, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "test_game.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    if number > 1:
+        said = reports("docs/testing.md")[number - 2]
+        first, _, rest = said.partition("\n")
+        if sys.version_info[:2] == (3, 11):  # the page shows a run of that version
+            assert said in done.stdout
+        else:
+            assert first.split(" after")[0] in done.stdout
+            assert "what is stored:" in rest
 
 
 # What the pages say, and no program shows

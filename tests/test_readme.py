@@ -38,14 +38,19 @@ def run(code: str, folder: Path) -> tuple[str, str]:
 
 
 def test_the_program_of_the_readme_runs_and_remembers(tmp_path):
-    stored, _ = blocks("README.md", "python")
+    stored, _, _ = blocks("README.md", "python")
     for gold in (10, 20):
         assert run(stored, tmp_path) == (f"alice has {gold} gold, saved as version {gold // 10}\n", "")
 
 
 def test_the_program_without_a_store_runs(tmp_path):
-    _, code = blocks("README.md", "python")
+    _, code, _ = blocks("README.md", "python")
     assert run(code, tmp_path) == ('saved alice {"gold": 10}\n' * 2, "")
+
+
+def test_the_test_of_the_readme_passes(tmp_path):
+    *_, code = blocks("README.md", "python")
+    assert run(code, tmp_path) == ("", "")
 
 
 def test_the_programs_have_about_twelve_lines_of_code():

@@ -1,0 +1,459 @@
+"""Faults of this line of work, one at a time. What lives here: what each changes in the sources. What must not: tests.
+
+Each is a text of the sources, which is there exactly once, and what a tired programmer might have written in its place.
+`tests` are tried if the simulation does not find it: it sees no wrong error text, no slow call, no table of its own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["FAULTS", "Fault"]
+
+CORE = ("tests/core",)
+USERS = ("tests/test_store_users.py", "tests/test_store_failures.py")
+SAVING = ("tests/test_store_regressions_saving.py", "tests/test_store_failures.py", "tests/test_store_numbers.py")
+ENDING = ("tests/test_cases_ending.py", "tests/test_cases_saving.py", "tests/test_manager_machine.py")
+
+
+class Fault(NamedTuple):
+    """One change for the worse."""
+
+    name: str
+    file: str
+    """Within src/cagey_sessions."""
+    before: str
+    after: str
+    tests: tuple[str, ...] = ()
+
+
+FAULTS = [
+    # saves
+    Fault(
+        "acknowledge before the write",
+        "writebehind.py",
+        "            verdicts = await call.answer()\n",
+        "            verdicts = [Verdict(Outcome.SAVED)] * len(rows)\n",
+        SAVING,
+    ),
+    Fault(
+        "fenced counts as saved",
+        "writebehind.py",
+        "if outcome is Outcome.SAVED or outcome is Outcome.ALREADY:",
+        "if outcome in (Outcome.SAVED, Outcome.ALREADY, Outcome.FENCED):",
+        SAVING,
+    ),
+    Fault(
+        "a row that could not be written counts as saved",
+        "writebehind.py",
+        "if outcome is Outcome.SAVED or outcome is Outcome.ALREADY:",
+        "if outcome in (Outcome.SAVED, Outcome.ALREADY, Outcome.FAILED):",
+        SAVING,
+    ),
+    Fault(
+        "a repeat counts as a failure",
+        "writebehind.py",
+        "if outcome is Outcome.SAVED or outcome is Outcome.ALREADY:",
+        "if outcome is Outcome.SAVED:",
+        SAVING,
+    ),
+    Fault(
+        "a lost row is not claimed again",
+        "writebehind.py",
+        "        elif outcome is Outcome.MISSING:\n            row.unowned = True\n",
+        "        elif outcome is Outcome.MISSING:\n            self._acknowledge(row, autosave, record.saved_at)\n",
+        SAVING,
+    ),
+    Fault(
+        "an erased user is written again",
+        "stores/memory.py",
+        "        if row.erased:\n            return Outcome.ERASED\n",
+        "",
+        ("tests/stores",),
+    ),
+    Fault(
+        "claimed again over what somebody else has saved",
+        "writebehind.py",
+        "elif self._is_lost(row) or not self._is_ours(row, claim.record):",
+        "elif self._is_lost(row):",
+        SAVING,
+    ),
+    Fault(
+        "a save that may have been written is forgotten",
+        "writebehind.py",
+        "self._unknown.setdefault(session, set()).add((row.version, fingerprint))",
+        "pass",
+        (*SAVING, "tests/test_store_regressions.py"),
+    ),
+    Fault(
+        "the old epoch after a new claim",
+        "writebehind.py",
+        "                self._table.own(row.session, claim.epoch)\n"
+        "                row.record = row.record._replace(epoch=claim.epoch)\n",
+        "",
+        SAVING,
+    ),
+    Fault(
+        "the release is not part of the last save",
+        "writebehind.py",
+        "        release = is_ending and self._host.is_last_save(session)\n",
+        "        release = False\n",
+        USERS,
+    ),
+    Fault(
+        "every save releases",
+        "writebehind.py",
+        "        release = is_ending and self._host.is_last_save(session)\n",
+        "        release = True\n",
+        USERS,
+    ),
+    Fault(
+        "live data goes to the store",
+        "writebehind.py",
+        "        records = [row.record for row in rows if row.record is not None]\n        call =",
+        "        import asyncio as later; await later.sleep(0)\n"
+        "        records = [row.record._replace(body=self.encoding.dump(row.session.user_data))\n"
+        "                   for row in rows if row.record is not None]\n        call =",
+        SAVING,
+    ),
+    Fault(
+        "everybody at once after an outage",
+        "writebehind.py",
+        "        if not self._recovering:\n            return True\n",
+        "        return True\n",
+        SAVING,
+    ),
+    Fault(
+        "one poison row sinks its batch for ever",
+        "writebehind.py",
+        "elif len(part) > 1 and not isinstance(error, StoreUnavailableError):",
+        "elif len(part) > 999 and not isinstance(error, StoreUnavailableError):",
+        SAVING,
+    ),
+    # versions and states
+    Fault(
+        "a retry gets a new version",
+        "core/table.pxi",
+        "if row.version == 0 or self.copies[slot].digest != digest:",
+        "if row.version == 0 or self.copies[slot].digest != digest or row.version != row.acknowledged:",
+        CORE,
+    ),
+    Fault(
+        "the digest of a failed save counts as stored",
+        "core/table.pxi",
+        "        elif row.version == row.acknowledged:\n            return 0\n        return row.version",
+        "        else:\n            return 0\n        return row.version",
+        CORE,
+    ),
+    Fault(
+        "the acknowledged version moves on failure",
+        "core/table.pxi",
+        "        if row.failures < 255:\n            row.failures += 1\n",
+        "        row.acknowledged = version\n        if row.failures < 255:\n            row.failures += 1\n",
+        CORE,
+    ),
+    Fault(
+        "a flag for a counter: who asks during a save is forgotten",
+        "core/saves.pxi",
+        '("saving", "ask", "saving_asked"),',
+        '("saving", "ask", "saving"),',
+        (*CORE, *ENDING),
+    ),
+    Fault(
+        "a wish is dropped when its session ends",
+        "core/saves.pxi",
+        '("asked", "end", "ending_asked"),',
+        '("asked", "end", "ending"),',
+        (*CORE, *ENDING),
+    ),
+    # the table and the wheel
+    Fault(
+        "a cascade loses a row",
+        "core/wheel.pxi",
+        "            wheel_arm(wheel, rows, slot, rows[slot].deadline)\n            if emptied == bucket:\n",
+        "            if emptied != bucket:\n"
+        "                wheel_arm(wheel, rows, slot, rows[slot].deadline)\n            if emptied == bucket:\n",
+        CORE,
+    ),
+    Fault(
+        "> for >=: a row that is due now waits",
+        "core/wheel.pxi",
+        "            if rows[slot].deadline <= wheel.elapsed:",
+        "            if rows[slot].deadline < wheel.elapsed:",
+        CORE,
+    ),
+    Fault(
+        "a cascade has no limit",
+        "core/wheel.pxi",
+        "            slot = rows[bucket].next\n            budget[0] -= 1\n",
+        "            slot = rows[bucket].next\n            budget[0] -= bucket < BUCKETS_PER_LEVEL\n",
+        CORE,
+    ),
+    Fault(
+        "spreading makes an interval longer",
+        "core/table.pxi",
+        "wheel_arm(&self.wheel, self.rows, slot, now + self.spread(interval))",
+        "wheel_arm(&self.wheel, self.rows, slot, now + interval + self.spread(interval))",
+        CORE,
+    ),
+    Fault(
+        "one lane starves the others",
+        "core/table.pxi",
+        "        self.served_last = lane\n",
+        "",
+        CORE,
+    ),
+    Fault(
+        "a taken key is overwritten",
+        "core/table.pxi",
+        "if key is not None and self.by_key.setdefault(key, session) is not session:",
+        "if key is not None and self.by_key.update({key: session}) is not None:",
+        (*CORE, *ENDING),
+    ),
+    Fault(
+        "a session that is ending is found by its key",
+        "core/table.pxi",
+        "        self.enter_lane(slot, END)\n        self.forget_key(session)\n",
+        "        self.enter_lane(slot, END)\n",
+        (*CORE, *ENDING),
+    ),
+    Fault(
+        "the user of an ended session stays taken",
+        "core/table.pxi",
+        "            if self.by_user.get(session.user_id) is session:\n                del self.by_user[session.user_id]\n",
+        "",
+        CORE,
+    ),
+    Fault(
+        "a mark is a flag: one that is set during a save is forgotten",
+        "core/table.pxi",
+        "        row.marks &= MARKED\n",
+        "        row.marks = 0\n",
+        ("tests/test_tracking.py",),
+    ),
+    Fault(
+        "a save that has failed forgets the mark",
+        "core/table.pxi",
+        "        row.marks = MARKED\n        if row.failures < 255:\n",
+        "        row.marks &= MARKED\n        if row.failures < 255:\n",
+        ("tests/test_tracking.py",),
+    ),
+    # ends
+    Fault(
+        "destroy does not wait for the save under way",
+        "lifecycle.py",
+        "        outcome = await self.autosave.settle(session, until)\n        if",
+        "        outcome = None\n        if",
+        ENDING,
+    ),
+    Fault(
+        "a failed last save ends the session all the same",
+        "lifecycle.py",
+        "                if not self._is_hopeless(error):\n",
+        "                if error is None:\n",
+        ENDING,
+    ),
+    Fault(
+        "what a last listener changes is not saved",
+        "lifecycle.py",
+        "ending.saved == self.fingerprint(session))",
+        "True)",
+        ENDING,
+    ),
+    Fault(
+        "cancel-through: who stops waiting stops the end",
+        "lifecycle.py",
+        "                return await asyncio.shield(ending.attempt)\n",
+        "                return await ending.attempt\n",
+        ENDING,
+    ),
+    Fault(
+        "a manager that is being destroyed admits users",
+        "lifecycle.py",
+        "        if self.drain is not None:\n            raise ManagerClosedError(",
+        "        if self.closed:\n            raise ManagerClosedError(",
+        ENDING,
+    ),
+    Fault(
+        "a failed release is not tried again",
+        "lifecycle.py",
+        "            self.report(error, session)\n            self.claims.release_later(session.user_id, epoch)\n",
+        "            self.report(error, session)\n",
+        USERS,
+    ),
+    Fault(
+        "unfenced release",
+        "stores/memory.py",
+        "        if row is None or row.epoch != epoch or row.owner != owner:\n            return False\n        row.owner",
+        "        if row is None:\n            return False\n        row.owner",
+        ("tests/stores",),
+    ),
+    # users
+    Fault(
+        "a default is shared between users",
+        "ownership.py",
+        "data = _made(default) if callable(default) else self._encoding.copy(default)",
+        "data = _made(default) if callable(default) else default",
+        USERS,
+    ),
+    Fault(
+        "a claim that nobody waits for is kept",
+        "claims.py",
+        "            elif claim.granted:\n                self.disown(claim)",
+        "            elif claim.granted:\n                pass",
+        USERS,
+    ),
+    Fault(
+        "a load that fails keeps the claim",
+        "ownership.py",
+        "        except BaseException:\n            self._claims.let_go(user_id, claim.epoch)\n            raise\n\n    def _dump",
+        "        except BaseException:\n            raise\n\n    def _dump",
+        USERS,
+    ),
+    Fault(
+        "two at work on one user",
+        "claims.py",
+        "            async with turn.lock:\n",
+        "            async with asyncio.Lock():\n",
+        USERS,
+    ),
+    Fault(
+        "a login does not wait for the older session's last save",
+        "ownership.py",
+        "                await life.replace(older)\n                continue\n",
+        "                life.begin_end(older, True, EndReason.REPLACED)\n                life.table.forget(older)\n",
+        USERS,
+    ),
+    Fault(
+        "could not read counts as new",
+        "claims.py",
+        "            if isinstance(error, StoreError):\n                return error\n            unavailable",
+        "            if isinstance(error, StoreError):\n"
+        "                for user_id, future in wanted.items():\n"
+        "                    future.done() or future.set_result(Claim(user_id, 1, None))\n"
+        "                return None\n            unavailable",
+        USERS,
+    ),
+    Fault(
+        "erasing leaves the session live",
+        "ownership.py",
+        "            await self._end_erased(user_id)\n            if life.spill",
+        "            if life.spill",
+        USERS,
+    ),
+    Fault(
+        "a claim that had no answer is forgotten",
+        "claims.py",
+        "        if not self._gateway.store.shared:\n            return\n        now =",
+        "        return\n        now =",
+        USERS,
+    ),
+    # the store
+    Fault(
+        "a call that hangs is never given up",
+        "gateway.py",
+        "            self.store.abort(call.task)\n",
+        "            pass\n",
+        SAVING,
+    ),
+    Fault(
+        "a call nobody waits for has no deadline",
+        "gateway.py",
+        "            self._gateway.bound(self, self._left())\n",
+        "            pass\n",
+        SAVING,
+    ),
+    Fault(
+        "everybody knocks on a store that is down",
+        "gateway.py",
+        "return not self.down or (self._probe is None and self.now() >= self._probe_at)",
+        "return True",
+        SAVING,
+    ),
+    Fault(
+        "nobody looks whether the store is back",
+        "gateway.py",
+        "        self._probe_timer = self._clock.call_later(self._probe_at - now, self._let_probe, Context())\n",
+        "",
+        SAVING,
+    ),
+    Fault(
+        "backlog dropped: nobody begins again when the store is back",
+        "gateway.py",
+        "            admission.set_result(None)\n        self._on_chance()\n",
+        "            admission.set_result(None)\n",
+        SAVING,
+    ),
+    Fault(
+        "work goes on at a store that has gone down meanwhile",
+        "writebehind.py",
+        "            if not self._gateway.may_call():  # it has gone down since these rows were taken\n",
+        "            if False:\n",
+        SAVING,
+    ),
+    # files and signals
+    Fault(
+        "a damaged line is taken as it is",
+        "savefile.py",
+        '    if raw[:9] != b"%08x " % crc32(content):',
+        "    if False:",
+        ("tests/test_snapshot.py",),
+    ),
+    Fault(
+        "a file takes its place before it is on the disk",
+        "savefile.py",
+        "            self._files.sync(self._file)\n",
+        "",
+        ("tests/test_snapshot.py",),
+    ),
+    Fault(
+        "a spill is replayed over what somebody has saved since",
+        "spill.py",
+        "            elif entry.follows(claim, stored, store):",
+        "            elif True:",
+        ("tests/test_spill.py",),
+    ),
+    Fault(
+        "a spill forgets the saves that nobody answered",
+        "writebehind.py",
+        "        known = set(self._unknown.get(session, ()))\n",
+        "        known: set[tuple[int, int]] = set()\n",
+        ("tests/test_spill.py",),
+    ),
+    Fault(
+        "what is spilled takes the place of what waits in the file",
+        "spill.py",
+        "for entry in (*there, *collected) if entry not in settled",
+        "for entry in collected if entry not in settled",
+        ("tests/test_spill.py",),
+    ),
+    Fault(
+        "the exit status pretends that all is saved",
+        "signals.py",
+        "                name_some(unsaved),\n            )\n            return 1\n",
+        "                name_some(unsaved),\n            )\n            return 0\n",
+        ("tests/test_signals.py",),
+    ),
+    Fault(
+        "the program's own signal handler is not called",
+        "signals.py",
+        "        if _is_hosts_own(self.found):\n            self.found(number, frame)\n",
+        "",
+        ("tests/test_signals.py",),
+    ),
+    # workers
+    Fault(
+        "latch not released: a worker that ends is still counted",
+        "autosave.py",
+        "        self._employed -= not worker.released\n",
+        "",
+        SAVING,
+    ),
+    Fault(
+        "the next deadline is counted from the end of the save",
+        "autosave.py",
+        "        taken_at = flight.started // self.tick\n",
+        "        taken_at = self.now_tick()\n",
+        (*SAVING, *ENDING),
+    ),
+]
