@@ -8,12 +8,14 @@ import inspect
 import os
 import random
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import uvloop
 
 from cagey_sessions import SessionManager
+from cagey_sessions._core import living
 from cagey_sessions.testing.plugin import cagey_world  # noqa: F401 - as pytest finds it where the package is installed
 from support import Db, ManualClock
 
@@ -66,6 +68,19 @@ def run(test: Any, loop_kind: str = "asyncio") -> Any:
         gc.collect()
     assert not unobserved, unobserved
     return result
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_the_core_stays(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """On a debug build, which counts them: a test leaves no session, table, counters or walk more than it found."""
+    before = living()
+    yield
+    if living() != before:
+        caplog.get_records("call").clear()  # they keep what they speak of, and pytest keeps what fixtures gave
+        request.node.funcargs.clear()
+        gc.collect()
+    left = {name: count - before[name] for name, count in living().items() if count > before[name]}
+    assert not left, f"objects of the core left behind: {left}"
 
 
 @pytest.fixture(autouse=True)

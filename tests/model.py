@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cagey_sessions import (
@@ -71,6 +72,11 @@ class Person:
     saved_at: int | None = None
     timer: Timer | None = None
     end_reason: str | None = None
+    changes: int = 0
+    fixed_changes: int = 0
+    stored_changes: int = 0
+    digest: int = 0
+    stored_digest: int = 0
 
     @property
     def gone(self) -> bool:
@@ -79,6 +85,11 @@ class Person:
     @property
     def ending(self) -> bool:
         return self.state.startswith("ending")
+
+    @property
+    def marked(self) -> bool:
+        """Whether there is a change that no acknowledged bytes are known to hold."""
+        return self.changes > self.stored_changes
 
 
 @dataclass(eq=False)
@@ -103,6 +114,7 @@ class Walk:
 @dataclass(eq=False)
 class Model:
     seed: int
+    stored: bool = False
     by_key: dict[str, Person] = field(default_factory=dict)
     by_user: dict[tuple[type, int | str], Person] = field(default_factory=dict)
     lanes: dict[str, list[Waiting]] = field(default_factory=lambda: {name: [] for name in LANES})
@@ -116,7 +128,9 @@ class Model:
     created: int = 0
     ended: int = 0
     saved: int = 0
+    skipped: int = 0
     failed: int = 0
+    bounded_walks: int = 0
 
     def __post_init__(self) -> None:
         self.people: set[Person] = set()
@@ -180,7 +194,10 @@ class Model:
             self.lanes[LANE_OF[after]].append(place or Waiting(person, next(self._number)))
 
     def _arm(self, person: Person, deadline: int) -> None:
-        person.timer = Timer(max(deadline, self.low), max(deadline, self.high))
+        self._wind(person, max(deadline, self.low), max(deadline, self.high))
+
+    def _wind(self, person: Person, low: int, high: int) -> None:
+        person.timer = Timer(low, high)
         heapq.heappush(self._heap, (person.timer.high, next(self._number), person, person.timer))
         self.armed += 1
         self.arms += 1
@@ -233,9 +250,39 @@ class Model:
             raise Refused(UsageError, NotIdentifiedError)
         self._move(person, "ask")
 
-    def advance(self, now: int, limit: int, walked: int, moved: set[Person]) -> None:
-        """Hear that `advance` has walked so many rows, and who is due since."""
-        assert len(moved) <= walked <= limit
+    def mark_changed(self, person: Person) -> None:
+        wrong: list[type[CageySessionsError]] = []
+        if person.gone:
+            wrong.append(SessionEndedError)
+        if person.user_id is None:
+            wrong.append(NotIdentifiedError)
+        if wrong:
+            raise Refused(*wrong)
+        person.changes += 1
+
+    def set_data(self, person: Person, user_data: object) -> None:
+        if person.end_reason is not None:
+            raise Refused(SessionEndedError)
+        if person.user_id is None:
+            raise Refused(NotIdentifiedError)
+        if user_data is None:
+            raise Refused(InvalidUserDataError)
+        person.user_data = user_data
+        person.changes += 1
+
+    def is_skipped(self, person: Person) -> bool:
+        """Whether the timer passes over a user when it may."""
+        return person.state == "idle" and person.acknowledged > 0 and not person.marked and self.bounded_walks == 0
+
+    def advance(
+        self, now: int, limit: int, walked: int, moved: set[Person], skipped: Sequence[Person] = (), again: int = 0
+    ) -> None:
+        """Hear that `advance` has walked so many rows, who is due since, and who was passed over, in that order."""
+        assert len(moved) + len(skipped) <= walked <= limit
+        assert moved.isdisjoint(skipped)
+        assert again or not skipped
+        assert all(self.is_skipped(person) for person in skipped), "passed over although it had to be saved"
+        assert not again or not any(self.is_skipped(person) for person in moved), "saved although nothing had changed"
         if limit == 0:
             return
         if now < self.low:
@@ -243,14 +290,17 @@ class Model:
             return
         arrival = next(self._number)
         places = {}
-        for person in moved:
+        for person in [*moved, *skipped]:
             assert person.timer is not None, "it was not in the wheel"
             assert person.timer.low <= now, "handed out before its deadline"
             places[person] = Waiting(person, arrival, person.timer.low, person.timer.high)
-        for person, place in places.items():
-            self._move(person, "become_due", place)
+        for person in skipped:
+            person.timer = None
+            self.armed -= 1
+        for person in moved:
+            self._move(person, "become_due", places[person])
         first = self.first_deadline
-        if moved and first is not None:
+        if places and first is not None:
             assert max(place.low for place in places.values()) <= first, "a later one came out before an earlier one"
         if walked < limit:
             assert first is None or first > now, "left in the wheel although its deadline has passed"
@@ -261,6 +311,13 @@ class Model:
             self.high = max(self.high, now)
             if first is not None:
                 self.high = max(self.low, min(self.high, first))
+        for person in skipped:
+            deadline = min(now + again, END_OF_TIME - 1)
+            self._wind(person, deadline, deadline)
+            person.saved_at = now
+            self._grow_young(person, self.identified)
+            self.saved += 1
+            self.skipped += 1
 
     def takeable(self, periodic: bool) -> list[Person]:
         """Whoever may be taken next; nobody if the answer has to be None."""
@@ -285,13 +342,35 @@ class Model:
         assert person in self.takeable(periodic), "taken out of turn"
         self.served_last = self._next_lane(periodic) or self.served_last
         self._move(person, "take")
-        person.version += 1
+        person.version += not self.stored
         return person.version
+
+    def fix(self, person: Person, digest: int) -> int:
+        self._require_row(person)
+        if not self.stored or person.state not in IN_FLIGHT:
+            raise Refused(UsageError)
+        person.fixed_changes = person.changes
+        if person.version == 0 or person.digest != digest:
+            person.version += 1
+            person.digest = digest
+            return person.version
+        return 0 if person.version == person.acknowledged else person.version
+
+    def own(self, person: Person, version: int, digest: int, stored: int) -> None:
+        """After a load."""
+        self._require_row(person)
+        if not self.stored:
+            raise Refused(UsageError)
+        person.version = person.acknowledged = version
+        person.digest, person.stored_digest = digest, stored
 
     def acknowledge(self, person: Person, version: int, taken_at: int, deadline: int | None) -> bool:
         if not self._settle(person, version, "acknowledge", None if person.ending else deadline):
             return False
         person.failures = 0
+        person.stored_changes = max(person.stored_changes, person.fixed_changes)
+        if person.acknowledged != version:
+            person.stored_digest = person.digest
         person.acknowledged = version
         person.saved_at = taken_at
         self._grow_young(person, self.identified)
@@ -302,6 +381,7 @@ class Model:
         if not self._settle(person, version, "fail", deadline):
             return False
         person.failures = min(person.failures + 1, 255)
+        person.changes += 1  # nobody knows what the store has now
         self.failed += 1
         return True
 
@@ -341,7 +421,12 @@ class Model:
     # Walks
 
     def oldest_first(self, identified: bool, to_the_end: bool) -> Walk:
+        self.bounded_walks += not to_the_end
         return Walk(identified, None if to_the_end else next(self._number))
+
+    def close(self, walk: Walk) -> None:
+        """A walk that is abandoned instead is under way for ever."""
+        self.bounded_walks -= walk.horizon is not None
 
     def step(self, walk: Walk) -> Person | None:
         for person in self.identified if walk.identified else self.anonymous:

@@ -386,6 +386,30 @@ async def test_case_56_sessions_destroyed_by_the_tick_that_would_save_them(make_
     await manager.destroy()
 
 
+async def test_cases_59_and_72_a_listener_that_raises_in_a_tick_spoils_no_later_tick(make_manager, db, clock):
+    """Nor do listeners that hear of the failure and raise as well; the user it is about is tried again and again."""
+    manager = make_manager(interval="1s")
+    tried: Counter[int] = Counter()
+
+    @manager.on("persist_user_data")
+    def fail(session):
+        tried[session.user_id] += 1
+        if session.user_id == 3:
+            raise KeyError(session.user_id)
+
+    @manager.on("error")
+    def fail_again(*_):
+        raise ValueError("while hearing of an error")
+
+    for user_id in range(10):
+        await add_user(manager, user_id)
+    for _ in range(3):
+        before = tried.copy()
+        await clock.advance("2s")
+        assert all(tried[user_id] > before[user_id] for user_id in range(10))
+    await manager.destroy()
+
+
 async def test_case_64_saves_end_though_nobody_else_holds_them(make_manager, db, clock):
     manager = make_manager(interval="1s")
     futures = []

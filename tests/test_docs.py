@@ -58,8 +58,10 @@ COUNTS = {
     "README.md": 3,
     "CONTRIBUTING.md": 0,
     "docs/from-node.md": 2,
+    "docs/gc-and-memory.md": 1,
     "docs/design.md": 0,
     "docs/guarantees.md": 0,
+    "docs/performance.md": 0,
     "docs/quickstart.md": 3,
     "docs/settings.md": 0,
     "docs/snapshots.md": 3,
@@ -105,6 +107,12 @@ def test_the_program_that_puts_users_back(tmp_path):
     with closing(sqlite3.connect(tmp_path / "players.db")) as connection:
         bodies = connection.execute("SELECT body FROM cagey_sessions").fetchall()
     assert bodies == [('{"gold":10}',)] * 2
+
+
+def test_the_lines_about_the_collector_do_what_the_page_says(tmp_path):
+    [(code, _)] = programs("docs/gc-and-memory.md")
+    check = "\nprint(gc.get_freeze_count() > 0, gc.get_threshold())"
+    assert run(code + check, tmp_path) == (["True (50000, 50, 100)"], "")
 
 
 async def test_the_listener_of_the_page_for_node_saves(make_manager, clock):

@@ -10,10 +10,16 @@ The rooms, in the order they are included:
 ``core/digest.pxi``    a number that stands for the bytes last acknowledged
 ``core/wheel.pxi``     a hierarchical timing wheel over slot numbers
 ``core/saves.pxi``     the states of a save, as one table
+``core/index.pxi``     slots by hash
 ``core/session.pxi``   what every session object is made of
-``core/table.pxi``     the rows and the two indexes: `SessionTable`
+``core/rows.pxi``      the rows themselves: where they lie, who has one
+``core/lanes.pxi``     the way of a save: asked for or due, taken, settled
+``core/table.pxi``     keys and users, beginnings and ends: `SessionTable`
+``core/batch.pxi``     saves of many sessions at a time
+``core/calls.pxi``     awaited calls, in one step where nothing has to be awaited: `ManagerCore`
 ``core/ages.pxi``      walks over the sessions, oldest first
-``core/check.pxi``     what must be true of a table at any time
+``core/check.pxi``     what must be true of a table at any time, and the objects there are
+``core/timers.pxi``    the wheel by itself, for benchmarks and tests
 
 Everything that links rows together is a circular list with a sentinel, and the sentinels are rows themselves: the
 first `FIRST_SLOT` rows of the array belong to the wheel's buckets, to the three lanes and to the two age lists. A
@@ -22,11 +28,12 @@ session's slot number is therefore never 0, and a row that is on no list is link
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.exc cimport PyErr_Clear
+from cpython.exc cimport PyErr_Clear, PyErr_Fetch, PyErr_Restore, PyErr_SetObject
+from cpython.list cimport PyList_GET_ITEM, PyList_SET_ITEM
 from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree, PyMem_RawRealloc
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.math cimport isfinite
 from libc.string cimport memset
 
@@ -63,15 +70,42 @@ cdef extern from *:
       static inline unsigned cagey_lowest_bit(uint64_t word) { return (unsigned)__builtin_ctzll(word); }
       static inline unsigned cagey_highest_bit(uint64_t word) { return 63u - (unsigned)__builtin_clzll(word); }
     #endif
+    /* type.__new__(type), without a look-up of the name */
+    /* What the running loop keeps in the thread: its hook for new asynchronous generators. */
+    #define cagey_running_hook() (PyThreadState_Get()->async_gen_firstiter)
+    /* What `threading.get_ident` returns, without the three calls it takes there. */
+    #if defined(_WIN32)
+      #define cagey_thread PyThread_get_thread_ident
+    #else
+      #include <pthread.h>
+      #define cagey_thread() ((unsigned long)pthread_self())
+    #endif
+    /* The hash of exactly a str, which keeps it. */
+    static inline Py_hash_t cagey_hash_of_str(PyObject* text) {
+        Py_hash_t hash = ((PyASCIIObject*)text)->hash;
+        return hash != -1 ? hash : PyObject_Hash(text);
+    }
+    #define cagey_item_at(list, at) (&((PyListObject*)(list))->ob_item[at])
+    /* The neighbours in the list of the collector, which are written to when an object goes. Only good to prefetch. */
+    #ifdef Py_GIL_DISABLED
+      #define cagey_neighbour(object, which) ((void*)(object))
+    #else
+      #define cagey_neighbour(object, which) (((void**)(object))[-1 - (which)])
+    #endif
+    #define cagey_new_object(type, no_arguments) ((PyTypeObject*)(type))->tp_new((PyTypeObject*)(type), no_arguments, NULL)
     """
     const bint CAGEY_DEBUG
     const uint64_t NEVER "CAGEY_NEVER"
     const uint32_t MAX_SLOTS "CAGEY_MAX_SLOTS"
     unsigned lowest_bit "cagey_lowest_bit"(uint64_t word) noexcept nogil
     unsigned highest_bit "cagey_highest_bit"(uint64_t word) noexcept nogil
-
-cdef extern from "pythread.h":
-    unsigned long PyThread_get_thread_ident() noexcept nogil
+    unsigned long current_thread "cagey_thread"() noexcept nogil
+    Py_hash_t hash_of_str "cagey_hash_of_str"(object text) noexcept  # never fails
+    int compare_text "PyUnicode_Compare"(PyObject*, PyObject*) noexcept  # of exactly str, never fails
+    PyObject* running_hook "cagey_running_hook"() noexcept
+    PyObject** item_at "cagey_item_at"(list, uint32_t) noexcept
+    void* neighbour "cagey_neighbour"(PyObject*, int which) noexcept
+    object new_object "cagey_new_object"(type, tuple no_arguments)
 
 # Whether this is a debug build (CAGEY_SESSIONS_DEBUG=1): only then do the `_check` methods look at anything.
 DEBUG = bool(CAGEY_DEBUG)
@@ -86,7 +120,6 @@ cdef struct Row:
     uint32_t prev
     uint32_t newer          # age list
     uint32_t older
-    uint32_t generation     # rises each time the slot gets a new tenant
     uint8_t state
     uint8_t failures        # saves failed since the last acknowledged one, at most 255
     uint8_t marks           # MARKED, MARKED_BEFORE: changes that are not known to be stored
@@ -96,7 +129,13 @@ include "core/values.pxi"
 include "core/digest.pxi"
 include "core/wheel.pxi"
 include "core/saves.pxi"
+include "core/index.pxi"
 include "core/session.pxi"
+include "core/rows.pxi"
+include "core/lanes.pxi"
 include "core/table.pxi"
+include "core/batch.pxi"
+include "core/calls.pxi"
 include "core/ages.pxi"
 include "core/check.pxi"
+include "core/timers.pxi"

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
+from collections.abc import Iterator
 from contextvars import Context
-from typing import Protocol
+from typing import Any, Protocol
 
-from ._core import SessionCore, SessionTable
+from ._core import SaveBatch, SessionCore, SessionTable
 from .clock import Clock, TimerHandle
 from .errors import (
     ListenerCancelledError,
@@ -199,6 +201,8 @@ class Autosave:
         self._turn_is_queued = False
         self._asked: dict[SessionCore, Flight] = {}
         self._in_flight: dict[SessionCore, Flight] = {}
+        self._batches: dict[SaveBatch, int] = {}
+        """Batches under way, and when each was begun; their sessions have a flight only if somebody asks for it."""
         self._carried: dict[SessionCore, None] = {}
         """Sessions of which somebody waits for the next attempt."""
         self._patience_timer: TimerHandle | None = None
@@ -250,7 +254,7 @@ class Autosave:
 
         Returns the outcome of the last one waited for, or the one given if there was none.
         """
-        while flight := self._in_flight.get(session) or self._asked.get(session):
+        while flight := self._under_way(session) or self._asked.get(session):
             if self.gave_up is not None:
                 return self.gave_up  # the save may be under way for ever
             if flight.is_resolved:
@@ -259,6 +263,19 @@ class Autosave:
             if until is not None and self._clock.now() >= until:
                 break
         return outcome
+
+    def _under_way(self, session: SessionCore) -> Flight | None:
+        flight = self._in_flight.get(session)
+        if flight is None and self._batches and "saving" in self._table.state(session):
+            for batch, started in self._batches.items():
+                if session in batch.under_way():
+                    return self._enter(session, started)
+        return flight
+
+    def _enter(self, session: SessionCore, started: int) -> Flight:
+        flight = self._in_flight[session] = Flight()
+        flight.started = started
+        return flight
 
     def forget(self, session: SessionCore) -> None:
         """A session is past its last save: whoever has asked for another hears of it."""
@@ -352,7 +369,7 @@ class Autosave:
 
     def in_flight(self) -> list[SessionCore]:
         """The sessions whose saves are under way."""
-        return list(self._in_flight)
+        return [*self._in_flight, *(session for batch in self._batches for session in batch.under_way())]
 
     def age(self, tick: int) -> float:
         """How many seconds ago a tick was."""
@@ -361,8 +378,12 @@ class Autosave:
     def overdue(self) -> tuple[int, int]:
         """How many saves are under way for longer than the interval, and for how long the oldest, in nanoseconds."""
         now = self._clock.now()
-        ages = [age for flight in self._in_flight.values() if (age := now - flight.started) >= self._overdue_after]
-        return len(ages), max(ages, default=0)
+        late = now - self._overdue_after
+        saves = {session: flight.started for session, flight in self._in_flight.items() if flight.started <= late}
+        for batch, started in self._batches.items():
+            if started <= late:
+                saves |= dict.fromkeys(batch.under_way(), started)
+        return len(saves), max((now - started for started in saves.values()), default=0)
 
     async def slice(self) -> None:
         """Return in a turn of the loop that has time left for our work."""
@@ -448,14 +469,15 @@ class Autosave:
 
     # Work
 
-    def _serves_periodic(self) -> bool:
+    def serves_periodic(self) -> bool:
+        """Whether those may be taken now whose time has come."""
         return not self._draining and self._saver.serves_periodic()
 
     def employ(self) -> None:
         """Start workers for what is in the lanes, as far as there are free slots."""
         if self.gave_up is not None or not self._table.has_due():
             return
-        if self._saver.may_start() and self._table.has_due(self._serves_periodic()):
+        if self._saver.may_start() and self._table.has_due(self.serves_periodic()):
             free = self._max_in_flight + self._lent - self._employed
             wanted = self._table.counters.due - self._starting
             if self._saver.one_at_a_time:
@@ -481,7 +503,7 @@ class Autosave:
                 NothingSavesError("sessions are due to be saved, and nobody listens to 'persist_user_data'"), None
             )
         self.employ()  # somebody else may have cancelled a worker
-        if waiting or self._in_flight:
+        if waiting or self._in_flight or self._batches:
             self._watch()
 
     def _hire(self) -> None:
@@ -519,9 +541,39 @@ class Autosave:
 
     # For savers
 
-    def take(self) -> tuple[SessionCore, int, Flight] | None:
-        """The next session to save, with its version; from here on its save is under way. None if there is nobody."""
-        taken = self._table.take(self._serves_periodic())
+    def take_into(self, batch: SaveBatch, rows: int, size: int) -> int:
+        """Fill a batch with sessions whose time has come; see `SaveBatch.fill`. Their saves are under way."""
+        now = self._clock.now()
+        self._batches.setdefault(batch, now)
+        taken = batch.fill(rows, size, now // self.tick, self._interval_ticks, time.time())
+        self._arm()  # who has not changed is due again
+        return taken
+
+    def settle_batch(self, batch: SaveBatch, verdicts: list[Any]) -> bool:
+        """Settle the saves of a batch, if every verdict says that they are stored; see `SaveBatch.settle`."""
+        left = batch.settle(verdicts, self._interval_ticks, self._in_flight)
+        if left is None:
+            return False
+        self._arm()
+        return True
+
+    def take_odd(self, batch: SaveBatch) -> Iterator[tuple[SessionCore, int, Flight]]:
+        """Take those out of a batch whose bytes are not fixed; they are like what `take` returns."""
+        for session, version in batch.odd():
+            yield session, version, self._enter(session, self._batches[batch])
+
+    def end_batch(self, batch: SaveBatch) -> Iterator[tuple[SessionCore, int, Flight, int, int]]:
+        """What is left of a batch, to be settled: session, version, flight, digest, and place in `records`."""
+        started = self._batches.pop(batch, 0)
+        for session, version, digest, place in batch.hand_over():
+            yield session, version, self._in_flight.get(session) or self._enter(session, started), digest, place
+
+    def take(self, *, periodic: bool = True) -> tuple[SessionCore, int, Flight] | None:
+        """The next session to save, with its version; from here on its save is under way. None if there is nobody.
+
+        Without `periodic`, those only who are asked for.
+        """
+        taken = self._table.take(periodic and self.serves_periodic())
         if taken is None:
             return None
         session, version = taken

@@ -35,6 +35,8 @@ CLAIMS_IN_A_CALL = 64
 CLAIM_CALLS = 4
 LOOKS_AT_DOUBTFUL = (SECOND, 5 * SECOND, 30 * SECOND)
 """How long after a claim that had no answer somebody looks whether it came to anything."""
+RELEASE_CALLS = 4
+MOST_ATTEMPTS = 8
 FIRST_RETRY = SECOND // 20
 LONGEST_RETRY = SECOND
 
@@ -58,7 +60,12 @@ class Claims:
         self._turns: dict[int | str, _Turn] = {}
         self._wanted: dict[int | str, asyncio.Future[Claim]] = {}
         self._claimers = 0
+        self._to_release: dict[tuple[int | str, int], int] = {}
+        """Whom to let go of, by the epoch of the claim, and how often that failed for another reason than an outage."""
+        self._releasers = 0
         self._releasing = 0
+        self._unsure: set[int | str] = set()
+        """Users who may be claimed once more by us than their sessions know."""
         self._doubtful: dict[int | str, list[int]] = {}
         """Users whose claims had no answer, and when to look after them."""
         self._looker: asyncio.Task[None] | None = None
@@ -162,6 +169,11 @@ class Claims:
         """Claim whoever is wanted, until nobody is."""
         while self._wanted:
             await self._gateway.admission()
+            if not self._gateway.may_call():  # the store is to be closed
+                for future in self._wanted.values():
+                    _refuse(future, StoreUnavailableError(f"{self._gateway.name} is down"))
+                self._wanted.clear()
+                return
             wanted = {user_id: self._wanted.pop(user_id) for user_id in list(self._wanted)[:CLAIMS_IN_A_CALL]}
             if not wanted:
                 return
@@ -212,8 +224,10 @@ class Claims:
         """A claim of these users had no answer, and may be granted all the same: see that nobody is kept by nobody."""
         if not call.done():
             call.add_done_callback(self._see_late)
-        if not self._gateway.store.shared:
-            return
+        if self._gateway.store.shared:
+            self._look_after(user_ids)
+
+    def _look_after(self, user_ids: Iterable[int | str]) -> None:
         now = self._life.clock.now()
         for user_id in user_ids:
             self._doubtful[user_id] = [now + delay for delay in LOOKS_AT_DOUBTFUL]
@@ -238,29 +252,29 @@ class Claims:
                     del self._doubtful[user_id]
 
     async def _look_at(self, user_id: int | str) -> None:
-        """Let go of a user who is ours in the store, and whom no session has."""
-        store, owner = self._gateway.store, self._life.owner
+        """Let go of a user who is ours in the store, and whom nobody here has."""
+        self._require_chance()
+        holder, epoch = await self._gateway.ask(self._gateway.store.holder, user_id)
+        if holder == self._life.owner and not self._is_wanted(user_id):
+            self.release_later(user_id, epoch)
 
-        async def ask(method: Callable[..., Any], *arguments: object) -> Any:
-            self._require_chance()
-            return await self._gateway.ask(method, *arguments)
+    def _is_wanted(self, user_id: int | str) -> bool:
+        """Whether anybody here has a user or is about to; who has them is looked after again at the end.
 
-        async with self.turn(user_id):
-            if self._life.table.active_session(user_id) is not None:
-                return
-            record = await ask(store.load, user_id)
-            if record is None:  # new, and then only another claim tells whose
-                self._require_chance()
-                call = self._gateway.start(store.claim_many, [user_id], owner)
-                try:
-                    (claim,) = await call.answer()
-                except Exception:
-                    self.doubt([user_id], call.task)  # this one, too
-                    raise
-                if claim.granted:
-                    await ask(store.release, user_id, claim.epoch, owner)
-            elif record.owner == owner:
-                await ask(store.release, user_id, record.epoch, owner)
+        What was read before this was asked may be released without a lock: every claim from now on raises the epoch.
+        """
+        life = self._life
+        session = life.table.active_session(user_id)
+        if session is not None and life.loss_of(session) is None:
+            self._unsure.add(user_id)
+            return True
+        return self.is_at_work(user_id) or (life.spill is not None and user_id in life.spill.pending)
+
+    def see_end(self, user_id: int | str) -> None:
+        """A session of this user is over."""
+        if user_id in self._unsure:
+            self._unsure.discard(user_id)
+            self._look_after([user_id])
 
     def _require_chance(self) -> None:
         if not self._gateway.may_call():
@@ -291,31 +305,78 @@ class Claims:
         if not self._gateway.closed:
             self.release_later(user_id, epoch)
 
+    async def release(self, user_id: int | str, epoch: int) -> None:
+        """Let go of a user for the session that has them.
+
+        Where the row has another epoch by now, that may be by a claim of ours that was given up on and came in late:
+        nobody waits until that is known.
+        """
+        store = self._gateway.store
+        if not await self._gateway.ask(store.release, user_id, epoch, self._life.owner) and store.shared:
+            self.release_later(user_id, epoch)
+
     def release_later(self, user_id: int | str, epoch: int) -> None:
         """Let go of a user, and go on trying while this process lives."""
-        self._releasing += 1
-        self._life.spawn(self._release_later(user_id, epoch), "release", Context())
+        self._to_release.setdefault((user_id, epoch), 0)
+        if self._releasers < RELEASE_CALLS:
+            self._releasers += 1
+            task = self._life.spawn(self._release_all(), "release", Context())
+            task.add_done_callback(self._see_releaser_gone)
 
-    async def _release_later(self, user_id: int | str, epoch: int) -> None:
-        gateway = self._gateway
+    def _see_releaser_gone(self, task: asyncio.Task[None]) -> None:
+        self._releasers -= 1
+
+    async def _release_all(self) -> None:
+        """Let go of whoever is to be let go of; after a failure it is the others' turn first."""
+        gateway, life = self._gateway, self._life
         delay = FIRST_RETRY
-        try:
-            while not gateway.closed and not self._life.closed:
-                while gateway.down and not (gateway.may_call() and not self._life.table.has_due()):
-                    await self._pause(LONGEST_RETRY)  # saves come first
-                with suppress(Exception):
-                    await gateway.ask(gateway.store.release, user_id, epoch, self._life.owner)
-                    return
-                await self._pause(delay)
-                delay = min(2 * delay, LONGEST_RETRY)
-        finally:
-            self._releasing -= 1
+        while self._to_release and not gateway.closed and not life.closed:
+            if gateway.down and not (gateway.may_call() and not life.table.has_due()):
+                await self._pause(LONGEST_RETRY)  # saves come first
+                continue
+            user_id, epoch = next(iter(self._to_release))
+            attempts = self._to_release.pop((user_id, epoch))
+            self._releasing += 1
+            again: int | None = epoch
+            try:
+                again = await self._release_once(user_id, epoch)
+                attempts = 0
+            except Exception as error:
+                attempts += not isinstance(error, StoreUnavailableError)
+                if attempts == MOST_ATTEMPTS:
+                    again = None
+                    life.say("error", "user %r stays with this process until it ends: %r", user_id, error)
+            finally:
+                self._releasing -= 1
+            if again is None:
+                delay = FIRST_RETRY
+                continue
+            self._to_release[user_id, again] = attempts
+            await self._pause(delay)
+            delay = min(2 * delay, LONGEST_RETRY)
+
+    async def _release_once(self, user_id: int | str, epoch: int) -> int | None:
+        """Try to let go of a user: None, or the epoch to try next."""
+        store, table = self._gateway.store, self._life.table
+        session = table.active_session(user_id)
+        if session is not None and table.epoch(session) == epoch and not table.is_ending(session):
+            return None
+        if await self._gateway.ask(store.release, user_id, epoch, self._life.owner) or not store.shared:
+            return None
+        self._require_chance()
+        holder, held = await self._gateway.ask(store.holder, user_id)
+        if holder != self._life.owner:
+            return None
+        session = table.active_session(user_id)
+        if session is not None and table.is_ending(session) and table.epoch(session) == epoch:
+            return epoch  # it is about to be over
+        return None if self._is_wanted(user_id) else held
 
     async def settle(self, until: int) -> None:
         """Wait until nobody is at work on a user any more, at most until then; the end."""
         if self._looker is not None:
             self._looker.cancel()
-        while (self._turns or self._releasing) and self._life.clock.now() < until:
+        while (self._turns or self._releasing or self._to_release) and self._life.clock.now() < until:
             await self._pause(SECOND // 200)
 
     async def persistently(self, work: Callable[[int], Any]) -> Any:

@@ -40,11 +40,17 @@ class _Registration:
 class Listeners:
     """The listeners of one manager or one session, by event."""
 
-    __slots__ = ("_by_name", "_known", "_sanitizer")
+    __slots__ = ("_by_name", "_hear", "_known", "_sanitizer")
 
-    def __init__(self, known: tuple[str, ...], sanitizer: Sanitizer | None = None) -> None:
+    def __init__(
+        self,
+        known: tuple[str, ...],
+        sanitizer: Sanitizer | None = None,
+        hear: Callable[[str, bool], None] = lambda name, heard: None,
+    ) -> None:
         self._known = known
         self._sanitizer = sanitizer
+        self._hear = hear  # is told when an event gets its first listener, and when it has lost its last
         self._by_name: dict[str, list[_Registration]] = {}
 
     def add(self, name: str, function: Listener, *, once: bool) -> None:
@@ -53,6 +59,7 @@ class Listeners:
         if not callable(function):
             raise InvalidListenerError(f"a listener is a function or another callable, not {function!r:.80}")
         self._by_name.setdefault(name, []).append(_Registration(function, once))
+        self._hear(name, True)
 
     def remove(self, name: str, function: Listener) -> None:
         """Take back one registration of a listener, the oldest; nothing happens if there is none. O(listeners)."""
@@ -71,6 +78,8 @@ class Listeners:
         for registrations in self._by_name.values():
             for registration in registrations:
                 registration.removed = True
+        for name in self._by_name:
+            self._hear(name, False)
         self._by_name.clear()
 
     async def call(
@@ -112,6 +121,7 @@ class Listeners:
             registrations.remove(registration)
             if not registrations:
                 del self._by_name[name]
+                self._hear(name, False)
 
 
 async def _finish(result: object) -> None:

@@ -25,7 +25,7 @@ import orjson
 
 from ._core import SessionCore, SessionTable, check_user_id, is_plain
 from .autosave import Autosave, Flight, ListenerSaver, Outcome, Saver
-from .clock import Clock
+from .clock import Clock, SystemClock
 from .encoding import Encoding
 from .errors import (
     CageySessionsError,
@@ -145,7 +145,7 @@ class Lifecycle:
         self.table = SessionTable(session_type, self, seed=random.getrandbits(64), stored=store is not None)
         encoding = encoding or Encoding()
         self.sanitizer = Sanitizer(self.table, encoding, self.fingerprint_of, self.report) if options.debug else None
-        self.listeners = Listeners(MANAGER_EVENTS, self.sanitizer)
+        self.listeners = Listeners(MANAGER_EVENTS, self.sanitizer, self.table.hear)
         self.gateway: StoreGateway | None = None
         self.store_saver: StoreSaver | None = None
         saver: Saver
@@ -162,7 +162,7 @@ class Lifecycle:
         self.endings: dict[SessionCore, Ending] = {}
         self.ends_at_work = 0
         self.ends_announcing = 0
-        self.drain: Drain | None = None
+        self._drain: Drain | None = None
         self.end_wanted = asyncio.Event()
         """Set once the end of everybody has begun, or is about to."""
         self.closed = False
@@ -172,6 +172,17 @@ class Lifecycle:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reports: deque[tuple[str, tuple[object, ...]]] = deque()
         self._reporter: asyncio.Task[None] | None = None
+        self.table.attend(
+            now=time.monotonic_ns if type(clock) is SystemClock else clock.now,
+            tick=self.autosave.tick,
+            interval=options.interval // self.autosave.tick if options.interval else 0,
+            arm=self.autosave._arm,
+            waited_for=self._ended,
+            destroyed=EndReason.DESTROYED,
+            user_id_type=options.user_id,
+            stored=store is not None,
+            watched=options.debug,
+        )
 
     # The loop
 
@@ -183,6 +194,7 @@ class Lifecycle:
                 raise WrongLoopError("this manager belongs to another event loop; make one manager for each loop")
             self._loop = loop
             self.table.bind_thread()
+            self.table.bind_loop(loop)
             self.autosave.bind(loop)
             if self.gateway is not None:
                 self.gateway.bind(loop)
@@ -194,6 +206,16 @@ class Lifecycle:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    @property
+    def drain(self) -> Drain | None:
+        """The end of everybody, if it has begun."""
+        return self._drain
+
+    @drain.setter
+    def drain(self, drain: Drain | None) -> None:
+        self._drain = drain
+        self.table.admit(drain is None)
 
     # Events
 
@@ -645,7 +667,7 @@ class Lifecycle:
             self.claims.release_later(session.user_id, epoch)
             return
         try:
-            await self.gateway.ask(self.gateway.store.release, session.user_id, epoch, self.owner)
+            await self.claims.release(session.user_id, epoch)
         except Exception as error:
             self.report(error, session)
             self.claims.release_later(session.user_id, epoch)
@@ -747,6 +769,8 @@ class Lifecycle:
 
     def _let_go(self, session: SessionCore, reason: EndReason) -> None:
         """The very end: the handle is dead from here on."""
+        if session.user_id is not None and self.gateway is not None:
+            self.claims.see_end(session.user_id)
         if session._listeners is not None:
             session._listeners.clear()
         if self.sanitizer is not None:

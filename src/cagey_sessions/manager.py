@@ -11,9 +11,9 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast, overload
 
-from ._core import Counters
+from ._core import Counters, ManagerCore, direct
 from .claims import Claims
 from .clock import Clock, SystemClock
 from .drain import drain
@@ -36,7 +36,8 @@ __all__ = ["SessionManager", "create"]
 AnyListener = TypeVar("AnyListener", bound=Listener)
 
 
-class SessionManager(Generic[T]):
+@direct
+class SessionManager(ManagerCore, Generic[T]):
     """Every human on this server, and the saving of their data: by a store, or by the program's own listeners.
 
     Parameters
@@ -145,6 +146,7 @@ class SessionManager(Generic[T]):
         # fresh at each start, so that nobody takes what an earlier process of the same name has claimed for ours
         owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}"
         self._life = Lifecycle(Session, checked, clock or SystemClock(), store, encoding, owner, spilled)
+        self._attend(self._life.table)
         self._life.claims = claims = Claims(self._life)
         self._replay = Replay(self._life, claims)
         self._life.ownership = self._ownership = Ownership(self._life, encoding, claims, self._replay)
@@ -155,16 +157,10 @@ class SessionManager(Generic[T]):
         self._is_over = False
         self._saves.configured = store is not None or checked.interval is not None or bool(checked.persist_on)
 
-    async def create(self, key: str | None = None, *, replace: bool = False) -> Session[T]:
-        """Make a session, emit ``created`` and return it.
+    if TYPE_CHECKING:
 
-        With `key`, a non-empty `str`, `find_by_key` finds it. A key that a live session has raises `KeyTakenError`;
-        `replace` saves and ends that session first; if it cannot be saved it stays live, and the call raises.
-
-        If a ``created`` listener raises, the session is ended and a `ListenerError` raised. Raises `InvalidKeyError`,
-        `ManagerClosedError`. O(1) amortised.
-        """
-        return cast("Session[T]", await self._life.create(key, replace))
+        async def create(self, key: str | None = None, *, replace: bool = False) -> Session[T]: ...
+        def find_by_key(self, key: str) -> Session[T] | None: ...
 
     async def open(
         self, user_id: int | str, *, default: T | Callable[[], T] = NO_DEFAULT, when_active: str = "join"
@@ -205,10 +201,6 @@ class SessionManager(Generic[T]):
         the user is on another server; `InvalidUserIdError`, `StoreUnavailableError`, `StoreModeError` without a store.
         """
         return await self._ownership.erase(user_id)
-
-    def find_by_key(self, key: str) -> Session[T] | None:
-        """The live session with that key, or None. Raises `InvalidKeyError` for what is not a `str`. O(1)."""
-        return cast("Session[T] | None", self._life.table.find_by_key(key))
 
     def find_by_user(self, user_id: int | str) -> Session[T] | None:
         """The live session of that user, or None. Raises `InvalidUserIdError`. O(1)."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
-from ._core import SessionCore
+from ._core import SessionCore, direct
 from .events import SESSION_EVENTS, Listener, Listeners
 from .lifecycle import Lifecycle
 from .ownership import NO_DEFAULT, Ownership
@@ -25,6 +25,7 @@ else:
 AnyListener = TypeVar("AnyListener", bound=Listener)
 
 
+@direct
 class Session(SessionCore, Generic[T]):
     """One human on this server, from `SessionManager.create` to `destroy`.
 
@@ -40,14 +41,7 @@ class Session(SessionCore, Generic[T]):
         def user_data(self) -> T: ...
         @user_data.setter
         def user_data(self, value: T) -> None: ...
-
-    async def start(self) -> None:
-        """Emit ``started``, on the manager and on the session: the program may begin to talk to this human.
-
-        Raises `ListenerError` with what the listeners raised, `SessionEndedError`.
-        """
-        host: Lifecycle = self._host
-        await host.start(self)
+        async def set_user(self, user_id: int | str, user_data: T) -> None: ...
 
     async def login(
         self, user_id: int | str, *, default: T | Callable[[], T] = NO_DEFAULT, when_active: str = "replace"
@@ -71,20 +65,6 @@ class Session(SessionCore, Generic[T]):
         ownership: Ownership = self._host.ownership
         await ownership.login(self, user_id, default, when_active)
 
-    async def set_user(self, user_id: int | str, user_data: T) -> None:
-        """Without a store: say who this human is and hand over their data. Emits ``identified``.
-
-        `user_data` is kept as it is: change it in place. Call this with data loaded *after* the user's last session
-        has ended, else its last save would be overwritten by something older; that is why a user with a session,
-        live or ending, is refused.
-
-        Raises before anything changes: `InvalidUserIdError`, `InvalidUserDataError`, `AlreadyIdentifiedError`,
-        `UserActiveError` (wait for the end of its ``session``), `SessionEndedError`, `ManagerClosedError`. Raises
-        `ListenerError` with what the listeners raised, and then the user stays set. O(1).
-        """
-        host: Lifecycle = self._host
-        await host.set_user(self, user_id, user_data)
-
     async def persist_now(self) -> Receipt | None:
         """Save the user's data as it is now, and return when that is done: the store's `Receipt`.
 
@@ -102,27 +82,6 @@ class Session(SessionCore, Generic[T]):
         """
         host: Lifecycle = self._host
         return await host.persist(self)
-
-    async def destroy(self, persist: bool | None = None) -> None:
-        """End the session: ``before_destroy``, the last save if `persist` (by default with a store), ``destroy``.
-
-        The session is hidden from its key at once; its user stays taken until the last save is acknowledged, and that
-        save is repeated if the data changed meanwhile (without a store and data that is not JSON: its changes cannot be
-        seen). Calls that come later join the first, and one that asks for a save still gets it as long as the last save
-        has not been passed over. Without `persist` nothing is saved, unless an earlier call has asked for it. After the
-        end the call does nothing. Inside a listener that this end waits for, or in a task that such a listener has
-        started, it cannot wait itself, and returns at once. Cancelling the call stops the waiting, not the end.
-
-        Raises `ListenerError` with what the listeners of the two events raised, and then the session has ended all the
-        same. If the last save fails, raises what it raised (`StoreUnavailableError` with a store, after `save_timeout`;
-        `ListenerError` without); then the session stays hidden, keeps its user, and is tried again until it is saved:
-        call once more to try at once, or with ``persist=False`` to let the data go. Raises `UnsavableError` before
-        anything changes if the data cannot be saved as it is, `NothingSavesError` if nobody would perform the save, and
-        `SessionEndedError` if it is asked for too late. Raises `FencedError` or `UserErasedError` if the session has
-        lost its user meanwhile and ended unsaved.
-        """
-        host: Lifecycle = self._host
-        await host.end(self, persist)
 
     async def wait_ended(self) -> EndReason:
         """Wait until the session has ended; returns why. Raises `WouldDeadlockError` inside a listener of its end."""

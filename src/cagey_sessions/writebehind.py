@@ -15,9 +15,10 @@ import secrets
 import time
 from collections.abc import Callable
 from contextvars import Context
+from functools import partial
 from typing import Protocol
 
-from ._core import Digest, SessionCore, SessionTable
+from ._core import Digest, SaveBatch, SaveBatches, SessionCore, SessionTable
 from .autosave import Autosave, Flight, SaveHost, Worker
 from .clock import Clock, TimerHandle
 from .encoding import Encoding
@@ -44,6 +45,9 @@ _OUTCOMES = frozenset(Outcome)
 
 MOST_ROWS = 200
 MOST_BYTES = 1024 * 1024
+ROWS_AT_ONCE = 32
+BYTES_AT_ONCE = 32 * 1024
+"""After about so much of a batch it is seen whether the loop is to have its turn."""
 MOST_ALONE = 8
 """After how many rows of a batch that fail alone, and none that does not, it is the store and not the rows."""
 MOST_CLAIMS = 2
@@ -146,6 +150,8 @@ class StoreSaver:
         self._host = host
         self.digest_key = secrets.token_bytes(16)
         self.digest = Digest(self.digest_key)
+        self._batches = self._plan_batches()
+        self._batch_is_next = False  # else whoever is asked for
         self._order = random.Random(random.getrandbits(64))
         self._kick: Callable[[], None] = lambda: None
         self._recovering = False
@@ -153,6 +159,22 @@ class StoreSaver:
         self._allowed_at = 0
         self._step_timer: TimerHandle | None = None
         gateway.watch(self._see_chance, self._see_return)
+
+    def _plan_batches(self) -> SaveBatches | None:
+        """How most saves are made; None where there is more to each of them than its bytes."""
+        if self._interval is None or self._before_save is not None or self._sanitizer is not None:
+            return None
+        return SaveBatches(
+            self._table,
+            self.digest,
+            record=Record,
+            verdict=Verdict,
+            saved=(Outcome.SAVED, Outcome.ALREADY),
+            owner=self.owner,
+            schema=self.encoding.schema,
+            dump=self.encoding.dump if self.encoding.converts else None,
+            max_bytes=self.encoding.max_bytes,
+        )
 
     def bind(self, kick: Callable[[], None]) -> None:
         """`kick` is called when there may be more to do."""
@@ -164,6 +186,10 @@ class StoreSaver:
         version, digest = self._table.stored(session)
         if version:
             known.add((version, digest))
+        if self._batches is not None:
+            fixed = self._batches.fixed(session)  # it may be under way in a batch
+            if fixed[0] != version:
+                known.add(fixed)
         return frozenset(known)
 
     def close(self) -> None:
@@ -212,9 +238,76 @@ class StoreSaver:
     # Batches
 
     async def serve(self, autosave: Autosave, worker: Worker) -> bool:
+        batches = self._batches
+        if batches is None or self._recovering or self._gateway.down or not autosave.serves_periodic():
+            return await self._serve_each(autosave, worker)
+        # the two kinds take turns, so that neither starves
+        takes_batch = batches.has_due() and (self._batch_is_next or not self._table.has_due(False))
+        self._batch_is_next = not takes_batch
+        if takes_batch:
+            return await self._serve_batch(batches.batch(), autosave, worker)
+        return await self._serve_each(autosave, worker, periodic=not batches.has_due())
+
+    async def _serve_batch(self, batch: SaveBatch, autosave: Autosave, worker: Worker) -> bool:
+        """Save those whose time has come and who are nothing special, in a batch; the others as `_serve_each` does."""
+        rows: list[_Row] = []
+        hanging: list[_Hanging] = []
+        taken = 0
+
+        def rest() -> list[_Row]:
+            handed = [self._handed_over(batch, *each) for each in autosave.end_batch(batch)]
+            rows.extend(handed)
+            return handed
+
+        try:
+            while taken < MOST_ROWS and batch.size < MOST_BYTES:
+                if taken and autosave.slice_is_spent():
+                    await autosave.slice()
+                number = autosave.take_into(
+                    batch, min(ROWS_AT_ONCE, MOST_ROWS - taken), min(BYTES_AT_ONCE, MOST_BYTES - batch.size)
+                )
+                for odd in autosave.take_odd(batch):
+                    row = _Row(*odd)
+                    rows.append(row)
+                    self._fix(row, autosave)
+                if not number:
+                    break
+                taken += number
+            worker.start()
+            if not taken:
+                return False
+            autosave.employ()
+            others = [row for row in rows if not row.settled]
+            if len(batch) and not self._trouble(hanging):
+                error = await self._call(batch.records, rest, autosave, hanging, batch)
+                if error is not None:
+                    await self._write(rest(), autosave, hanging, tried=error)
+            await self._write([*rest(), *others], autosave, hanging)
+            await self._finish(rows, autosave, hanging)
+        except asyncio.CancelledError:
+            autosave.interrupt()
+            raise
+        finally:
+            self.unchanged += batch.unchanged
+            rows += (_Row(*odd) for odd in autosave.take_odd(batch))
+            rest()
+            self._fail_unsettled(rows, autosave)
+        return True
+
+    def _handed_over(
+        self, batch: SaveBatch, session: SessionCore, version: int, flight: Flight, digest: int, place: int
+    ) -> _Row:
+        row = _Row(session, version, flight)
+        row.record = batch.records[place]
+        if self._table.state(session) != "gone":
+            self._unknown.setdefault(session, set()).add((version, digest))
+        return row
+
+    async def _serve_each(self, autosave: Autosave, worker: Worker, *, periodic: bool = True) -> bool:
+        """Save whoever is due, each looked at alone; without `periodic`, those who are asked for."""
         rows: list[_Row] = []
         try:
-            await self._fill(rows, autosave)
+            await self._fill(rows, autosave, periodic=periodic)
             worker.start()
             if not rows:
                 return False
@@ -226,29 +319,35 @@ class StoreSaver:
             hanging: list[_Hanging] = []
             await self._write(clean, autosave, hanging)
             await self._write_suspects(suspects, autosave, hanging)
-            while unowned := [row for row in rows if row.unowned and not row.settled]:
-                await self._write_reclaimed(unowned, autosave, hanging)
-            for call, late in hanging:
-                await self._outlive(call, late, autosave)
+            await self._finish(rows, autosave, hanging)
         except asyncio.CancelledError:
             autosave.interrupt()
             raise
         finally:
-            for row in rows:
-                if not row.settled:
-                    self._fail(row, autosave, ListenerCancelledError("the event loop was shut down during the save"))
+            self._fail_unsettled(rows, autosave)
         return True
 
-    async def _fill(self, rows: list[_Row], autosave: Autosave) -> None:
+    async def _finish(self, rows: list[_Row], autosave: Autosave, hanging: list[_Hanging]) -> None:
+        while unowned := [row for row in rows if row.unowned and not row.settled]:
+            await self._write_reclaimed(unowned, autosave, hanging)
+        for call, late in hanging:
+            await self._outlive(call, late, autosave)
+
+    def _fail_unsettled(self, rows: list[_Row], autosave: Autosave) -> None:
+        for row in rows:
+            if not row.settled:
+                self._fail(row, autosave, ListenerCancelledError("the event loop was shut down during the save"))
+
+    async def _fill(self, rows: list[_Row], autosave: Autosave, *, periodic: bool) -> None:
         """Take sessions and fix their bytes, until the batch is full or nobody is left."""
         size = 0
         most = 1 if self._gateway.down else MOST_ROWS
         while len(rows) < most and size < MOST_BYTES:
             if rows and autosave.slice_is_spent():
                 await autosave.slice()
-            taken = autosave.take()
+            taken = autosave.take(periodic=periodic)
             if taken is None:
-                if self._recovering and self._allowance >= 1:
+                if self._recovering and not self._table.has_due():
                     self._recovering = False  # nobody is left of those who had to wait
                 break
             row = _Row(*taken)
@@ -356,22 +455,31 @@ class StoreSaver:
             await self._write(part, autosave, hanging, suspects=True)
 
     async def _write(
-        self, rows: list[_Row], autosave: Autosave, hanging: list[_Hanging], *, suspects: bool = False
+        self,
+        rows: list[_Row],
+        autosave: Autosave,
+        hanging: list[_Hanging],
+        *,
+        suspects: bool = False,
+        tried: Exception | None = None,
     ) -> None:
-        """Write rows; where a call fails as a whole, in halves, until the row it fails for is alone."""
+        """Write rows; where a call fails as a whole, in halves, until the row it fails for is alone.
+
+        `tried` is what a call for all of them has raised already.
+        """
         pending = [rows] if rows else []
         alone, any_success = 0, False
         was_down = self._gateway.down  # and that has been said
         while pending:
             part = pending.pop()
-            if hanging:
-                # not behind a call that may never return: another worker takes them
-                self._fail_all(part, autosave, StoreUnavailableError(f"{self._gateway.name} hangs"), report=False)
+            if tried is None and (trouble := self._trouble(hanging)):
+                unavailable = StoreUnavailableError(f"{self._gateway.name} {trouble}")
+                self._fail_all(part, autosave, unavailable, report=False)
                 continue
-            if not self._gateway.may_call():  # it has gone down since these rows were taken
-                self._fail_all(part, autosave, StoreUnavailableError(f"{self._gateway.name} is down"), report=False)
-                continue
-            error = await self._call(part, autosave, hanging)
+            if tried is None:
+                error = await self._call(_records(part), partial(list, part), autosave, hanging)
+            else:
+                error, tried = tried, None
             if error is None:
                 any_success = True
             elif len(part) > 1 and not isinstance(error, StoreUnavailableError):
@@ -389,13 +497,29 @@ class StoreSaver:
                         self._fail_all(others, autosave, error, report=not was_down)
                     return
 
-    async def _call(self, rows: list[_Row], autosave: Autosave, hanging: list[_Hanging]) -> Exception | None:
-        """One call of the store; None once it has been answered and each row settled, or if it hangs."""
-        records = [row.record for row in rows if row.record is not None]
+    def _trouble(self, hanging: list[_Hanging]) -> str:
+        """Why nothing more is sent now, if so."""
+        if hanging:
+            return "hangs"  # not behind a call that may never return: another worker takes them
+        return "" if self._gateway.may_call() else "is down"  # it has gone down since these rows were taken
+
+    async def _call(
+        self,
+        records: list[Record],
+        rows_of: Callable[[], list[_Row]],
+        autosave: Autosave,
+        hanging: list[_Hanging],
+        batch: SaveBatch | None = None,
+    ) -> Exception | None:
+        """One call of the store; None once it has been answered and each row settled, or if it hangs.
+
+        `rows_of` gives the rows of the records; of those of a `batch` only if they are needed.
+        """
         call = self._gateway.write(records)
         try:
             verdicts = await call.answer()
         except CallTimedOutError as error:
+            rows = rows_of()
             if self._gateway.store.fenced:
                 self._fail_all(rows, autosave, error)
                 hanging.append((call, []))
@@ -407,13 +531,19 @@ class StoreSaver:
             return None
         except asyncio.CancelledError:
             # this worker is thrown away, the call is not: its users are not free before it has returned
+            rows = rows_of()
             for row in rows:
                 row.settled = True
             call.task.add_done_callback(lambda _: self._settle_late(call, rows, autosave))
             raise
         except Exception as error:
             return error
-        return self._settle(rows, verdicts, autosave)
+        if batch is not None and isinstance(verdicts, list) and autosave.settle_batch(batch, verdicts):
+            for row in rows_of():
+                assert row.record is not None
+                self._acknowledge(row, autosave, row.record.saved_at)
+            return None
+        return self._settle(rows_of(), verdicts, autosave)
 
     async def _outlive(self, call: Call[list[Verdict]], rows: list[_Row], autosave: Autosave) -> None:
         """A call hangs. It keeps its slot until it returns, and its users too where nothing fences off a late write."""
@@ -595,6 +725,10 @@ class StoreSaver:
             self._refused.pop(session, None)
         if self._unknown:
             self._unknown.pop(session, None)
+
+
+def _records(rows: list[_Row]) -> list[Record]:
+    return [row.record for row in rows if row.record is not None]
 
 
 def is_sound(claim: Claim) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +14,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cagey_sessions import Session, SessionEndedError
+from cagey_sessions import (
+    AlreadyIdentifiedError,
+    InvalidKeyError,
+    InvalidUserIdError,
+    KeyTakenError,
+    Session,
+    SessionEndedError,
+)
 from cagey_sessions._core import DEBUG, OldestFirst, SessionTable
 from model import END_OF_TIME, MOST_WALKS, Model, Person, Refused, Walk
 
@@ -57,6 +67,11 @@ INTERVALS = st.one_of(st.just(0), st.integers(1, 100), DELAYS)
 # a deadline is at so many ticks from now, before or after, or there is none
 DEADLINES = st.one_of(st.none(), DELAYS, st.integers(-5000, 0))
 ANYBODY = st.integers(0, 40)
+AGAIN = st.one_of(st.just(0), st.integers(1, 100), DELAYS.filter(bool))
+DEEDS = st.lists(
+    st.tuples(st.sampled_from(["arm", "move", "cancel", "mark"]), ANYBODY, INTERVALS), min_size=1, max_size=6
+)
+DIGESTS = st.sampled_from([1, 2, 2**64 - 1])
 SOME_USER = st.one_of(st.sampled_from(USERS[:2]), st.sampled_from(USERS))
 SOME_KEY = st.one_of(st.none(), st.sampled_from(KEYS[:3]), st.sampled_from(KEYS))
 
@@ -65,12 +80,72 @@ class Data:
     """User data that is nothing but itself."""
 
 
+class Clingy(Data):
+    """Data that uses the table while it is freed: a visitor comes and goes, and leaves no trace.
+
+    A traceback may keep it until the collector runs, and when that is no history says: so no rule may depend on it.
+    """
+
+    def __init__(self, twins: Twins) -> None:
+        self.twins = twins
+
+    def __del__(self) -> None:
+        twins = self.twins
+        if twins.over or Moody.before is not None:
+            return
+        visitor = twins.table.create()
+        twins.table.begin_end(visitor)
+        twins.table.forget(visitor)
+        twins.model.created += 1
+        twins.model.ended += 1
+
+
+class Unruly(RuntimeError):
+    """What the objects of users raise here."""
+
+
+class Text(str):
+    """A key or an id that raises when it is hashed for the second time, or compared."""
+
+    __slots__ = ("hashed",)
+
+    def __hash__(self) -> int:
+        if getattr(self, "hashed", False):
+            raise Unruly
+        self.hashed = True
+        return str.__hash__(self)
+
+    def __eq__(self, other: object) -> bool:
+        raise Unruly
+
+
+class Moody(Session):
+    """Sessions whose making may run code of the user, and fail."""
+
+    __slots__ = ()
+    before: Callable[[], object] | None = None
+
+    def __new__(cls) -> Any:
+        session = super().__new__(cls)
+        if Moody.before is not None:
+            before, Moody.before = Moody.before, None
+            before()
+        return session
+
+
+def fail() -> None:
+    raise Unruly
+
+
 class Twins:
     """A table and its model: each call goes to both, and both must answer alike."""
 
-    def __init__(self, seed: int, start: int) -> None:
-        self.table = SessionTable(Session, object(), seed=seed)
-        self.model = Model(seed)
+    def __init__(self, seed: int, start: int, stored: bool = False) -> None:
+        self.table = SessionTable(Moody, object(), seed=seed, stored=stored)
+        self.model = Model(seed, stored)
+        self.meddling = 0
+        self.over = False
+        """Its history is: what the collector frees now, in the middle of another one, does nothing."""
         self.now = start
         self.person: dict[Session, Person] = {}
         self.session: dict[Person | None, Session | None] = {None: None}
@@ -90,22 +165,66 @@ class Twins:
                 table()
             assert type(caught.value) in refused.errors
             return False, None
-        answer = table()
+        with self.meddled():
+            answer = table()
         if not isinstance(expected, Person):
             assert answer == expected
         return True, (expected, answer)
+
+    @contextlib.contextmanager
+    def meddled(self) -> Iterator[None]:
+        """If so wished, with visitors who come and go whenever the collector runs, and leave no trace."""
+        visitors = []
+
+        def visit(phase: str, _: object) -> None:
+            if phase == "stop":
+                guests = [self.table.create() for _ in range(self.meddling)]
+                for guest in guests:
+                    self.table.begin_end(guest)
+                    self.table.forget(guest)
+                    visitors.append(1)
+
+        if not self.meddling:
+            yield
+            return
+        thresholds = gc.get_threshold()
+        gc.callbacks.append(visit)
+        gc.set_threshold(1, 1000, 1000)
+        try:
+            yield
+        finally:
+            gc.set_threshold(*thresholds)
+            gc.callbacks.remove(visit)
+            self.meddling = 0
+            self.model.created += len(visitors)
+            self.model.ended += len(visitors)
 
     # The calls
 
     def create(self, key: str | None) -> bool:
         accepted, made = self.agree(lambda: self.model.create(key), lambda: self.table.create(key))
         if accepted:
-            person, session = made
-            assert session not in self.person, "a handle was given twice"
-            self.person[session] = person
-            self.session[person] = session
-            self.live.append(session)
+            self.meet(*made)
         return accepted
+
+    def meet(self, person: Person, session: Session) -> None:
+        assert session not in self.person, "a handle was given twice"
+        self.person[session] = person
+        self.session[person] = session
+        self.live.append(session)
+
+    def create_within_create(self, outer: str | None, inner: str | None) -> None:
+        """The making of a session makes another one, which may take its key: hence the table's answer comes first."""
+        Moody.before = lambda: self.create(inner)
+        try:
+            session = self.table.create(outer)
+        except KeyTakenError:
+            with pytest.raises(Refused):
+                self.model.create(outer)
+        else:
+            self.meet(self.model.create(outer), session)
+        finally:
+            Moody.before = None
 
     def identify(self, session: Session, user_id: int | str, interval: int, user_data: object) -> None:
         self.agree(
@@ -116,12 +235,41 @@ class Twins:
     def ask(self, session: Session) -> None:
         self.agree(lambda: self.model.ask(self.person[session]), lambda: self.table.ask(session))
 
-    def advance(self, now: int, limit: int) -> bool:
+    def mark(self, session: Session, user_data: object = None) -> None:
+        """By hand, or by other data."""
+        person = self.person[session]
+        if user_data is None:
+            self.agree(lambda: self.model.mark_changed(person), session.mark_changed)
+        else:
+            self.agree(lambda: self.model.set_data(person, user_data), lambda: setattr(session, "user_data", user_data))
+
+    def own(self, session: Session, version: int, digest: int, stored: int) -> None:
+        self.agree(
+            lambda: self.model.own(self.person[session], version, digest, stored),
+            lambda: self.table.own(session, 1, version, digest, stored),
+        )
+
+    def fix(self, place: int, digest: int) -> None:
+        """The bytes of a flight, which may be those of another version from now on."""
+        session, version = self.flights[place]
+        accepted, answers = self.agree(
+            lambda: self.model.fix(self.person[session], digest), lambda: self.table.fix(session, digest)
+        )
+        if accepted:
+            self.flights[place] = session, answers[1] or version
+
+    def advance(self, now: int, limit: int, again: int = 0) -> bool:
         """Whether all that was due has been handed out."""
-        walked = self.table.advance(now, limit)
+        skipped_before = self.table.counters.skipped
+        with self.meddled():
+            walked = self.table.advance(now, limit, again)
+        skipped: list[Person] = []
+        if count := self.table.counters.skipped - skipped_before:
+            with self.table.oldest_first(to_the_end=True) as walk:
+                skipped = [self.person[session] for session in walk][-count:]
         armed = [person for person in self.model.people if person.timer is not None]
         moved = {person for person in armed if self.table.state(self.session[person]) != person.state}
-        self.model.advance(now, limit, walked, moved)
+        self.model.advance(now, limit, walked, moved, skipped, again)
         self.walked += walked
         assert self.walked <= MOST_WALKS * self.model.arms
         return walked < limit
@@ -135,7 +283,8 @@ class Twins:
 
     def take(self, periodic: bool) -> None:
         possible = self.model.takeable(periodic)
-        taken = self.table.take(periodic)
+        with self.meddled():
+            taken = self.table.take(periodic)
         if taken is None:
             assert not possible
             return
@@ -170,8 +319,8 @@ class Twins:
 
     def let_go(self, session: Session) -> None:
         """The handle's end, which comes after the row's."""
-        session._end("destroyed")
         self.model.end(self.person[session], "destroyed")
+        session._end("destroyed")
 
     def start_walk(self, identified: bool, to_the_end: bool) -> None:
         walk = self.model.oldest_first(identified, to_the_end)
@@ -181,6 +330,12 @@ class Twins:
         met = next(walks[0], None)
         assert met is self.session[self.model.step(walks[1])], "a walk met somebody else"
         return met is not None
+
+    def stop_walk(self, walks: tuple[OldestFirst, Walk]) -> None:
+        walks[0].close()
+        self.model.close(walks[1])
+        assert next(walks[0], None) is None
+        walks[0].close()
 
     def everything_ends(self) -> None:
         """Wait until all is over: nobody may be stranded in the wheel or in a lane, and the table is empty."""
@@ -210,6 +365,7 @@ class Twins:
         assert counters.in_flight == model.in_flight
         assert counters.due == model.due
         assert counters.saved == model.saved
+        assert counters.skipped == model.skipped
         assert counters.failed == model.failed
         assert len(table) == len(model.people)
         assert table.armed == model.armed
@@ -256,6 +412,15 @@ class Twins:
         assert table.failures(session) == person.failures
         if person.user_id is not None:
             assert table.saved_at(session) == person.saved_at
+        assert table.is_marked(session) == (person.marked or person.acknowledged == 0)
+        if self.model.stored:
+            assert table.stored(session) == (person.acknowledged, person.stored_digest)
+            is_settled = person.version == person.acknowledged != 0
+            for digest in (1, person.digest):
+                assert table.is_current(session, digest) == (is_settled and digest == person.digest)
+                assert table.is_stored(session, person.acknowledged, digest) == (
+                    person.acknowledged != 0 and digest == person.stored_digest
+                )
 
     def compare_gone(self, session: Session) -> None:
         self.compare_handle(session, self.person[session])
@@ -268,6 +433,9 @@ class Machine(RuleBasedStateMachine):
     """What both machines share. Nothing but the rules differs: the more of them, the thinner each is spread."""
 
     twins: Twins
+
+    def teardown(self) -> None:
+        self.twins.over = True
 
     @invariant()
     def both_look_the_same(self) -> None:
@@ -285,10 +453,38 @@ class Machine(RuleBasedStateMachine):
     def move_clock(self, stride: int) -> None:
         self.twins.now = min(self.twins.now + stride, END_OF_TIME - 2)
 
-    @rule(stride=STRIDES, limit=LIMITS)
-    def time_passes(self, stride: int, limit: int) -> None:
+    @rule(stride=STRIDES, limit=LIMITS, again=AGAIN)
+    def time_passes(self, stride: int, limit: int, again: int) -> None:
         self.move_clock(stride)
-        self.twins.advance(self.twins.now, limit)
+        self.twins.advance(self.twins.now, limit, again)
+
+    @rule(stride=STRIDES, limit=st.integers(1, 3), again=AGAIN, deeds=DEEDS)
+    def things_happen_in_a_drain(
+        self, stride: int, limit: int, again: int, deeds: list[tuple[str, int, int | None]]
+    ) -> None:
+        """Rows are armed, moved and cancelled between two calls that stop at their limits."""
+        twins = self.twins
+        self.move_clock(stride)
+        for deed, number, delay in deeds:
+            twins.advance(twins.now, limit, again)
+            if not twins.live:
+                break
+            session = self.pick(number)
+            if deed == "arm":
+                twins.create(None)
+                twins.identify(twins.live[-1], f"drained {len(twins.person)}", delay or 0, Data())
+            elif deed == "move":
+                twins.ask(session)
+                twins.take(False)
+                if twins.flights:
+                    twins.settle(twins.flights.pop(number % len(twins.flights)), True, self.deadline(delay))
+            elif deed == "mark":
+                twins.mark(session)
+            elif len(twins.live) > 1:
+                twins.begin_end(session)
+                twins.forget(session)
+            twins.compare_next_deadline()
+        twins.finish(limit)
 
     @rule(number=ANYBODY, by=st.integers(-1, 1), limit=LIMITS)
     def time_passes_to_a_deadline(self, number: int, by: int, limit: int) -> None:
@@ -308,9 +504,11 @@ class TableMachine(Machine):
     crowds = 0
     steps_left = 25
 
-    @initialize(seed=st.integers(0, 2**64 - 1), start=STARTS, intervals=st.lists(INTERVALS, max_size=8))
-    def begin(self, seed: int, start: int, intervals: list[int]) -> None:
-        self.twins = Twins(seed, start)
+    @initialize(
+        seed=st.integers(0, 2**64 - 1), start=STARTS, intervals=st.lists(INTERVALS, max_size=8), stored=st.booleans()
+    )
+    def begin(self, seed: int, start: int, intervals: list[int], stored: bool) -> None:
+        self.twins = Twins(seed, start, stored)
         for number, interval in enumerate(intervals):
             self.twins.create(None)
             self.twins.identify(self.twins.live[-1], f"early {number}", interval, Data())
@@ -351,9 +549,67 @@ class TableMachine(Machine):
         """The engine's clock does not wait for it to advance the wheel."""
         self.move_clock(stride)
 
-    @rule(back=st.integers(1, 10_000), limit=LIMITS)
-    def the_clock_goes_back(self, back: int, limit: int) -> None:
-        self.twins.advance(max(self.twins.now - back, 0), limit)
+    @rule(back=st.integers(1, 10_000), limit=LIMITS, again=AGAIN)
+    def the_clock_goes_back(self, back: int, limit: int, again: int) -> None:
+        self.twins.advance(max(self.twins.now - back, 0), limit, again)
+
+    @precondition(Machine.some_live)
+    @rule(number=ANYBODY, how=st.sampled_from(["mark", "data", "clingy"]))
+    def mark(self, number: int, how: str) -> None:
+        data = {"mark": None, "data": Data(), "clingy": Clingy(self.twins)}[how]
+        self.twins.mark(self.pick(number), data)
+
+    @precondition(lambda self: self.twins.model.stored and self.twins.live)
+    @rule(number=ANYBODY, version=st.integers(1, 3), digest=DIGESTS, stored=DIGESTS)
+    def load(self, number: int, version: int, digest: int, stored: int) -> None:
+        """What is loaded belongs to a user nobody has saved."""
+        session = self.pick(number)
+        if self.twins.table.state(session) in ("none", "idle") and self.twins.person[session].version == 0:
+            self.twins.own(session, version, digest, stored)
+
+    @precondition(lambda self: self.twins.model.stored and self.twins.flights)
+    @rule(number=ANYBODY, digest=DIGESTS)
+    def fix(self, number: int, digest: int) -> None:
+        self.twins.fix(number % len(self.twins.flights), digest)
+
+    @precondition(lambda self: self.twins.model.stored and self.twins.live)
+    @rule(number=ANYBODY, digest=DIGESTS, meanwhile=st.booleans(), success=st.booleans() | st.just(True))
+    def save(self, number: int, digest: int, meanwhile: bool, success: bool) -> None:
+        """From the wish to the answer, after which the user may be passed over: if no change came in between."""
+        self.twins.ask(self.pick(number))
+        self.twins.take(False)
+        if self.twins.flights:
+            self.twins.fix(-1, digest)
+            if meanwhile:
+                self.twins.mark(self.twins.flights[-1][0])
+            self.twins.settle(self.twins.flights.pop(), success, self.deadline(10))
+
+    @rule(visitors=st.sampled_from([1, 1, 3, 70]))
+    def somebody_meddles(self, visitors: int) -> None:
+        """Visitors come and go in the middle of the next call, if the collector runs there."""
+        self.twins.meddling = visitors
+
+    @rule(outer=SOME_KEY, inner=SOME_KEY)
+    def create_within_create(self, outer: str | None, inner: str | None) -> None:
+        self.twins.create_within_create(outer, inner)
+
+    @rule(key=SOME_KEY)
+    def create_fails(self, key: str | None) -> None:
+        Moody.before = fail
+        with pytest.raises((Unruly, KeyTakenError)):
+            self.twins.table.create(key)
+        Moody.before = None
+
+    @rule(number=ANYBODY, text=st.sampled_from(KEYS[:3]))
+    def objects_of_users_raise(self, number: int, text: str) -> None:
+        """Nobody looks at such keys and ids."""
+        table = self.twins.table
+        for call in (table.create, table.find_by_key, table.find_by_user):
+            with pytest.raises((InvalidKeyError, InvalidUserIdError)):
+                call(Text(text))
+        if self.twins.live:
+            with pytest.raises((InvalidUserIdError, SessionEndedError, AlreadyIdentifiedError)):
+                table.identify(self.pick(number), Text(text), Data(), self.twins.now, 5)
 
     @rule(periodic=st.booleans() | st.just(True), times=st.integers(1, 4))
     def take(self, periodic: bool, times: int) -> None:
@@ -420,11 +676,9 @@ class TableMachine(Machine):
     @rule(number=ANYBODY, close=st.booleans() | st.just(True))
     def stop_walking(self, number: int, close: bool) -> None:
         """By `close`, or by forgetting the walk, marks and all."""
-        walk, _ = self.twins.walks.pop(number % len(self.twins.walks))
+        walk = self.twins.walks.pop(number % len(self.twins.walks))
         if close:
-            walk.close()
-            assert next(walk, None) is None
-            walk.close()
+            self.twins.stop_walk(walk)
 
     @precondition(lambda self: self.steps_left == 0)
     @rule()
@@ -531,3 +785,8 @@ def test_case_57_a_thousand_sessions_in_random_interleaving():
     twins.compare()
     twins.everything_ends()
     twins.compare()
+
+
+def test_the_nightly_profile_takes_a_hundred_thousand_steps():
+    nightly = settings.get_profile("nightly")
+    assert nightly.max_examples * nightly.stateful_step_count >= 10**5 or "CAGEY_TEST_EXAMPLES" in os.environ

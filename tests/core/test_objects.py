@@ -13,6 +13,7 @@ import os
 import pickle
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import threading
 import weakref
@@ -35,7 +36,7 @@ from cagey_sessions import (
     UserActiveError,
     WrongLoopError,
 )
-from cagey_sessions._core import SessionCore, SessionTable, check_key, check_user_id
+from cagey_sessions._core import DEBUG, SessionCore, SessionTable, check_key, check_user_id, living
 
 
 @pytest.fixture
@@ -55,10 +56,11 @@ def identified(table: SessionTable, user_id: int | str = 1, data: object = None,
 
 
 PRELUDE = """
-import asyncio, gc, os, sys, threading, weakref
+import asyncio, gc, logging, os, sys, threading, weakref
 from cagey_sessions import *
 from cagey_sessions._core import DEBUG, SessionCore, SessionTable
 
+logging.getLogger("asyncio").setLevel("ERROR")  # a slow machine is no fault
 MANY = 100 if DEBUG else 5000  # enough to move the rows in memory; a debug build looks at each after every call
 """
 
@@ -251,6 +253,12 @@ def test_counters_and_identity_are_read_only():
                 setattr(thing, name, 1)
     with pytest.raises(AttributeError):
         session.extra = 1
+
+
+@pytest.mark.skipif(sys.maxsize < 2**32, reason="pointers of 32 bits")
+def test_a_session_takes_80_bytes_and_the_collectors_16():
+    """A field more, or a `cdef` method, takes 16 bytes more for everybody who is there."""
+    assert Session.__basicsize__ == SessionCore.__basicsize__ == 80
 
 
 # A raw object
@@ -478,6 +486,53 @@ def test_a_collection_in_the_middle_of_a_call_does_not_disturb_it():
             print(name, alone, trapped)
     """
     assert python(script) == ""
+
+
+def test_sessions_made_while_a_session_is_made_meet_a_whole_table():
+    """By its class, or by a collection on the way: no row is on no list while code of others runs."""
+
+    class Nested(Session):
+        def __new__(cls) -> Any:
+            if depth and depth.pop():
+                table.create("inner")
+                assert table._check() is DEBUG
+            return super().__new__(cls)
+
+    depth = [True]
+    table = SessionTable(Nested, None)
+    outer = table.create("outer")
+    assert table.find_by_key("outer") is outer
+    assert len(table) == 2
+    depth.append(True)
+    with pytest.raises(KeyTakenError):
+        table.create("inner")
+    assert table._check() is DEBUG
+
+
+def test_a_walk_that_makes_room_lets_others_meet_a_whole_table():
+    """The second mark may find no free row; making room allocates, and up to Python 3.11 that may run finalizers."""
+    table = SessionTable(Session, None)
+    for _ in range(63):
+        table.create()
+    seen = []
+    no_free_lists = [[number] for number in range(200)]
+
+    def look(phase: str, _: object) -> None:
+        seen.append(table._check())
+
+    thresholds = gc.get_threshold()
+    gc.collect()
+    gc.callbacks.append(look)
+    gc.set_threshold(1)
+    try:
+        walk = table.oldest_first(False)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(look)
+    assert all(each is DEBUG for each in seen)
+    assert len(list(walk)) == 63
+    walk.close()
+    assert no_free_lists
 
 
 def test_saved_at_of_a_newcomer_is_not_that_of_whoever_had_the_row_before():
@@ -1025,3 +1080,89 @@ def test_a_forked_child_is_refused_and_the_parent_is_not():
     print(table.find_by_key("key") is session, table.advance(10, 10) > 0, table.take() == (session, 1))
     """
     assert python(script) == "0\nTrue True True\n"
+
+
+def test_case_78_a_session_made_on_one_thread_is_not_moved_on_by_another():
+    """Nor corrupted: whatever the other one tries is refused, and this one goes on."""
+    table = SessionTable(Session, None)
+    session = identified(table)
+    table.bind_thread()
+    for call in (lambda: table.advance(10, 10), table.take, lambda: table.begin_end(session), table.create):
+        assert type(elsewhere(call)) is WrongLoopError
+    assert table.advance(10, 10) > 0
+    assert table.take() == (session, 1)
+
+
+def test_case_78_a_second_interpreter_hears_that_there_is_one_core_in_a_process():
+    script = """
+    try:
+        import _interpreters as interpreters
+    except ImportError:
+        import _xxsubinterpreters as interpreters
+    other = interpreters.create()
+    try:
+        said = interpreters.run_string(other, "import cagey_sessions")
+    except Exception as error:
+        said = error
+    interpreters.destroy(other)
+    print("core of cagey-sessions cannot be loaded" in str(said), len(SessionTable(Session, None)))
+    """
+    assert python(script) == "True 0\n"
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a lock anyway")
+def test_case_78_a_free_threaded_python_gets_its_lock_back():
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, cagey_sessions; print(sys._is_gil_enabled())"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == "True\n"
+    assert "global interpreter lock" in done.stderr
+
+
+# Counting
+
+
+@pytest.mark.skipif(not DEBUG, reason="a release build counts nothing")
+def test_the_objects_of_the_core_are_counted_from_allocation_to_release():
+    """Those of a subclass too, raw ones, those whose construction fails, and those that come back once."""
+    before = living()
+
+    class Phoenix(Session):
+        def __del__(self) -> None:
+            ashes.append(self)
+
+    def more() -> tuple[int, ...]:
+        return tuple(count - before[name] for name, count in living().items())
+
+    ashes: list[Any] = []
+    table = SessionTable(Phoenix, None)
+    session = table.create()
+    walk = table.oldest_first()
+    raw = SessionCore.__new__(SessionCore)
+    assert list(before) == ["SessionCore", "SessionTable", "Counters", "OldestFirst"]
+    assert more() == (2, 1, 1, 1)
+    with pytest.raises(UsageError):
+        SessionTable(int, None)  # type: ignore[arg-type]
+    table.begin_end(session)
+    table.forget(session)
+    del session, raw
+    gc.collect()
+    assert more() == (1, 1, 1, 1)
+    ashes.clear()
+    del walk
+    assert more() == (0, 1, 1, 0)
+    counters = table.counters
+    del table
+    gc.collect()
+    assert more() == (0, 0, 1, 0)
+    del counters
+    assert more() == (0, 0, 0, 0)
+
+
+@pytest.mark.skipif(DEBUG, reason="a debug build counts")
+def test_a_release_build_counts_nothing():
+    assert living() == {}

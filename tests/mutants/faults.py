@@ -13,6 +13,7 @@ __all__ = ["FAULTS", "Fault"]
 CORE = ("tests/core",)
 USERS = ("tests/test_store_users.py", "tests/test_store_failures.py")
 SAVING = ("tests/test_store_regressions_saving.py", "tests/test_store_failures.py", "tests/test_store_numbers.py")
+BATCHES = ("tests/core/test_batch.py", *SAVING)
 ENDING = ("tests/test_cases_ending.py", "tests/test_cases_saving.py", "tests/test_manager_machine.py")
 
 
@@ -110,10 +111,11 @@ FAULTS = [
     Fault(
         "live data goes to the store",
         "writebehind.py",
-        "        records = [row.record for row in rows if row.record is not None]\n        call =",
+        "        call = self._gateway.write(records)\n",
         "        import asyncio as later; await later.sleep(0)\n"
-        "        records = [row.record._replace(body=self.encoding.dump(row.session.user_data))\n"
-        "                   for row in rows if row.record is not None]\n        call =",
+        "        live = self._table.active_session\n"
+        "        records = [record._replace(body=self.encoding.dump(live(record.user_id).user_data))\n"
+        "                   for record in records]\n        call = self._gateway.write(records)\n",
         SAVING,
     ),
     Fault(
@@ -130,24 +132,61 @@ FAULTS = [
         "elif len(part) > 999 and not isinstance(error, StoreUnavailableError):",
         SAVING,
     ),
+    # batches in the core
+    Fault(
+        "a batch counts as saved whatever the verdicts",
+        "core/batch.pxi",
+        "            if type(verdict) is not self.plan.verdict or not verdict or not self.is_saved(verdict):\n"
+        "                return None\n",
+        "            pass\n",
+        BATCHES,
+    ),
+    Fault(
+        "a batch takes whose save has failed",
+        "core/batch.pxi",
+        "            if slot == PERIODIC or table.rows[slot].failures != 0:\n",
+        "            if slot == PERIODIC:\n",
+        BATCHES,
+    ),
+    Fault(
+        "a batch drops the wish of who asked meanwhile",
+        "core/batch.pxi",
+        "            elif table.rows[slot].state != SAVING or (watched and session in watched):\n",
+        "            elif table.rows[slot].state != SAVING:\n",
+        BATCHES,
+    ),
+    Fault(
+        "a batch acknowledges the bytes of now",
+        "core/batch.pxi",
+        "            table.copies[slot].stored = table.copies[slot].digest\n            row.acknowledged = row.version\n",
+        "            row.acknowledged = row.version\n        row.marks = 0\n",
+        BATCHES,
+    ),
+    Fault(
+        "a batch passes over whoever cannot be encoded",
+        "core/batch.pxi",
+        "            except Exception:\n                continue\n",
+        "            except Exception:\n                self.odd_ones.pop()\n                continue\n",
+        BATCHES,
+    ),
     # versions and states
     Fault(
         "a retry gets a new version",
-        "core/table.pxi",
+        "core/lanes.pxi",
         "if row.version == 0 or self.copies[slot].digest != digest:",
         "if row.version == 0 or self.copies[slot].digest != digest or row.version != row.acknowledged:",
         CORE,
     ),
     Fault(
         "the digest of a failed save counts as stored",
-        "core/table.pxi",
+        "core/lanes.pxi",
         "        elif row.version == row.acknowledged:\n            return 0\n        return row.version",
         "        else:\n            return 0\n        return row.version",
         CORE,
     ),
     Fault(
         "the acknowledged version moves on failure",
-        "core/table.pxi",
+        "core/lanes.pxi",
         "        if row.failures < 255:\n            row.failures += 1\n",
         "        row.acknowledged = version\n        if row.failures < 255:\n            row.failures += 1\n",
         CORE,
@@ -198,7 +237,7 @@ FAULTS = [
     ),
     Fault(
         "one lane starves the others",
-        "core/table.pxi",
+        "core/lanes.pxi",
         "        self.served_last = lane\n",
         "",
         CORE,
@@ -206,8 +245,8 @@ FAULTS = [
     Fault(
         "a taken key is overwritten",
         "core/table.pxi",
-        "if key is not None and self.by_key.setdefault(key, session) is not session:",
-        "if key is not None and self.by_key.update({key: session}) is not None:",
+        "            if self.key_slot_hashed(<PyObject*> key, hash):\n",
+        "            if self.key_slot_hashed(<PyObject*> key, hash) > 0xFFFFFFF0u:\n",
         (*CORE, *ENDING),
     ),
     Fault(
@@ -220,20 +259,20 @@ FAULTS = [
     Fault(
         "the user of an ended session stays taken",
         "core/table.pxi",
-        "            if self.by_user.get(session.user_id) is session:\n                del self.by_user[session.user_id]\n",
+        "            index_remove(&self.by_user, self.hash_of_user(session.user_id), slot)\n",
         "",
         CORE,
     ),
     Fault(
         "a mark is a flag: one that is set during a save is forgotten",
-        "core/table.pxi",
+        "core/lanes.pxi",
         "        row.marks &= MARKED\n",
         "        row.marks = 0\n",
         ("tests/test_tracking.py",),
     ),
     Fault(
         "a save that has failed forgets the mark",
-        "core/table.pxi",
+        "core/lanes.pxi",
         "        row.marks = MARKED\n        if row.failures < 255:\n",
         "        row.marks &= MARKED\n        if row.failures < 255:\n",
         ("tests/test_tracking.py",),
@@ -284,9 +323,30 @@ FAULTS = [
     Fault(
         "unfenced release",
         "stores/memory.py",
-        "        if row is None or row.epoch != epoch or row.owner != owner:\n            return False\n        row.owner",
-        "        if row is None:\n            return False\n        row.owner",
+        "        if row is None or row.epoch != epoch or row.owner != owner:\n            return False\n        row.rel",
+        "        if row is None:\n            return False\n        row.rel",
         ("tests/stores",),
+    ),
+    Fault(
+        "a released row takes anybody's repeat",
+        "stores/memory.py",
+        "or record.owner != row.claimant:",
+        "or (row.owner and row.owner != record.owner):",
+        ("tests/stores",),
+    ),
+    Fault(
+        "a release that was refused is believed",
+        "claims.py",
+        " and store.shared:\n            self.release_later(user_id, epoch)\n",
+        " and False:\n            self.release_later(user_id, epoch)\n",
+        ("tests/simulation/test_found.py",),
+    ),
+    Fault(
+        "the rate after an outage has no end",
+        "writebehind.py",
+        "if self._recovering and not self._table.has_due():",
+        "if self._recovering and self._allowance >= 1:",
+        ("tests/simulation/test_found.py",),
     ),
     # users
     Fault(
@@ -344,8 +404,8 @@ FAULTS = [
     Fault(
         "a claim that had no answer is forgotten",
         "claims.py",
-        "        if not self._gateway.store.shared:\n            return\n        now =",
-        "        return\n        now =",
+        "        if self._gateway.store.shared:\n            self._look_after(user_ids)\n",
+        "",
         USERS,
     ),
     # the store
@@ -387,9 +447,9 @@ FAULTS = [
     Fault(
         "work goes on at a store that has gone down meanwhile",
         "writebehind.py",
-        "            if not self._gateway.may_call():  # it has gone down since these rows were taken\n",
-        "            if False:\n",
-        SAVING,
+        'return "" if self._gateway.may_call() else "is down"',
+        'return ""',
+        ("tests/simulation/test_found.py",),
     ),
     # files and signals
     Fault(

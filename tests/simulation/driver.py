@@ -118,6 +118,10 @@ class Run:
         self.laws.watch(server)
         self.begin(server, server.manager.__aenter__)
 
+    def owners(self) -> set[str]:
+        """The names of the servers there are."""
+        return {server.manager._life.owner for server in self.servers if server is not None}
+
     def faults(self) -> list[Faults]:
         return [self.database.faults, *(server.store.faults for server in self.servers if server is not None)]
 

@@ -6,6 +6,7 @@ They are looked at from outside: what the servers send, what the database carrie
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from cagey_sessions import SessionEndedError
@@ -38,8 +39,6 @@ class Laws:
         self.granted: set[tuple[str, int | str, int]] = set()
         self.vanished: dict[int | str, float] = {}
         """When a row was last erased or lost."""
-        self.ever_lost: set[int | str] = set()
-        """Users whose epochs have begun at 1 again, so that an epoch may be granted twice."""
         self.unaware: set[tuple[str, int | str]] = set()
         """Owners whose user's row was lost, until they write it again: before that they cannot know."""
         self.has_dropped: dict[int | str, list[Server]] = {}
@@ -56,13 +55,14 @@ class Laws:
         """Look at each call a server makes."""
         store = server.store
         life = server.manager._life
-        save_many = store.save_many
+        save_many, abort = store.save_many, store.abort
         in_flight: dict[int | str, Any] = {}
+        users_of: dict[Any, list[int | str]] = {}
         open_calls = [0]
 
         async def checked(records: Any) -> Any:
             records = list(records)
-            users = [record.user_id for record in records]
+            users = users_of[asyncio.current_task()] = [record.user_id for record in records]
             self.look_at_losses()
             try:
                 assert len(set(users)) == len(users), "I1: a user is twice in a batch"
@@ -82,9 +82,27 @@ class Laws:
                 return await save_many(records)
             finally:
                 open_calls[0] -= 1
-                for user_id in users:
+                for user_id in users_of.pop(asyncio.current_task(), ()):
                     in_flight.pop(user_id, None)
 
+        def given_up(call: Any) -> None:
+            if store.fenced:  # its users may be saved again before it has returned
+                for user_id in users_of.pop(call, ()):
+                    in_flight.pop(user_id, None)
+            abort(call)
+
+        release = store.release
+
+        async def released(user_id: int | str, epoch: int, owner: str) -> bool:
+            was_released = await release(user_id, epoch, owner)
+            session = life.table.active_session(user_id)
+            is_live = session is not None and not life.table.is_ending(session)
+            if was_released and is_live and life.table.epoch(session) == epoch:
+                self.broken.append(f"I14: user {user_id!r} was let go of while a session has them")
+            return was_released
+
+        store.release = released  # type: ignore[method-assign]
+        store.abort = given_up  # type: ignore[method-assign]
         store.save_many = checked  # type: ignore[method-assign]
         gateway = life.gateway
         start = gateway.start
@@ -108,7 +126,7 @@ class Laws:
             claim = (record.owner, record.user_id, record.epoch)
             assert claim in self.granted, "I8: a save for a user who was never loaded under this epoch"
         last = self.sent.get((record.owner, record.user_id))
-        if last is not None and last.epoch == record.epoch and record.user_id not in self.ever_lost:
+        if last is not None and last.epoch == record.epoch:
             assert record.version >= last.version, "I1: versions reach the store in rising order"
             assert record.version > last.version or record.body == last.body, "I1: a version stands for other bytes"
         self.sent[record.owner, record.user_id] = record
@@ -123,6 +141,7 @@ class Laws:
                 if claim.granted:
                     owner = self.database.owner_of(claim.user_id)
                     self.granted.add((owner, claim.user_id, claim.epoch))
+                    self.sent.pop((owner, claim.user_id), None)
                     self.unaware.discard((owner, claim.user_id))
         now = self.run.universe.seconds
         for user_id in [user_id for when, user_id in self.database.erased if when == now]:
@@ -149,6 +168,8 @@ class Laws:
             if applied.verdict.outcome != Outcome.SAVED:
                 continue
             record = applied.record
+            if not self.run.settings["fenced"] and record.owner not in self.run.owners():
+                continue  # nothing fences off what a process that was killed had sent
             self.unaware.discard((record.owner, record.user_id))
             n = record.value()["n"]
             epoch, owner, version, before = self.latest.get(record.user_id, (0, record.owner, 0, 0))
@@ -171,7 +192,8 @@ class Laws:
 
     def see_patience(self, name: str, seconds: float) -> None:
         """A store that does not answer makes nobody wait for longer than the settings say."""
-        if seconds > self.run.settings["save_timeout"] + LITTLE:
+        calls = 2 if name == "destroy" else 1  # a user whose save was refused is let go of by a call of its own
+        if seconds > calls * self.run.settings["save_timeout"] + LITTLE:
             self.broken.append(f"I3: {name} has taken {seconds:.2f} s")
 
     def see_end(self, session: Any) -> None:
@@ -197,7 +219,6 @@ class Laws:
         while self.database.lost:
             _, user_id = self.database.lost.pop()
             self.vanish(user_id)
-            self.ever_lost.add(user_id)
             for server in self.run.servers:
                 if server is not None and server.manager._life.table.active_session(user_id) is not None:
                     self.unaware.add((server.store.owner, user_id))
@@ -255,8 +276,6 @@ class Laws:
             oldest, limit = statistics.oldest_unsaved, self.run.settings["interval"] + TICK_AND_SAVE
             assert statistics.unsavable or oldest is None or oldest <= limit, f"I12: unsaved for {oldest} s"
             for session in self.run.sessions(server):
-                if session.user_id in self.ever_lost:
-                    continue  # another server may have the same epoch of the new row
                 stored = self.database.stored(session.user_id)
                 assert stored is not None, "I2"
                 assert stored["n"] == session.user_data["n"], "I2: a change was never saved"
@@ -273,7 +292,7 @@ class Laws:
         self.check()
         for user_id in self.run.users:
             stored = self.database.stored(user_id)
-            if user_id in wanted and user_id not in self.ever_lost:
+            if user_id in wanted:
                 assert stored is not None, "I3"
                 assert stored["n"] >= wanted[user_id], f"I3: user {user_id!r}: the last save is not the last state"
             owner = self.database.owner_of(user_id)

@@ -311,6 +311,17 @@ class StoreConformance:
             assert await save(store, record(epoch=epoch, owner="b", release=True)) == [FENCED]
             assert await save(store, record(version=2, epoch=epoch)) == [SAVED]
 
+    async def test_another_owners_repeat_is_not_already_there_when_the_row_is_released(self, make):
+        """It was never written. Under its epoch may be somebody else's bytes, if the engine has lost the row before."""
+        async with opened(make()) as store:
+            epoch = (await claim(store)).epoch
+            last = record(epoch=epoch, version=2, release=True)
+            assert await save(store, last) == [SAVED]
+            for version in (1, 2, 3):
+                assert await save(store, record(epoch=epoch, owner="b", version=version)) == [FENCED]
+            assert await save(store, last) == [ALREADY]
+            assert (await store.load(1)).owner == ""
+
     async def test_a_repeat_is_already_there_and_changes_nothing(self, make):
         async with opened(make()) as store:
             epoch = (await claim(store)).epoch
@@ -644,6 +655,21 @@ class StoreConformance:
                 await store.load(1)
             assert await save(store, record(version=2, epoch=epoch)) == [SAVED]
 
+    async def test_the_holder_of_a_user_is_told_and_claims_nothing(self, make):
+        async with opened(make()) as store:
+            assert await store.holder(1) == ("", 0)
+            epoch = (await claim(store)).epoch
+            if store.shared:
+                assert await store.holder(1) == ("a", epoch), "also of a user who was never saved"
+            assert await save(store, record(epoch=epoch)) == [SAVED]
+            assert await store.holder(1) == ("a", epoch)
+            assert await store.holder("1") == ("", 0)
+            assert await store.release(1, epoch, "a")
+            assert await store.holder(1) == ("", epoch)
+            assert (await claim(store)).epoch == epoch + 1
+            assert await store.erase(1, "a")
+            assert (await store.holder(1))[0] == ""
+
     async def test_scan_gives_everybody_with_a_body_once_while_saves_go_on(self, make):
         async with opened(make()) as store:
             users = list(range(1200))
@@ -760,10 +786,15 @@ class Row:
     """What the contract says about one user. `forgotten`: the store may have kept a row, or not."""
 
     epoch: int = 0
-    owner: str = ""
+    claimant: str = ""
+    released: bool = True
     kept: Record | None = None
     erased: bool = False
     forgotten: bool = True
+
+    @property
+    def owner(self) -> str:
+        return "" if self.released else self.claimant
 
     @property
     def version(self) -> int:
@@ -778,19 +809,15 @@ class Row:
             return {ERASED}
         if self.forgotten:
             return {MISSING} if self.epoch == 0 else NOT_THERE
-        if record.epoch != self.epoch:
+        if (record.epoch, record.owner) != (self.epoch, self.claimant):
             return {FENCED}
-        if self.owner:
-            if record.owner != self.owner:
+        if record.version > self.version:
+            if self.released:
                 return {FENCED}
-            if record.version > self.version:
-                self.kept = record
-                self.owner = "" if record.release else self.owner
-                return {SAVED}
-            if record.version == self.version and record.release:
-                self.owner = ""
-            return {ALREADY}
-        return {FENCED} if record.version > self.version else {ALREADY}
+            self.kept = record
+        if record.version == self.version and record.release:
+            self.released = True
+        return {SAVED} if record is self.kept else {ALREADY}
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -834,7 +861,8 @@ class StoreMachine(RuleBasedStateMachine):
                 continue
             assert answer.granted
             assert answer.epoch > row.epoch if row.forgotten else answer.epoch == row.epoch + 1
-            row.epoch, row.owner, row.erased, row.forgotten = answer.epoch, owner, False, False
+            row.epoch, row.claimant, row.released = answer.epoch, owner, False
+            row.erased = row.forgotten = False
             assert answer.record == row.as_stored()
 
     @rule(
@@ -857,7 +885,14 @@ class StoreMachine(RuleBasedStateMachine):
             epoch, version = max(row.epoch + by_epoch, 1), max(row.version + by_version, 1)
             body = b'{"epoch":%d,"version":%d}' % (epoch, version)
             made = Record(
-                user_id, epoch, (row.owner or "a") if owner == "its" else owner, version, 2, body, version / 4, release
+                user_id,
+                epoch,
+                (row.claimant or "a") if owner == "its" else owner,
+                version,
+                2,
+                body,
+                version / 4,
+                release,
             )
             # one version is one write: the same bytes, the same release
             order.append(records.setdefault(((type(user_id), user_id), epoch, version), made))
@@ -877,11 +912,11 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(user_id=st.sampled_from(USERS), by=st.sampled_from([0, 0, 0, -1, 1]), owner=st.sampled_from(["its", *OWNERS]))
     def release(self, user_id: int | str, by: int, owner: str) -> None:
         row = self.row(user_id)
-        owner = (row.owner or "a") if owner == "its" else owner
+        owner = (row.claimant or "a") if owner == "its" else owner
         was_its = not row.forgotten and row.owner == owner and by == 0
         assert self.runner.run(self.store.release(user_id, row.epoch + by, owner)) is was_its
         if was_its:
-            row.owner = ""
+            row.released = True
             row.forgotten = row.kept is None
 
     @rule(user_id=st.sampled_from(USERS), owner=st.sampled_from(["", *OWNERS]))
@@ -894,13 +929,13 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.runner.run(self.store.erase(user_id, owner)) is (row.kept is not None)
         if not row.forgotten:
             row.epoch += 1
-            row.owner, row.kept, row.erased = "", None, True
+            row.released, row.kept, row.erased = True, None, True
         elif row.epoch:
             # a store that has kept the row now has a tombstone: a claim tells them apart, and both are new
             again = self.runner.run(self.store.claim_many([user_id], "a"))[0]
             assert again.granted
             assert again.epoch > row.epoch
-            row.epoch, row.owner, row.forgotten = again.epoch, "a", False
+            row.epoch, row.claimant, row.released, row.forgotten = again.epoch, "a", False, False
 
     @precondition(lambda self: self.store.shared)
     @rule(owner=st.sampled_from(OWNERS[:2]))

@@ -30,19 +30,21 @@ cdef class OldestFirst:
         self.table = table
         self.here = table.allocate()
         self.end = age_list
-        if not to_the_end:
-            try:
-                self.end = table.allocate()
-            except BaseException:
-                table.release(self.here)
-                raise
-            table.age_append(age_list, self.end)
-            table.walks += 1
         cdef uint32_t oldest = table.rows[age_list].newer
         table.rows[self.here].older = age_list
         table.rows[self.here].newer = oldest
         table.rows[oldest].older = self.here
         table.rows[age_list].newer = self.here
+        if not to_the_end:
+            # with the first mark in its place: making room may run anything
+            try:
+                self.end = table.allocate()
+            except BaseException:
+                table.age_remove(self.here)
+                table.release(self.here)
+                raise
+            table.age_append(age_list, self.end)
+            table.walks += 1
 
     def __iter__(self):
         return self

@@ -1,13 +1,34 @@
-# What must be true of a table at any time.
+# What must be true of a table at any time, and how many objects of the core there are.
 #
-# What lives here: `check_table`, which verifies every structure against every other one. What must not: repairs. Debug
-# builds run it after every operation; in release builds nobody calls it.
+# What lives here: `check_everything`, which verifies every structure against every other one, and `living`, which says
+# how many objects of each type exist. What must not: repairs, and anything that a release build would pay for: there
+# nobody calls the one, and the other has nothing to count with.
 #
-# Cost: O(capacity).
+# Invariants
+#   - Debug builds look after every operation; at a table of more than 2,048 rows only after every n-th, n in proportion
+#     to the rows, so that tests with thousands of users come to an end.
+#   - An object is counted from its allocation to its release, also if its construction fails in between.
+#
+# Cost: a look O(capacity), and so bounded per operation; `living` O(1).
+
+cdef enum:
+    ALWAYS_CHECKED = 2048   # rows
+
+cdef uint64_t checks_wanted = 0
+
 
 cdef int check_table(SessionTable table) except -1:
+    """After an operation: a look at everything, or in a large table every so often."""
+    global checks_wanted
+    checks_wanted += 1
+    if table.capacity > ALWAYS_CHECKED and checks_wanted % (table.capacity // (ALWAYS_CHECKED // 2)):
+        return 0
+    return check_everything(table)
+
+
+cdef int check_everything(SessionTable table) except -1:
     cdef uint32_t slot, after, bucket, level, lane
-    cdef uint64_t start, span, in_wheel = 0, in_lanes = 0, in_flight = 0, live = 0, identified = 0, free = 0
+    cdef uint64_t start, span, in_wheel = 0, in_lanes = 0, in_flight = 0, live = 0, keyed = 0, identified = 0, free = 0
     cdef set seen = set()
     for bucket in range(<uint32_t> FIRST_SLOT):
         slot = table.rows[bucket].next
@@ -47,30 +68,107 @@ cdef int check_table(SessionTable table) except -1:
             slot = table.rows[slot].newer
     cdef SessionCore session
     cdef uint64_t marks = 0
-    for slot in range(FIRST_SLOT, table.capacity):
+    assert <uint64_t> len(table.sessions) == table.used <= table.capacity
+    for slot in range(FIRST_SLOT, table.used):
         if table.rows[slot].state == GONE:
             assert table.sessions[slot] is None, f"slot {slot} is gone and has a session"
             marks += slot in aged
             continue
         session = <SessionCore> table.sessions[slot]
         live += 1
-        assert session.slot == slot and session.generation == table.rows[slot].generation, f"handle of slot {slot}"
+        assert session.slot == slot, f"handle of slot {slot}"
         assert slot in aged, f"slot {slot} has no age"
         in_flight += has_save_in_flight(table.rows[slot].state)
         if session.user_id is not None:
             identified += 1
-            assert table.by_user.get(session.user_id) is session, f"user of slot {slot}"
+            assert table.user_slot(session.user_id) == slot, f"user of slot {slot}"
         if session.key is not None:
-            assert (table.by_key.get(session.key) is session) != is_ending(table.rows[slot].state), f"key of slot {slot}"
+            assert (table.key_slot(session.key) == slot) != is_ending(table.rows[slot].state), f"key of slot {slot}"
+            keyed += not is_ending(table.rows[slot].state)
         assert table.rows[slot].acknowledged <= table.rows[slot].version
         assert not table.rows[slot].marks & MARKED_BEFORE or has_save_in_flight(table.rows[slot].state)
-    assert <uint64_t> len(table.by_user) == identified == table.counters.identified
+    assert table.by_key.used == keyed
+    assert table.by_user.used == identified == table.counters.identified
     assert live == table.counters.created - table.counters.ended
-    assert live + free + marks == table.capacity - FIRST_SLOT
+    assert live + free + marks == table.used - FIRST_SLOT
     assert in_wheel == table.wheel.armed and in_lanes == table.counters.due and in_flight == table.counters.in_flight
     bucket = wheel_next_bucket(&table.wheel, &start)
     assert (bucket == NO_BUCKET) == (in_wheel == 0)
-    for slot in range(FIRST_SLOT, table.capacity):
+    for slot in range(FIRST_SLOT, table.used):
         if listed(table.rows, slot) and table.rows[slot].state in (IDLE, ENDING):
             assert start <= max(table.rows[slot].deadline, table.wheel.elapsed), "next_deadline is late"
     return 0
+
+
+# The objects are counted in the slots of their types, which a debug build replaces at import: counters in the classes
+# themselves would give every session of a release build a destructor. Only `SessionCore` can be subclassed, and a
+# subclass allocates by itself but is made and released by way of its base; the other types allocate in one place alone.
+
+cdef extern from "Python.h":
+    ctypedef struct Slots "PyTypeObject":
+        Slots* tp_base
+        PyObject* (*tp_new)(Slots*, PyObject*, PyObject*) noexcept
+        PyObject* (*tp_alloc)(Slots*, Py_ssize_t) noexcept
+        void (*tp_dealloc)(PyObject*) noexcept
+    Slots* slots_of "Py_TYPE"(PyObject*) noexcept
+
+COUNTED = (SessionCore, SessionTable, Counters, OldestFirst) if CAGEY_DEBUG else ()
+
+cdef enum:
+    MOST_COUNTED = 4
+
+cdef Slots* counted[MOST_COUNTED]
+cdef void (*released[MOST_COUNTED])(PyObject*) noexcept
+cdef PyObject* (*allocated[MOST_COUNTED])(Slots*, Py_ssize_t) noexcept
+cdef PyObject* (*made)(Slots*, PyObject*, PyObject*) noexcept
+cdef int64_t alive[MOST_COUNTED]
+
+
+cdef int place_of(Slots* kind) noexcept:
+    cdef int place = 0
+    while counted[place] is not kind:
+        place += 1
+        if place == MOST_COUNTED:
+            place, kind = 0, kind.tp_base
+    return place
+
+
+cdef PyObject* count_made(Slots* kind, PyObject* arguments, PyObject* keywords) noexcept:
+    cdef PyObject* session = made(kind, arguments, keywords)
+    alive[0] += session is not NULL
+    return session
+
+
+cdef PyObject* count_allocated(Slots* kind, Py_ssize_t size) noexcept:
+    cdef int place = place_of(kind)
+    cdef PyObject* result = allocated[place](kind, size)
+    alive[place] += result is not NULL
+    return result
+
+
+cdef void count_released(PyObject* dying) noexcept:
+    cdef int place = place_of(slots_of(dying))
+    alive[place] -= 1
+    released[place](dying)
+
+
+cdef void start_counting():
+    global made
+    cdef int place
+    for place, kind in enumerate(COUNTED):
+        counted[place] = <Slots*> <PyObject*> kind
+        released[place] = counted[place].tp_dealloc
+        counted[place].tp_dealloc = count_released
+        if place:
+            allocated[place] = counted[place].tp_alloc
+            counted[place].tp_alloc = count_allocated
+    if COUNTED:
+        made = counted[0].tp_new
+        counted[0].tp_new = count_made
+
+start_counting()
+
+
+def living():
+    """How many objects of each type of the core exist, by name; empty in a release build, which does not count. O(1)."""
+    return {kind.__name__: alive[place] for place, kind in enumerate(COUNTED)}

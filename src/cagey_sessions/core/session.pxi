@@ -4,7 +4,9 @@
 # knows its slot, and asks the table.
 #
 # Invariants
-#   - `slot` is 0 once the session is forgotten; until `end_reason` is set, data and bag can still be read.
+#   - `slot` is 0 once the session is forgotten; until it has ended, data and bag can still be read.
+#   - A session takes 96 bytes, the collector's 16 included: no `cdef` method, for a pointer to a table of them would make
+#     it 112.
 #   - A session has no eager dict: the bag is made at the first `set`, the listeners at the first `on`.
 #
 # Cost: everything here is O(1).
@@ -13,19 +15,20 @@ cdef enum:
     MAX_USER_ID_BYTES = 1024
 
 
-def check_key(key):
-    """Raise `InvalidKeyError` unless the key is a non-empty `str` (a subclass has its own ideas of equality)."""
+cdef int require_key(key) except -1:
     if type(key) is not str:
         raise InvalidKeyError(f"a key is a non-empty str, not {type(key).__name__}")
-    if not key:
+    if length_of(<PyObject*> key) == 0:
         raise InvalidKeyError("a key is a non-empty str, and this one is empty; leave it out for a session without a key")
+    return 0
 
 
-def check_user_id(user_id, required=None):
-    """Raise `InvalidUserIdError` unless the id is an `int` of 64 bits or a `str` of 1 to 1,024 bytes of UTF-8.
+def check_key(key):
+    """Raise `InvalidKeyError` unless the key is a non-empty `str` (a subclass has its own ideas of equality)."""
+    require_key(key)
 
-    `required` narrows it to ``int`` or ``str``. O(length).
-    """
+
+cdef int require_user_id(user_id, required=None) except -1:
     kind = type(user_id)
     if kind is not int and kind is not str:
         raise InvalidUserIdError(f"a user id is an int or a str, not {kind.__name__}")
@@ -34,7 +37,7 @@ def check_user_id(user_id, required=None):
     if kind is int:
         if not -0x8000000000000000 <= user_id <= 0x7FFFFFFFFFFFFFFF:
             raise InvalidUserIdError("a user id that is an int has to fit into 64 signed bits")
-        return
+        return 0
     if not user_id:
         raise InvalidUserIdError("a user id that is a str must not be empty")
     try:
@@ -45,6 +48,15 @@ def check_user_id(user_id, required=None):
         raise InvalidUserIdError(f"a user id that is a str takes at most {MAX_USER_ID_BYTES} bytes of UTF-8; this one takes {size}")
     if "\0" in user_id:
         raise InvalidUserIdError(f"a user id must not hold a NUL character: {user_id!r:.80}")
+    return 0
+
+
+def check_user_id(user_id, required=None):
+    """Raise `InvalidUserIdError` unless the id is an `int` of 64 bits or a `str` of 1 to 1,024 bytes of UTF-8.
+
+    `required` narrows it to ``int`` or ``str``. O(length).
+    """
+    require_user_id(user_id, required)
 
 
 cdef class SessionTable
@@ -57,13 +69,12 @@ cdef class SessionCore:
     """
     cdef SessionTable table
     cdef uint32_t slot              # 0 once forgotten
-    cdef uint32_t generation
+    cdef bint ended
     cdef readonly object key
     cdef readonly object user_id
     cdef object data
     cdef object bag
-    cdef public object _listeners
-    cdef readonly object end_reason
+    cdef object listeners           # once ended, the reason
     cdef object __weakref__
 
     def __init__(self):
@@ -76,7 +87,7 @@ cdef class SessionCore:
         if self.table is None:
             return f"<{type(self).__name__} of no manager>"
         who = "anonymous" if self.user_id is None else f"user {self.user_id!r:.80}"
-        if self.end_reason is not None:
+        if self.ended:
             life = f"ended: {self.end_reason}"
         else:
             life = "live" if self.slot and not is_ending(self.table.rows[self.slot].state) else "ending"
@@ -85,7 +96,7 @@ cdef class SessionCore:
     @property
     def alive(self):
         """Whether the session has not ended. True until the last ``destroy`` listener has run."""
-        return self.table is not None and self.end_reason is None
+        return self.table is not None and not self.ended
 
     @property
     def user_data(self):
@@ -107,6 +118,64 @@ cdef class SessionCore:
         if self.slot:
             self.table.rows[self.slot].marks |= MARKED
 
+    @cython.binding(False)
+    @cython.embedsignature.format("clinic")
+    def start(self):
+        """Emit ``started``, on the manager and on the session: the program may begin to talk to this human.
+
+        Raises `ListenerError` with what the listeners raised, `SessionEndedError`.
+        """
+        cdef SessionTable table = require_made(self)
+        if table.loud & LOUD_STARTED or (self.listeners is not None and not self.ended):
+            return table.host.start(self)
+        return new_call(ACT_START, self, None, None)
+
+    @cython.binding(False)
+    @cython.embedsignature.format("clinic")
+    def set_user(self, user_id, user_data):
+        """Without a store: say who this human is and hand over their data. Emits ``identified``.
+
+        `user_data` is kept as it is: change it in place. Call this with data loaded *after* the user's last session
+        has ended, else its last save would be overwritten by something older; that is why a user with a session,
+        live or ending, is refused.
+
+        Raises before anything changes: `InvalidUserIdError`, `InvalidUserDataError`, `AlreadyIdentifiedError`,
+        `UserActiveError` (wait for the end of its ``session``), `SessionEndedError`, `ManagerClosedError`. Raises
+        `ListenerError` with what the listeners raised, and then the user stays set. O(1).
+        """
+        cdef SessionTable table = require_made(self)
+        if table.loud & (LOUD_IDENTIFIED | LOUD_STORED) or (self.listeners is not None and not self.ended):
+            return table.host.set_user(self, user_id, user_data)
+        return new_call(ACT_SET_USER, self, user_id, user_data)
+
+    @cython.binding(False)
+    @cython.embedsignature.format("clinic")
+    def destroy(self, persist=None):
+        """End the session: ``before_destroy``, the last save if `persist` (by default with a store), ``destroy``.
+
+        The session is hidden from its key at once; its user stays taken until the last save is acknowledged, and that
+        save is repeated if the data changed meanwhile (without a store and data that is not JSON: its changes cannot be
+        seen). Calls that come later join the first, and one that asks for a save still gets it as long as the last save
+        has not been passed over. Without `persist` nothing is saved, unless an earlier call has asked for it. After the
+        end the call does nothing. Inside a listener that this end waits for, or in a task that such a listener has
+        started, it cannot wait itself, and returns at once. Cancelling the call stops the waiting, not the end.
+
+        Raises `ListenerError` with what the listeners of the two events raised, and then the session has ended all the
+        same. If the last save fails, raises what it raised (`StoreUnavailableError` with a store, after `save_timeout`;
+        `ListenerError` without); then the session stays hidden, keeps its user, and is tried again until it is saved:
+        call once more to try at once, or with ``persist=False`` to let the data go. Raises `UnsavableError` before
+        anything changes if the data cannot be saved as it is, `NothingSavesError` if nobody would perform the save, and
+        `SessionEndedError` if it is asked for too late. Raises `FencedError` or `UserErasedError` if the session has
+        lost its user meanwhile and ended unsaved.
+        """
+        cdef SessionTable table = require_made(self)
+        if table.loud & (LOUD_ENDING | LOUD_ENDED) or (self.listeners is not None and not self.ended):
+            return table.host.end(self, persist)
+        prefetch(&table.rows[self.slot])
+        prefetch(<PyObject*> self.key)
+        prefetch(<PyObject*> self.user_id)
+        return new_call(ACT_DESTROY, self, persist, None)
+
     def mark_changed(self):
         """Say that `user_data` has changed. Needed with ``tracking="marked"``, and harmless without.
 
@@ -118,6 +187,8 @@ cdef class SessionCore:
             raise NotIdentifiedError("this session has no user yet, and nothing that could have changed")
         table.rows[table.slot_of(self)].marks |= MARKED
 
+    @cython.binding(False)
+    @cython.embedsignature.format("clinic")
     def set(self, key, value):
         """Keep any live object under a name for as long as the session lives. It is never saved.
 
@@ -130,11 +201,28 @@ cdef class SessionCore:
             self.bag = {}
         (<dict> self.bag)[key] = value
 
+    @cython.binding(False)
+    @cython.embedsignature.format("clinic")
     def get(self, key, default=None):
         """The object kept under a name, or `default`. Works after the end too, on what is left. O(1)."""
         if self.bag is None:
             return default
         return (<dict> self.bag).get(key, default)
+
+    @property
+    def end_reason(self):
+        """Why the session has ended, or None."""
+        return self.listeners if self.ended else None
+
+    @property
+    def _listeners(self):
+        return None if self.ended else self.listeners
+
+    @_listeners.setter
+    def _listeners(self, listeners):
+        if self.ended:
+            raise_ended(self)
+        self.listeners = listeners
 
     @property
     def _host(self):
@@ -149,9 +237,20 @@ cdef class SessionCore:
 
     def _end(self, reason):
         """Let go of the data and the listeners; from here on the handle is dead."""
-        self.end_reason = reason
-        self.data = None
-        self._listeners = None
+        finish(self, reason)
+
+
+cdef inline int finish(SessionCore session, reason) except -1:
+    session.ended = True
+    session.data = None
+    session.listeners = reason
+    return 0
+
+
+cdef inline SessionTable require_made(SessionCore session):
+    if session.table is None:
+        raise_handmade()
+    return session.table
 
 
 cdef int raise_handmade() except -1:
@@ -167,7 +266,7 @@ cdef inline SessionTable table_of(SessionCore session):
     """The table of a session that has not ended, used from the right thread; raises otherwise."""
     if session.table is None:
         raise_handmade()
-    if session.end_reason is not None:
+    if session.ended:
         raise_ended(session)
     session.table.check_thread()
     return session.table

@@ -146,7 +146,9 @@ class Store(ABC):
         """Claim users for `owner`, each in one atomic step; answers in the order of `user_ids`, which are distinct.
 
         Granted if the user is new, released, erased, owned by this very `owner`, or owned by one that is dead by the
-        store's own rule; the epoch is then raised by one. Refused otherwise, and nothing changes.
+        store's own rule; the epoch is then raised by one. Refused otherwise, and nothing changes. A new row gets an
+        epoch above any that was ever given for that user, also by an engine that has lost rows since: its clock in
+        microseconds is one.
         """
 
     @abstractmethod
@@ -155,10 +157,11 @@ class Store(ABC):
 
         A record is written if its row is owned by the same owner under the same epoch and has a lower version. Only
         rows that exist are updated. `release` releases the row in the same write, also where the same version is there
-        already. ``already`` is the answer under the row's epoch to the version that is there, whether the row has been
-        released since or not, and to a lower one, which has come late and changes nothing, a release included. A later
-        version for a row that has been released is ``fenced``. Of several records of one user the latest, by epoch and
-        version, is written, and all of them get its verdict. A record that can never be written makes no other fail.
+        already. ``already`` is the answer to the owner and epoch of the row's last claim, whether the row has been
+        released since or not, for the version that is there and for a lower one, which has come late and changes
+        nothing, a release included. A later version for a row that has been released is ``fenced``. Of several records
+        of one user the latest, by epoch and version, is written, and all of them get its verdict. A record that can
+        never be written makes no other fail.
         """
 
     @abstractmethod
@@ -175,6 +178,15 @@ class Store(ABC):
     @abstractmethod
     async def load(self, user_id: int | str) -> Record | None:
         """The record as stored, whoever owns it; None for a user who is new or erased. Claims nothing."""
+
+    async def holder(self, user_id: int | str) -> tuple[str, int]:
+        """Who has a user, empty if nobody, and the epoch of the row; ("", 0) where there is none. Claims nothing.
+
+        As it is here it sees the rows that `load` sees. A shared store answers for those without a body, too: else a
+        user who was never saved stays with a process whose claim came in late, until that process ends.
+        """
+        record = await self.load(user_id)
+        return ("", 0) if record is None else (record.owner, record.epoch)
 
     @abstractmethod
     def scan(self) -> AsyncIterator[Record]:

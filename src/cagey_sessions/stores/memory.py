@@ -13,13 +13,18 @@ __all__ = ["MemoryBacking", "MemoryStore"]
 class Row:
     """One user: `record` is None until the first save, and after an erasure."""
 
-    __slots__ = ("epoch", "erased", "owner", "record")
+    __slots__ = ("claimant", "epoch", "erased", "record", "released")
 
-    def __init__(self) -> None:
-        self.epoch = 0
-        self.owner = ""
+    def __init__(self, epoch: int = 0) -> None:
+        self.epoch = epoch
+        self.claimant = ""
+        self.released = True
         self.record: Record | None = None
         self.erased = False
+
+    @property
+    def owner(self) -> str:
+        return "" if self.released else self.claimant
 
     def as_stored(self) -> Record | None:
         return None if self.record is None else self.record._replace(epoch=self.epoch, owner=self.owner)
@@ -30,6 +35,8 @@ class MemoryBacking:
 
     def __init__(self) -> None:
         self.rows: dict[int | str, Row] = {}
+        self.highest_lost = 0
+        """A new row starts above it, so that no epoch of a row that was lost comes again."""
         self.dead: set[str] = set()
 
 
@@ -65,11 +72,12 @@ class MemoryStore(Store):
     def _claim(self, user_id: int | str, owner: str) -> Claim:
         row = self.backing.rows.get(user_id)
         if row is None:
-            row = self.backing.rows[user_id] = Row()
+            row = self.backing.rows[user_id] = Row(self.backing.highest_lost)
         if row.owner and row.owner != owner and row.owner not in self.backing.dead:
             return Claim(user_id, row.epoch, None, row.owner)
         row.epoch += 1
-        row.owner = owner
+        row.claimant = owner
+        row.released = False
         row.erased = False
         return Claim(user_id, row.epoch, row.as_stored())
 
@@ -89,13 +97,13 @@ class MemoryStore(Store):
             return Outcome.MISSING
         if row.erased:
             return Outcome.ERASED
-        if record.epoch != row.epoch or (row.owner and row.owner != record.owner):
+        if record.epoch != row.epoch or record.owner != row.claimant:
             return Outcome.FENCED
         version = 0 if row.record is None else row.record.version
-        if record.version > version and not row.owner:
+        if record.version > version and row.released:
             return Outcome.FENCED
         if record.version >= version and record.release:
-            row.owner = ""
+            row.released = True
         if record.version <= version:
             return Outcome.ALREADY
         row.record = record._replace(release=False)
@@ -106,7 +114,7 @@ class MemoryStore(Store):
         row = self.backing.rows.get(user_id)
         if row is None or row.epoch != epoch or row.owner != owner:
             return False
-        row.owner = ""
+        row.released = True
         return True
 
     async def erase(self, user_id: int | str, owner: str = "") -> bool:
@@ -122,7 +130,7 @@ class MemoryStore(Store):
             )
         had_data = row.record is not None
         row.epoch += 1
-        row.owner = ""
+        row.released = True
         row.record = None
         row.erased = True
         return had_data
@@ -131,6 +139,11 @@ class MemoryStore(Store):
         self._require_open()
         row = self.backing.rows.get(user_id)
         return None if row is None else row.as_stored()
+
+    async def holder(self, user_id: int | str) -> tuple[str, int]:
+        self._require_open()
+        row = self.backing.rows.get(user_id)
+        return ("", 0) if row is None else (row.owner, row.epoch)
 
     async def scan(self) -> AsyncIterator[Record]:
         self._require_open()

@@ -47,7 +47,7 @@ BUSY_SECONDS = 5.0
 JOBS_IN_A_TRANSACTION = 64
 ROWS_IN_A_SCAN = 500
 ROWS_IN_A_STATEMENT = 200
-MOST_COLUMNS = 7
+MOST_COLUMNS = 8
 """Of a row below that is bound to parameters."""
 
 CREATE = (
@@ -56,6 +56,7 @@ CREATE = (
         user_id UNIQUE NOT NULL,
         epoch INTEGER NOT NULL,
         owner TEXT NOT NULL,
+        released INTEGER NOT NULL,
         version INTEGER NOT NULL,
         schema INTEGER NOT NULL,
         body TEXT,
@@ -69,39 +70,40 @@ CREATE = (
     f"PRAGMA user_version = {LAYOUT}",
 )
 TABLES = {"cagey_sessions", "cagey_sessions_epochs"}
-COLUMNS = ["user_id", "epoch", "owner", "version", "schema", "body", "saved_at", "erased"]
+COLUMNS = ["user_id", "epoch", "owner", "released", "version", "schema", "body", "saved_at", "erased"]
 
 # Of the statements below that take many rows one text serves for all numbers of them up to the same power of two, so
 # that few are prepared and kept; the rows that are left over are NULL.
 CLAIM = """INSERT INTO cagey_sessions
     WITH batch (user_id, owner) AS (VALUES {rows})
-    SELECT user_id, highest_deleted + 1, owner, 0, 0, NULL, NULL, 0 FROM batch, cagey_sessions_epochs
+    SELECT user_id, highest_deleted + 1, owner, 0, 0, 0, NULL, NULL, 0 FROM batch, cagey_sessions_epochs
         WHERE user_id IS NOT NULL
-    ON CONFLICT (user_id) DO UPDATE SET epoch = epoch + 1, owner = excluded.owner, erased = 0
+    ON CONFLICT (user_id) DO UPDATE SET epoch = epoch + 1, owner = excluded.owner, released = 0, erased = 0
     RETURNING user_id, epoch, version, schema, CAST(body AS BLOB), saved_at"""
 LOOK = """WITH batch (user_id, epoch, owner, version) AS (VALUES {rows})
     SELECT batch.user_id, kept.epoch, kept.owner, kept.version, kept.erased
     FROM batch LEFT JOIN cagey_sessions AS kept ON kept.user_id = batch.user_id
     WHERE batch.user_id IS NOT NULL AND (kept.epoch = batch.epoch AND kept.owner = batch.owner
-        AND kept.version < batch.version AND NOT kept.erased) IS NOT TRUE"""
+        AND kept.version < batch.version AND NOT kept.released AND NOT kept.erased) IS NOT TRUE"""
 """The rows that forbid a save. Commonly there are none."""
 # An upsert, though every row is there: UPDATE FROM copies the bodies into a table of its own, and by statistics that
 # are out of date it may read all of ours.
 SAVE = """INSERT INTO cagey_sessions
-    WITH batch (user_id, epoch, owner, version, schema, body, saved_at) AS (VALUES {rows})
-    SELECT user_id, epoch, owner, version, schema, body, saved_at, 0 FROM batch WHERE user_id IS NOT NULL
-    ON CONFLICT (user_id) DO UPDATE SET owner = excluded.owner, version = excluded.version, schema = excluded.schema,
-        body = excluded.body, saved_at = excluded.saved_at"""
-RELEASE = "UPDATE cagey_sessions SET owner = '' WHERE user_id = ? AND epoch = ? AND owner = ?"
+    WITH batch (user_id, epoch, owner, released, version, schema, body, saved_at) AS (VALUES {rows})
+    SELECT user_id, epoch, owner, released, version, schema, body, saved_at, 0 FROM batch WHERE user_id IS NOT NULL
+    ON CONFLICT (user_id) DO UPDATE SET released = excluded.released, version = excluded.version,
+        schema = excluded.schema, body = excluded.body, saved_at = excluded.saved_at"""
+RELEASE = """UPDATE cagey_sessions SET released = 1
+    WHERE user_id = ? AND epoch = ? AND owner = ? AND NOT released"""
 REMEMBER_UNSAVED = """UPDATE cagey_sessions_epochs SET highest_deleted = max(highest_deleted, ?)
     WHERE EXISTS (SELECT 1 FROM cagey_sessions WHERE user_id = ? AND body IS NULL AND NOT erased)"""
 DELETE_UNSAVED = "DELETE FROM cagey_sessions WHERE user_id = ? AND body IS NULL AND NOT erased"
 ERASE = """UPDATE cagey_sessions
-    SET epoch = epoch + 1, owner = '', version = 0, body = NULL, saved_at = NULL, erased = 1 WHERE user_id = ?"""
-LOAD = """SELECT user_id, epoch, owner, version, schema, CAST(body AS BLOB), saved_at FROM cagey_sessions
-    WHERE user_id = ? AND body IS NOT NULL"""
-SCAN = """SELECT rowid, user_id, epoch, owner, version, schema, CAST(body AS BLOB), saved_at FROM cagey_sessions
-    WHERE rowid > ? AND body IS NOT NULL ORDER BY rowid LIMIT ?"""
+    SET epoch = epoch + 1, released = 1, version = 0, body = NULL, saved_at = NULL, erased = 1 WHERE user_id = ?"""
+LOAD = """SELECT user_id, epoch, iif(released, '', owner), version, schema, CAST(body AS BLOB), saved_at
+    FROM cagey_sessions WHERE user_id = ? AND body IS NOT NULL"""
+SCAN = """SELECT rowid, user_id, epoch, iif(released, '', owner), version, schema, CAST(body AS BLOB), saved_at
+    FROM cagey_sessions WHERE rowid > ? AND body IS NOT NULL ORDER BY rowid LIMIT ?"""
 
 
 class _Job(NamedTuple):
@@ -283,7 +285,7 @@ def _save(connection: sqlite3.Connection, records: Sequence[Record]) -> list[Ver
             for record, text in zip(records, texts, strict=True)
         ]
         rows = [
-            (user_id, epoch, "" if release else owner, version, schema, text, saved_at)
+            (user_id, epoch, owner, release, version, schema, text, saved_at)
             for (user_id, epoch, owner, version, schema, _, saved_at, release), text, verdict in zip(
                 records, texts, verdicts, strict=True
             )
@@ -320,7 +322,7 @@ def _verdict(record: Record, forbidding: list[Any] | None) -> Verdict:
         return Verdict(Outcome.MISSING)
     if erased:
         return Verdict(Outcome.ERASED)
-    if epoch != record.epoch or (owner and owner != record.owner) or record.version > version:
+    if epoch != record.epoch or owner != record.owner or record.version > version:
         return Verdict(Outcome.FENCED)
     return Verdict(Outcome.ALREADY)
 

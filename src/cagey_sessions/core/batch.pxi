@@ -1,0 +1,291 @@
+# Saves of many sessions at a time.
+#
+# What lives here: taking those whose time has come, fixing their bytes and settling them, a batch in one call, for the
+# saves nothing special is about. What must not: a clock, a store, and whatever else may become of a save - that is left
+# to the caller, one session at a time.
+#
+# Nothing special: the timer wants the save and nobody waits for it, the one before it succeeded, the session is not
+# being ended, the data can be encoded, and the store says that it is saved. Nearly all saves are like that.
+#
+# Invariants
+#   - The save of every session in a batch is in flight. `settle`, `hand_over` and `odd` take sessions out of it, each
+#     session once; what they do not settle is the caller's to settle.
+#   - Bytes, version, epoch and user id of a session are fixed with no Python code between them but the encoder's, and
+#     what that may have changed is looked at after it.
+#
+# Cost: O(1) a session besides its bytes.
+
+cdef enum:
+    MOST_IN_BATCH = 256
+
+cdef extern from *:
+    """
+    /* An instance of a subclass of tuple that adds nothing to it, such as a NamedTuple; its items are still to be set. */
+    static inline PyObject *cagey_new_tuple_like(PyObject *type, Py_ssize_t size)
+    {
+        return ((PyTypeObject *)type)->tp_alloc((PyTypeObject *)type, size);
+    }
+    #define PyTuple_GET_ITEM_0(target) PyTuple_GET_ITEM(target, 0)
+    """
+    PyObject* first_item "PyTuple_GET_ITEM_0"(object)
+    tuple new_tuple_like "cagey_new_tuple_like"(object, Py_ssize_t)
+
+
+cdef struct Save:
+    uint64_t version
+    uint64_t taken_at
+
+
+cdef inline void fill_item(tuple target, Py_ssize_t place, item) noexcept:
+    Py_INCREF(item)
+    PyTuple_SET_ITEM(target, place, item)
+
+
+@cython.final
+cdef class SaveBatches:
+    """How the batches of one table are made.
+
+    `record` is the NamedTuple a save is sent as: (user_id, epoch, owner, version, schema, body, saved_at, release), and
+    `verdict` the one it is answered with, whose first item is one of `saved` where the bytes are stored. `dump` makes
+    the bytes of a session's data; without it they are those of `encode_plain` with `max_bytes`.
+    """
+    cdef SessionTable table
+    cdef object record, verdict, owner, schema, dump
+    cdef tuple saved
+    cdef Digest digest
+    cdef Py_ssize_t max_bytes
+
+    def __cinit__(self, SessionTable table not None, Digest digest not None, *, record, verdict, tuple saved not None,
+                  owner, schema, dump=None, Py_ssize_t max_bytes=PY_SSIZE_T_MAX):
+        table.require_copies()
+        for kind in (record, verdict):
+            if not (isinstance(kind, type) and issubclass(kind, tuple)):
+                raise UsageError("records and verdicts are named tuples")
+        self.table = table
+        self.digest = digest
+        self.record = record
+        self.verdict = verdict
+        self.saved = saved
+        self.owner = owner
+        self.schema = schema
+        self.dump = dump
+        self.max_bytes = max_bytes
+
+    def has_due(self):
+        """Whether a batch would take anybody now. O(1)."""
+        cdef uint32_t slot = self.table.rows[PERIODIC].next
+        return slot != PERIODIC and self.table.rows[slot].failures == 0
+
+    def fixed(self, SessionCore session not None):
+        """The version last fixed and the digest of its bytes; version 0 before that. O(1)."""
+        cdef uint32_t slot = self.table.slot_of(session)
+        return self.table.rows[slot].version, self.table.copies[slot].digest
+
+    def batch(self):
+        """An empty batch."""
+        cdef SaveBatch batch = SaveBatch.__new__(SaveBatch)
+        batch.plan = self
+        batch.table = self.table
+        batch.records = []
+        batch.sessions = []
+        batch.odd_ones = []
+        return batch
+
+    cdef bytes body_of(self, data):
+        if self.dump is None:
+            return encode_plain(data, self.max_bytes)
+        return self.dump(data)
+
+
+@cython.final
+cdef class SaveBatch:
+    """Saves that are taken, sent and settled together; `len` is how many of them are not settled yet.
+
+    Made by `SaveBatches.batch`.
+    """
+    cdef SaveBatches plan
+    cdef SessionTable table
+    cdef readonly list records
+    cdef readonly Py_ssize_t size           # bytes of all bodies
+    cdef readonly uint64_t unchanged        # how many were as they are stored already
+    cdef list sessions                      # None once settled or handed over
+    cdef list odd_ones
+    cdef Py_ssize_t left
+    cdef Save saves[MOST_IN_BATCH]
+
+    def __init__(self):
+        raise UsageError("batches are made by `SaveBatches.batch`")
+
+    def __len__(self):
+        return self.left
+
+    def under_way(self):
+        """The sessions whose saves are not settled yet. O(batch)."""
+        return [session for session in self.sessions if session is not None]
+
+    def fill(self, uint32_t rows, Py_ssize_t size, uint64_t now, uint64_t again, saved_at):
+        """Take up to `rows` sessions whose time has come, until their bodies have `size` bytes: how many were taken.
+
+        `now` is the tick of it, and `saved_at` what the records say. Who has not changed counts as saved and is due
+        `again` ticks later. Who cannot be encoded, or is asked for meanwhile, is left to `odd`. O(rows), and their bytes.
+        """
+        cdef SessionTable table = self.table
+        cdef SessionCore session
+        cdef uint32_t taken = 0, slot
+        cdef uint64_t version
+        cdef tuple pair
+        cdef bytes body
+        table.check_thread()
+        if again > NEVER - 1 - now:
+            raise UsageError("the deadline lies past the end of time")
+        while taken < rows and size > 0 and len(self.sessions) < MOST_IN_BATCH:
+            pair = PyTuple_New(2)  # may run a collection, and that may run anything: before the rows are looked at
+            slot = table.rows[PERIODIC].next
+            if slot == PERIODIC or table.rows[slot].failures != 0:
+                break
+            session = <SessionCore> table.sessions[slot]
+            version = table.rows[slot].version
+            fill_pair(pair, session, version)
+            self.odd_ones.append(pair)  # until all has gone well
+            list_remove(table.rows, slot)
+            step(&table.rows[slot], TAKE)
+            table.counters.due -= 1
+            table.counters.in_flight += 1
+            taken += 1
+            try:
+                body = self.plan.body_of(session.data)
+            except Exception:
+                continue
+            if self.send(session, version, body, now, again, saved_at):
+                self.odd_ones.pop()
+            size -= PyBytes_GET_SIZE(body)
+        if CAGEY_DEBUG:
+            check_table(table)
+        return taken
+
+    cdef bint send(self, SessionCore session, uint64_t version, bytes body, uint64_t now, uint64_t again,
+                   saved_at) except -1:
+        """Fix a body; False if something is special about this save after all."""
+        cdef SessionTable table = self.table
+        cdef uint64_t digest = self.plan.digest.of(body)
+        cdef uint32_t slot = table.in_flight_slot(session, version)
+        if slot == 0:
+            return True  # it was forgotten while it was encoded
+        if table.rows[slot].state != SAVING:
+            return False
+        if table.rows[slot].version == table.rows[slot].acknowledged and table.copies[slot].digest == digest and version:
+            self.unchanged += 1
+            if table.rows[slot].marks:
+                table.rows[slot].marks = MARKED_BEFORE
+            self.acknowledge(slot, now, now + again)
+            return True
+        # may run a collection, and that may run anything: before the row is looked at for good
+        cdef tuple record = new_tuple_like(self.plan.record, 8)
+        slot = table.in_flight_slot(session, version)
+        if slot == 0:
+            return True
+        cdef Row* row = &table.rows[slot]
+        if row.state != SAVING:
+            return False
+        cdef bint is_new = version == 0 or table.copies[slot].digest != digest
+        version += is_new
+        fill_item(record, 0, session.user_id)
+        fill_item(record, 1, table.copies[slot].epoch)
+        fill_item(record, 2, self.plan.owner)
+        fill_item(record, 3, version)
+        fill_item(record, 4, self.plan.schema)
+        fill_item(record, 5, body)
+        fill_item(record, 6, saved_at)
+        fill_item(record, 7, False)
+        cdef Py_ssize_t place = len(self.sessions)
+        self.sessions.append(None)
+        self.records.append(record)
+        self.sessions[place] = session  # from here on nothing fails
+        if row.marks:
+            row.marks = MARKED_BEFORE
+        row.version = version
+        table.copies[slot].digest = digest
+        self.saves[place].version = version
+        self.saves[place].taken_at = now
+        self.left += 1
+        self.size += PyBytes_GET_SIZE(body)
+        return True
+
+    cdef int acknowledge(self, uint32_t slot, uint64_t taken_at, uint64_t deadline) except -1:
+        """The version in flight is stored."""
+        cdef SessionTable table = self.table
+        cdef Row* row = &table.rows[slot]
+        table.settle(slot, ACKNOWLEDGE, not is_ending(row.state), deadline)
+        row.failures = 0
+        row.marks &= MARKED
+        if row.acknowledged != row.version:
+            table.copies[slot].stored = table.copies[slot].digest
+            row.acknowledged = row.version
+        row.saved_at = taken_at
+        table.age_remove(slot)
+        table.age_append(IDENTIFIED, slot)
+        table.counters.saved += 1
+        return 0
+
+    def odd(self):
+        """Take out those that something is special about, as (session, version): their bytes are not fixed."""
+        odd_ones, self.odd_ones = self.odd_ones, []
+        return odd_ones
+
+    def settle(self, list verdicts not None, uint64_t again, dict watched not None):
+        """Settle all, if every verdict says that the bytes are stored; None, and nothing changes, otherwise.
+
+        Each is due `again` ticks after it was taken. Returns the sessions that are left for `hand_over`: those in
+        `watched`, and those of whom more is wanted by now than a save by the clock. O(batch).
+        """
+        cdef SessionTable table = self.table
+        cdef Py_ssize_t place
+        cdef uint32_t slot
+        table.check_thread()
+        if len(verdicts) != len(self.records):
+            return None
+        for verdict in verdicts:
+            if type(verdict) is not self.plan.verdict or not verdict or not self.is_saved(verdict):
+                return None
+        cdef list left = []
+        for place in range(len(self.sessions)):
+            session = self.sessions[place]
+            if session is None:
+                continue
+            slot = table.in_flight_slot(<SessionCore> session, self.saves[place].version)
+            if slot == 0:  # it was forgotten
+                self.take_out(place)
+            elif table.rows[slot].state != SAVING or (watched and session in watched):
+                left.append(session)
+            else:
+                self.take_out(place)
+                self.acknowledge(slot, self.saves[place].taken_at, self.saves[place].taken_at + again)
+        if CAGEY_DEBUG:
+            check_table(table)
+        return left
+
+    cdef bint is_saved(self, verdict):
+        cdef PyObject* outcome = first_item(verdict)
+        for stored in self.plan.saved:
+            if outcome is <PyObject*> stored:
+                return True
+        return False
+
+    cdef void take_out(self, Py_ssize_t place) noexcept:
+        self.sessions[place] = None
+        self.left -= 1
+
+    def hand_over(self):
+        """Take out all that are left, as (session, version, digest, place in `records`). O(batch)."""
+        cdef SessionTable table = self.table
+        cdef list handed = []
+        cdef Py_ssize_t place
+        cdef uint32_t slot
+        for place in range(len(self.sessions)):
+            session = self.sessions[place]
+            if session is None:
+                continue
+            slot = (<SessionCore> session).slot
+            handed.append((session, self.saves[place].version, table.copies[slot].digest if slot else 0, place))
+            self.take_out(place)
+        return handed

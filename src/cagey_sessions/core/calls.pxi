@@ -1,0 +1,323 @@
+# The calls that are awaited, done in one step where there is nothing to wait for.
+#
+# What lives here: `Call`, the coroutine that `create`, `start`, `set_user` and `destroy` return, and `ManagerCore`, what
+# a manager is made of. What must not: any rule of its own. A step that finds all quiet does what the host's coroutine of
+# the same name would do, and anything else - a listener, a store, a debug build of the program, an end under way, what
+# is to be refused because of them - is left to that coroutine.
+#
+# Invariants
+#   - Like any coroutine a call does nothing before it is awaited: it may be made into a task, cancelled, or thrown away.
+#   - `loud` has a bit for each thing that may stand in the way, so that asking whether any does is one comparison.
+#
+# Cost: O(1), and no frame, no look-up by name and no event is made for what nobody listens to.
+
+cdef enum:
+    LOUD_CREATED = 1            # somebody listens on the manager
+    LOUD_STARTED = 2
+    LOUD_IDENTIFIED = 4
+    LOUD_ENDING = 8
+    LOUD_ENDED = 16
+    LOUD_CLOSED = 32            # nobody new is admitted
+    LOUD_STORED = 64            # there is a store
+    LOUD_WATCHED = 128          # each end is looked at
+    LOUD_UNATTENDED = 256       # nobody has said what else there is
+
+LOUD = {
+    "created": LOUD_CREATED,
+    "started": LOUD_STARTED,
+    "identified": LOUD_IDENTIFIED,
+    "before_destroy": LOUD_ENDING,
+    "destroy": LOUD_ENDED,
+}
+
+cdef enum Act:
+    ACT_CREATE
+    ACT_START
+    ACT_SET_USER
+    ACT_DESTROY
+
+cdef enum Stage:
+    FRESH
+    DELEGATED
+    SPENT
+
+NAMES = ("SessionManager.create", "Session.start", "Session.set_user", "Session.destroy")
+
+cdef extern from *:
+    """
+    /* Cython has no name for these slots. The first is what 3.11 looks at, the second what 3.12 and later do. The third
+       is cheaper than a `__dealloc__`, which puts the current exception aside each time. */
+    static destructor cagey_free_call;
+    static void cagey_is_coroutine(PyTypeObject* type, sendfunc send, iternextfunc next, destructor dealloc) {
+        type->tp_as_async->am_send = send;
+        type->tp_iternext = next;
+        cagey_free_call = type->tp_dealloc;
+        type->tp_dealloc = dealloc;
+    }
+    #define cagey_method_of(type, method) \
+        PyDescr_NewMethod((PyTypeObject*)(type), ((PyMethodDescrObject*)(method))->d_method)
+    """
+    ctypedef enum PySendResult:
+        PYGEN_RETURN
+        PYGEN_ERROR
+        PYGEN_NEXT
+    ctypedef PySendResult (*sendfunc)(PyObject*, PyObject*, PyObject**) except PYGEN_ERROR
+    ctypedef PyObject* (*iternextfunc)(PyObject*) except? NULL
+    ctypedef void (*destructor)(PyObject*) noexcept
+    destructor free_call "cagey_free_call"
+    object method_of "cagey_method_of"(type, object)
+    void make_coroutine "cagey_is_coroutine"(type, sendfunc, iternextfunc, destructor)
+
+cdef extern from "Python.h":
+    void untrack "PyObject_GC_UnTrack"(PyObject*) noexcept
+    int warn "PyErr_WarnFormat"(object, Py_ssize_t, const char*, object) noexcept
+    void write_unraisable "PyErr_WriteUnraisable"(object) noexcept
+    PySendResult PyIter_Send(object, object, PyObject**) except PYGEN_ERROR
+
+
+@cython.final
+@cython.freelist(16)
+cdef class Call:
+    """A coroutine for one act of a session or a manager."""
+    cdef object owner
+    cdef object first
+    cdef object second
+    cdef object delegate        # the coroutine that does what takes more than a step
+    cdef Act act
+    cdef Stage stage
+
+    def __reduce__(self):
+        raise TypeError("a coroutine cannot be copied or pickled")
+
+    def __await__(self):
+        return self
+
+    def __next__(self):
+        raise NotImplementedError  # the slot is set below
+
+    def __repr__(self):
+        return f"<coroutine {NAMES[self.act]!r}>"
+
+    def send(self, value):
+        cdef PyObject* result = NULL
+        cdef PySendResult how = call_send(<PyObject*> self, <PyObject*> value, &result)
+        answer = <object> result
+        Py_DECREF(answer)
+        if how == PYGEN_NEXT:
+            return answer
+        raise StopIteration(answer)
+
+    def throw(self, kind, value=None, traceback=None):
+        if self.stage == DELEGATED:
+            return self.delegate.throw(kind if value is None else value)
+        require_fresh(self)
+        self.stage = SPENT
+        raise kind if value is None else value
+
+    def close(self):
+        if self.stage == DELEGATED:
+            self.delegate.close()
+        self.stage = SPENT
+
+
+cdef inline int require_fresh(Call call) except -1:
+    if call.stage != FRESH or call.owner is None:
+        raise RuntimeError("cannot reuse already awaited coroutine")
+    return 0
+
+
+cdef Call new_call(Act act, owner, first, second):
+    cdef Call call = Call.__new__(Call)
+    call.act = act
+    call.owner = owner
+    call.first = first
+    call.second = second
+    return call
+
+
+cdef PySendResult call_send(PyObject* self, PyObject* value, PyObject** result) except PYGEN_ERROR:
+    """One step: the result, or what the event loop is to wait for."""
+    cdef Call call = <Call> self
+    cdef PySendResult how
+    if call.stage == DELEGATED:
+        return PyIter_Send(call.delegate, <object> value, result)
+    require_fresh(call)
+    if not is_none(value):
+        raise TypeError("can't send non-None value to a just-started coroutine")
+    call.stage = SPENT
+    answer = call_act(call)
+    call.owner = call.first = call.second = None  # like the frame of a coroutine that has ended
+    if answer is call:
+        call.stage = DELEGATED
+        return PyIter_Send(call.delegate, None, result)
+    Py_INCREF(answer)
+    result[0] = <PyObject*> answer
+    return PYGEN_RETURN
+
+
+cdef PyObject* call_next(PyObject* self) except? NULL:
+    cdef PyObject* result = NULL
+    cdef PySendResult how = call_send(self, <PyObject*> None, &result)
+    if how == PYGEN_NEXT:
+        return result
+    answer = <object> result
+    Py_DECREF(answer)
+    if answer is not None:  # with nothing set, this is the end with None
+        PyErr_SetObject(StopIteration, StopIteration(answer))
+    return NULL
+
+
+cdef void call_dealloc(PyObject* self) noexcept:
+    if (<Call> self).stage == FRESH and not is_none(<PyObject*> (<Call> self).owner):
+        untrack(self)  # nobody refers to it any more, and a warning may run anything, the collector too
+        warn_of_unawaited((<Call> self).act)
+    free_call(self)
+
+
+cdef void warn_of_unawaited(Act act) noexcept:
+    cdef PyObject* kind
+    cdef PyObject* value
+    cdef PyObject* traceback
+    PyErr_Fetch(&kind, &value, &traceback)
+    if warn(RuntimeWarning, 1, "coroutine %R was never awaited", NAMES[act]) < 0:
+        write_unraisable(NAMES[act])  # warnings are errors, and there is nobody to raise this one to
+    PyErr_Restore(kind, value, traceback)
+
+
+make_coroutine(Call, call_send, call_next, call_dealloc)
+
+
+cdef object call_act(Call call):
+    """Do it, or have the host's coroutine do it: the call itself, then."""
+    cdef Act act = call.act
+    cdef SessionCore session
+    cdef SessionTable table
+    if act == ACT_CREATE:
+        table = (<ManagerCore> call.owner).table
+        if not table.loud & (LOUD_CREATED | LOUD_CLOSED | LOUD_UNATTENDED) and table.is_on_its_loop():
+            return table.add(call.first)
+        call.delegate = table.host.create(call.first, False)
+        return call
+    session = <SessionCore> call.owner
+    table = session.table
+    if act == ACT_START:
+        if is_quiet(session, LOUD_STARTED) and session.slot and not is_ending(table.rows[session.slot].state):
+            return None
+        call.delegate = table.host.start(session)
+    elif act == ACT_SET_USER:
+        if (is_quiet(session, LOUD_IDENTIFIED | LOUD_CLOSED | LOUD_STORED)
+                and session.slot and not is_ending(table.rows[session.slot].state)):
+            set_user(table, session, call.first, call.second)
+            return None
+        call.delegate = table.host.set_user(session, call.first, call.second)
+    else:
+        if is_quiet(session, LOUD_ENDING | LOUD_ENDED | LOUD_WATCHED) and end(table, session, call.first):
+            return None
+        call.delegate = table.host.end(session, call.first)
+    return call
+
+
+cdef inline bint is_quiet(SessionCore session, uint32_t loud) except -1:
+    """Whether nobody would hear, and nothing stands in the way."""
+    cdef SessionTable table = session.table
+    return not table.loud & (loud | LOUD_UNATTENDED) and (session.listeners is None or session.ended) \
+        and table.is_on_its_loop()
+
+
+cdef int set_user(SessionTable table, SessionCore session, user_id, user_data) except -1:
+    require_user_id(user_id, table.user_id_type)
+    cdef uint64_t now = <uint64_t> table.now() // table.tick
+    cdef uint64_t next_deadline = wheel_next(&table.wheel)
+    table.give_user(session, user_id, user_data, now, table.interval)
+    if wheel_next(&table.wheel) != next_deadline:
+        table.arm()
+    return 0
+
+
+cdef inline int prefetch_surroundings(SessionTable table, SessionCore session) except -1:
+    """Ask at once for all that is about to be written: who ends has mostly been idle, and none of it is in a cache.
+
+    One after the other these misses are most of the cost of an end.
+    """
+    cdef Row* row = &table.rows[session.slot]
+    prefetch(item_at(table.sessions, session.slot))
+    prefetch(&table.rows[row.next])
+    prefetch(&table.rows[row.prev])
+    prefetch(&table.rows[row.newer])
+    prefetch(&table.rows[row.older])
+    prefetch(neighbour(<PyObject*> session, 0))
+    prefetch(neighbour(<PyObject*> session, 1))
+    if session.user_id is not None:
+        prefetch(&table.by_user.entries[table.hash_of_user(session.user_id) & table.by_user.mask])
+    if session.key is not None:
+        prefetch(&table.by_key.entries[table.hash_of_key(session.key) & table.by_key.mask])
+    return 0
+
+
+cdef bint end(SessionTable table, SessionCore session, persist) except -1:
+    """End a session if no save of it is under way or wanted; whether that was so."""
+    cdef uint32_t slot = session.slot
+    if session.ended:
+        return True
+    if slot == 0 or table.rows[slot].state > DUE:
+        return False
+    if session.user_id is not None and (table.loud & LOUD_STORED or persist):
+        return False
+    prefetch_surroundings(table, session)
+    if table.waited_for and session in table.waited_for:
+        return False
+    table.end_at_once(session)
+    finish(session, table.destroyed)
+    return True
+
+
+def direct(cls):
+    """Give a subclass the methods of its compiled base as its own.
+
+    The interpreter calls a C method without a detour only if the object is of the very class that the method is of.
+    """
+    for base in (ManagerCore, SessionCore):
+        if issubclass(cls, base):
+            for name, method in vars(base).items():
+                if type(method) is type(str.join) and name not in vars(cls):
+                    setattr(cls, name, method_of(cls, method))
+    return cls
+
+
+cdef class ManagerCore:
+    """What a manager is made of: its table, and the calls that are made for every human."""
+    cdef SessionTable table
+    cdef object __weakref__
+
+    def __reduce__(self):
+        raise TypeError("a manager is the sessions of one server: it cannot be copied or pickled")
+
+    def _attend(self, SessionTable table not None):
+        self.table = table
+
+    cdef inline SessionTable require_table(self):
+        if self.table is None:
+            raise UsageError("this manager was never initialised")
+        return self.table
+
+    @cython.binding(False)
+    @cython.embedsignature.format("clinic")
+    def create(self, key=None, *, replace=False):
+        """Make a session, emit ``created`` and return it.
+
+        With `key`, a non-empty `str`, `find_by_key` finds it. A key that a live session has raises `KeyTakenError`;
+        `replace` saves and ends that session first; if it cannot be saved it stays live, and the call raises.
+
+        If a ``created`` listener raises, the session is ended and a `ListenerError` raised. Raises `InvalidKeyError`,
+        `ManagerClosedError`. O(1) amortised.
+        """
+        cdef SessionTable table = self.require_table()
+        if table.loud & LOUD_CREATED or replace:
+            return table.host.create(key, replace)
+        return new_call(ACT_CREATE, self, key, None)
+
+    @cython.binding(False)
+    @cython.embedsignature.format("clinic")
+    def find_by_key(self, key):
+        """The live session with that key, or None. Raises `InvalidKeyError` for what is not a `str`. O(1)."""
+        return self.require_table().with_key(key)

@@ -1,0 +1,287 @@
+# The way of a save through the lanes.
+#
+# What lives here: `SessionLanes` - who is asked for, who is due, who is taken, and what an outcome does to a row. What
+# must not: who a session is (table.pxi), and retry delays - the lanes are told deadlines, they choose none.
+#
+# Invariants
+#   - DUE rows are in the periodic lane, ASKED ones in the urgent lane, ENDING_ASKED ones in the final lane, rows with a
+#     deadline in the wheel, all others on no list.
+#   - `counters.due` is how many rows the three lanes hold, `counters.in_flight` how many saves are under way.
+#
+# Cost: every operation is O(1); `advance` O(limit).
+
+cdef inline uint32_t lane_of(int state) noexcept nogil:
+    """The lane a row in that state stands in, or 0."""
+    if state == ASKED:
+        return URGENT
+    if state == ENDING_ASKED:
+        return FINAL
+    return PERIODIC if state == DUE else 0
+
+
+cdef inline void fill_pair(tuple pair, first, second) noexcept:
+    """Set the two items of a tuple that nobody else has seen."""
+    Py_INCREF(first)
+    PyTuple_SET_ITEM(pair, 0, first)
+    Py_INCREF(second)
+    PyTuple_SET_ITEM(pair, 1, second)
+
+
+@cython.no_gc_clear
+cdef class SessionLanes(SessionRows):
+    """The rows, and the lanes in which they wait for a save."""
+
+    def ask(self, SessionCore session not None):
+        """Want a save whose bytes are fixed from now on. O(1)."""
+        cdef uint32_t slot = self.slot_of(session)
+        if session.user_id is None:
+            raise UsageError("a session without a user has nothing to save")
+        self.enter_lane(slot, ASK)
+        if CAGEY_DEBUG:
+            check_table(<SessionTable> self)
+
+    @cython.final
+    cdef int enter_lane(self, uint32_t slot, int event) except -1:
+        """Step by an event that may lead into a lane, or from one into another, and move the row if it does."""
+        cdef Row* row = &self.rows[slot]
+        cdef uint32_t before = lane_of(row.state), after = lane_of(transitions[row.state][event])
+        if transitions[row.state][event] == STATES or (before == after and before):
+            step(row, event)  # or raise
+            return 0  # it keeps its place
+        unlist(&self.wheel, self.rows, slot)
+        step(row, event)
+        if before:
+            self.counters.due -= 1
+        if after:
+            list_append(self.rows, after, slot)
+            self.counters.due += 1
+        return 0
+
+    def advance(self, uint64_t now, uint32_t limit, uint64_t again=0):
+        """Move time to `now` and what is due into the lanes, walking at most `limit` rows, cascades included.
+
+        With `again`, users without a mark count as saved at `now`, unchanged, and are due again that many ticks later;
+        unless they were never saved, or a walk under way would miss them. Returns the rows walked; as many as `limit`
+        means there may be more at this instant, first in line for the next call. Time never moves back. O(limit).
+        """
+        cdef uint32_t budget = limit, slot
+        self.check_thread()
+        while True:
+            slot = wheel_pop(&self.wheel, self.rows, now, &budget)
+            if slot == 0:
+                break
+            if again and self.is_skipped(slot):
+                self.skip(slot, now, again)
+                continue
+            list_append(self.rows, lane_of(step(&self.rows[slot], BECOME_DUE)), slot)
+            self.counters.due += 1
+        if CAGEY_DEBUG:
+            check_table(<SessionTable> self)
+        return limit - budget
+
+    @cython.final
+    cdef inline bint is_skipped(self, uint32_t slot) noexcept:
+        cdef Row* row = &self.rows[slot]
+        return row.marks == 0 and row.state == IDLE and row.acknowledged != 0 and self.walks == 0
+
+    @cython.final
+    cdef void skip(self, uint32_t slot, uint64_t now, uint64_t again) noexcept:
+        # past the wheel's own time, else the row would be due again in this very call
+        cdef uint64_t here = now if now > self.wheel.elapsed else self.wheel.elapsed
+        wheel_arm(&self.wheel, self.rows, slot, here + (again if again < NEVER - 1 - here else NEVER - 1 - here))
+        self.rows[slot].saved_at = now
+        self.age_remove(slot)
+        self.age_append(IDENTIFIED, slot)
+        self.counters.saved += 1
+        self.counters.skipped += 1
+
+    def next_deadline(self):
+        """A tick no later than the next deadline in the wheel, or None if it is empty. O(1)."""
+        cdef uint64_t tick = wheel_next(&self.wheel)
+        return tick if self.wheel.armed else None
+
+    @property
+    def armed(self):
+        """How many rows are in the wheel."""
+        return self.wheel.armed
+
+    def has_due(self, bint periodic=True):
+        """Whether `take` would return a session. O(1)."""
+        return self.next_lane(periodic) != 0
+
+    @cython.final
+    cdef uint32_t next_lane(self, bint periodic) noexcept:
+        """The lane whose turn it is among those that hold somebody, or 0."""
+        cdef uint32_t lane = self.served_last
+        for _ in range(3):
+            lane = URGENT if lane == PERIODIC else lane + 1
+            if listed(self.rows, lane) and (periodic or lane != PERIODIC):
+                return lane
+        return 0
+
+    def take(self, bint periodic=True):
+        """The next session to save and its version, or None. Its save is in flight from here on. O(1).
+
+        The lanes take turns while several hold somebody, so none starves; without `periodic` that lane is passed over.
+        With `stored` the version is the one last fixed; without, it is the next.
+        """
+        self.check_thread()
+        # before the rows are looked at: making a tuple may run a collection, and that may run anything
+        cdef tuple taken = PyTuple_New(2)
+        cdef uint32_t lane = self.next_lane(periodic)
+        if lane == 0:
+            return None
+        cdef uint32_t slot = self.rows[lane].next
+        cdef Row* row = &self.rows[slot]
+        version = row.version + (self.copies is NULL)
+        fill_pair(taken, self.sessions[slot], version)
+        self.served_last = lane
+        list_remove(self.rows, slot)
+        step(row, TAKE)
+        row.version += self.copies is NULL
+        self.counters.due -= 1
+        self.counters.in_flight += 1
+        if CAGEY_DEBUG:
+            check_table(<SessionTable> self)
+        return taken
+
+    def own(self, SessionCore session not None, uint64_t epoch, version=None, digest=None, stored=None):
+        """Note the epoch of a claim and, after a load, the version and the digest of what was loaded.
+
+        `stored` is the digest of the body it was loaded from, if writing it now would give other bytes. O(1).
+        """
+        cdef uint64_t stored_version = 0 if version is None else version
+        cdef uint64_t loaded_digest = 0 if digest is None else digest
+        cdef uint64_t stored_digest = loaded_digest if stored is None else stored
+        cdef uint32_t slot = self.slot_of(session)
+        self.require_copies()
+        self.copies[slot].epoch = epoch
+        if version is not None:
+            self.rows[slot].version = self.rows[slot].acknowledged = stored_version
+            self.copies[slot].digest = loaded_digest
+            self.copies[slot].stored = stored_digest
+
+    def epoch(self, SessionCore session not None):
+        """The epoch of the claim under which a session is saved. O(1)."""
+        cdef uint32_t slot = self.slot_of(session)
+        self.require_copies()
+        return self.copies[slot].epoch
+
+    def fix(self, SessionCore session not None, uint64_t digest):
+        """The bytes of a save in flight are fixed: the version they are written as, or 0 if that is not needed.
+
+        Bytes with the digest of the version last fixed are that version: 0 if it is acknowledged, else a repeat of it.
+        Any other bytes are the next version. O(1).
+        """
+        cdef uint32_t slot = self.slot_of(session)
+        cdef Row* row = &self.rows[slot]
+        self.require_copies()
+        if not has_save_in_flight(row.state):
+            raise UsageError("no save of this session is in flight")
+        if row.marks:
+            row.marks = MARKED_BEFORE
+        if row.version == 0 or self.copies[slot].digest != digest:
+            row.version += 1
+            self.copies[slot].digest = digest
+        elif row.version == row.acknowledged:
+            return 0
+        return row.version
+
+    def is_marked(self, SessionCore session not None):
+        """Whether a session has a mark, or was never saved. O(1)."""
+        cdef Row* row = &self.rows[self.slot_of(session)]
+        return row.marks != 0 or row.acknowledged == 0
+
+    def is_current(self, SessionCore session not None, uint64_t digest):
+        """Whether bytes with that digest are the ones last acknowledged. O(1)."""
+        cdef uint32_t slot = self.slot_of(session)
+        cdef Row* row = &self.rows[slot]
+        self.require_copies()
+        return row.version != 0 and row.version == row.acknowledged and self.copies[slot].digest == digest
+
+    def is_stored(self, SessionCore session not None, uint64_t version, uint64_t digest):
+        """Whether the store is known to have had just that body under that version. O(1)."""
+        cdef uint32_t slot = self.slot_of(session)
+        self.require_copies()
+        return version != 0 and version == self.rows[slot].acknowledged and digest == self.copies[slot].stored
+
+    def stored(self, SessionCore session not None):
+        """The version last acknowledged and the digest of its body, as the store has it; version 0 before that. O(1)."""
+        cdef uint32_t slot = self.slot_of(session)
+        self.require_copies()
+        return self.rows[slot].acknowledged, self.copies[slot].stored
+
+    @cython.final
+    cdef int require_copies(self) except -1:
+        if self.copies is NULL:
+            raise UsageError("this table was made without a store")
+        return 0
+
+    def acknowledge(self, SessionCore session not None, uint64_t version, uint64_t taken_at, deadline=None):
+        """The save of `version`, its bytes fixed at tick `taken_at`, has succeeded; the next one is due at `deadline`.
+
+        False, and nothing changes, if that save is not in flight any more: the session was forgotten. O(1).
+        """
+        cdef uint64_t tick = 0 if deadline is None else deadline  # first: the conversion may run anything
+        cdef uint32_t slot = self.in_flight_slot(session, version)
+        if slot == 0:
+            return False
+        cdef Row* row = &self.rows[slot]
+        self.settle(slot, ACKNOWLEDGE, deadline is not None and not is_ending(row.state), tick)
+        row.failures = 0
+        row.marks &= MARKED
+        if self.copies is not NULL and row.acknowledged != version:
+            self.copies[slot].stored = self.copies[slot].digest
+        row.acknowledged = version
+        row.saved_at = taken_at
+        self.age_remove(slot)
+        self.age_append(IDENTIFIED, slot)
+        self.counters.saved += 1
+        if CAGEY_DEBUG:
+            check_table(<SessionTable> self)
+        return True
+
+    def fail(self, SessionCore session not None, uint64_t version, deadline=None):
+        """The save of `version` has failed; it is tried again at `deadline`, or when asked for. O(1).
+
+        False, and nothing changes, if that save is not in flight any more.
+        """
+        cdef uint64_t tick = 0 if deadline is None else deadline
+        cdef uint32_t slot = self.in_flight_slot(session, version)
+        if slot == 0:
+            return False
+        cdef Row* row = &self.rows[slot]
+        self.settle(slot, FAIL, deadline is not None, tick)
+        row.marks = MARKED
+        if row.failures < 255:
+            row.failures += 1
+        self.counters.failed += 1
+        if CAGEY_DEBUG:
+            check_table(<SessionTable> self)
+        return True
+
+    @cython.final
+    cdef uint32_t in_flight_slot(self, SessionCore session, uint64_t version) except? 0:
+        self.check_thread()
+        self.refuse_stranger(session)
+        if session.table is None:
+            raise_handmade()
+        cdef uint32_t slot = session.slot
+        if slot == 0:
+            return 0
+        if not has_save_in_flight(self.rows[slot].state) or self.rows[slot].version != version:
+            raise UsageError(f"version {version} of this session is not in flight")
+        return slot
+
+    @cython.final
+    cdef int settle(self, uint32_t slot, int event, bint again, uint64_t deadline) except -1:
+        cdef Row* row = &self.rows[slot]
+        self.counters.in_flight -= 1
+        cdef int after = step(row, event)
+        cdef uint32_t lane = lane_of(after)
+        if lane:
+            list_append(self.rows, lane, slot)
+            self.counters.due += 1
+        elif again:
+            wheel_arm(&self.wheel, self.rows, slot, deadline)
+        return 0
