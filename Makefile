@@ -6,15 +6,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard src/cagey_sessions/*.pyx src/cagey_sessions/core/*.pxi)
 DEBUG := build/debug
+SANITIZE := build/sanitize
+# what a build leaves behind, and a build with other switches would take for its own
+LEFTOVERS = build/lib* build/temp* build/bdist*
+ASV_BENCH := track_(find_hot|timer_refresh|save_total|lag|bytes)[(]
+GROWTH := find_1e6,timer_schedule,timer_refresh,timer_cancel,timer_expire,tick_idle,timer_schedule_uvloop,timer_refresh_uvloop
 
-.PHONY: help demo test test-debug lint types format bench mutants simulation nightly diagrams clean
+.PHONY: help demo test test-debug check-core lint types format bench bench-adapters figures plots mutants simulation \
+  nightly diagrams clean
 
 help:
 	@echo "make demo        a game server and its bots, stopped and killed: nothing acknowledged is lost"
-	@echo "make test        the whole suite, then the core's tests again on a debug build"
+	@echo "make test        the whole suite, and what moves users about on a debug build"
+	@echo "make check-core  the core under assertions, sanitizers and leak scripts (CHECK_ARGS='--only leaks')"
 	@echo "make lint types  ruff, and mypy in strict mode"
 	@echo "make format      ruff's formatter"
-	@echo "make bench       benchmarks against the pure-Python port (BENCH_ARGS='--quick')"
+	@echo "make bench       benchmarks against what one would use instead (BENCH_ARGS='--quick')"
+	@echo "make figures     the whole run and the growth runs into docs/plots, then make plots"
+	@echo "make plots       docs/plots/*.svg and the tables of docs/performance.md from the figures there"
 	@echo "make simulation  random servers, databases and crashes in virtual time (SIMULATION_ARGS='--seeds 2000')"
 	@echo "make mutants     known faults put into the sources: the tests have to find each (MUTANTS_ARGS='--only release')"
 	@echo "make nightly     all of that for hours (NIGHTLY_SEEDS=50000, NIGHTLY_EXAMPLES=20000)"
@@ -35,10 +44,19 @@ $(VENV)/dev: $(VENV)/python $(SOURCES)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@ $(VENV)/demo
 
+$(VENV)/bench: $(VENV)/dev
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	@touch $@
+
 $(DEBUG)/built: $(VENV)/dev $(SOURCES) $(wildcard src/cagey_sessions/*.py)
-	rm -rf $(DEBUG)
+	rm -rf $(DEBUG) $(LEFTOVERS)
 	CAGEY_SESSIONS_DEBUG=1 $(BIN)/pip install --quiet --no-deps --target $(DEBUG) .
 	PYTHONPATH=$(DEBUG) $(BIN)/python -c 'from cagey_sessions import _core; assert _core.DEBUG'
+	@touch $@
+
+$(SANITIZE)/built: $(VENV)/dev $(SOURCES) $(wildcard src/cagey_sessions/*.py) | $(DEBUG)/built
+	rm -rf $(SANITIZE) $(LEFTOVERS)
+	CAGEY_SESSIONS_SANITIZE=1 $(BIN)/pip install --quiet --no-deps --target $(SANITIZE) .
 	@touch $@
 
 demo: $(VENV)/demo
@@ -48,8 +66,11 @@ test: $(VENV)/dev test-debug
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 test-debug: $(DEBUG)/built
-	PYTHONPATH=$(DEBUG) CAGEY_TEST_EXAMPLES=40 $(BIN)/python -m pytest tests/core tests/test_manager_machine.py \
-	  tests/test_store_users.py $(TEST_ARGS)
+	PYTHONPATH=$(DEBUG) CAGEY_TEST_EXAMPLES=40 $(BIN)/python -m pytest tests/test_manager_machine.py tests/test_store_users.py \
+	  $(TEST_ARGS)
+
+check-core: $(VENV)/dev $(DEBUG)/built $(SANITIZE)/built
+	PYTHONPATH=tests $(BIN)/python -m corecheck --debug $(DEBUG) --sanitize $(SANITIZE) $(CHECK_ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -62,8 +83,28 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/dev
+bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# tiny, to see that the adapters work. asv starts a process for each row and side, so it looks at all and runs a few;
+# what it knows of a machine it keeps in $$HOME
+bench-adapters: $(VENV)/bench
+	CAGEY_BENCH_ROUNDS=1 $(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-columns=median
+	mkdir -p build/asv
+	HOME=$(CURDIR)/build/asv $(BIN)/asv machine --yes >build/asv/machine.txt
+	HOME=$(CURDIR)/build/asv $(BIN)/asv check --python=same
+	HOME=$(CURDIR)/build/asv CAGEY_BENCH_MANY=1000 CAGEY_BENCH_MOST=2000 \
+	  $(BIN)/asv run --python=same --quick --dry-run --show-stderr --bench '$(ASV_BENCH)'
+
+# minutes; a goal that is missed is a figure, too
+figures: $(VENV)/bench
+	-$(BIN)/python -m benchmarks --json docs/plots/results.json
+	-for size in 10000 100000; do \
+	  $(BIN)/python -m benchmarks --size $$size --only $(GROWTH) --json docs/plots/growth-$$size.json; done
+	$(MAKE) --no-print-directory plots
+
+plots: $(VENV)/bench
+	$(BIN)/python -m benchmarks.plots docs/plots
 
 simulation: $(VENV)/dev
 	PYTHONPATH=tests $(BIN)/python -m simulation $(SIMULATION_ARGS)
@@ -75,6 +116,8 @@ diagrams: $(VENV)/dev
 	$(BIN)/python docs/draw.py
 
 nightly: $(VENV)/dev $(DEBUG)/built
+	CAGEY_TEST_LEAK_SECONDS=5 $(MAKE) --no-print-directory check-core \
+	  CHECK_ARGS="--examples $(or $(NIGHTLY_CHECK_EXAMPLES),1000) --patience 14400"
 	$(MAKE) --no-print-directory simulation SIMULATION_ARGS="--seeds $(or $(NIGHTLY_SEEDS),50000)"
 	$(MAKE) --no-print-directory mutants
 	PYTHONPATH=$(DEBUG) HYPOTHESIS_PROFILE=nightly CAGEY_TEST_EXAMPLES=$(or $(NIGHTLY_EXAMPLES),20000) \

@@ -2,7 +2,7 @@
 
 Switches, all off by default, read from the environment:
 ``CAGEY_SESSIONS_DEBUG``     assertions and structure checks in the core
-``CAGEY_SESSIONS_SANITIZE``  AddressSanitizer and UndefinedBehaviorSanitizer
+``CAGEY_SESSIONS_SANITIZE``  AddressSanitizer and UndefinedBehaviorSanitizer; the interpreter has to preload libasan
 ``CAGEY_SESSIONS_TRACE``     line tracing, for coverage
 """
 
@@ -53,7 +53,8 @@ lflags, macros, directives = [], [], {}
 if flag("DEBUG"):
     cflags, macros = (["/Od", "/Zi"] if WINDOWS else ["-O0", "-g3", "-UNDEBUG", "-Wall"]), [("CAGEY_DEBUG", "1")]
 if flag("SANITIZE") and not WINDOWS:
-    cflags += ["-fsanitize=address,undefined"]
+    # undefined behaviour ends the process, as a bad address does: a report alone would fail no test
+    cflags += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     lflags += ["-fsanitize=address,undefined"]
 if flag("TRACE"):
     directives["linetrace"] = True
