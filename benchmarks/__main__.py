@@ -9,14 +9,15 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .harness import Progress, machine, measure, report, table
-from .workloads import FULL, QUICK, WORKLOADS, measurable
+from .workloads import FULL, QUICK, WORKLOADS, Workload, measurable
 
 
 def _ids(text: str) -> list[str]:
-    known = [workload.id for workload in WORKLOADS]
+    known = [figure.id for workload in WORKLOADS for figure in workload.figures]
     chosen = [name.strip() for name in text.split(",") if name.strip()]
     for name in chosen:
         if name not in known:
@@ -24,25 +25,40 @@ def _ids(text: str) -> list[str]:
     return chosen
 
 
+def _chosen(workload: Workload, only: list[str] | None) -> list[str]:
+    """The rows of a workload that are wanted: those named, and with ``lag`` also ``lag_p999``."""
+    return [
+        figure.id
+        for figure in workload.figures
+        if only is None
+        or figure.id in only
+        or any(figure.id.startswith(f"{name}_") for name in only if name == workload.id)
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Measure cagey-sessions against what one would use instead."
     )
     parser.add_argument("--only", type=_ids, metavar="ID,ID", help="these rows only")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the size; under a minute")
+    parser.add_argument("--quick", action="store_true", help="a twenty-fifth of the size; under a minute")
+    parser.add_argument("--size", type=int, metavar="N", help="so many where it says a million, a tenth elsewhere")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args(arguments)
     sizes = QUICK if options.quick else FULL
+    if options.size is not None:
+        sizes = replace(sizes, many=max(1, options.size // 10), most=options.size)
     progress = Progress(sys.stderr)
     print(machine(), flush=True)
     rows = []
     for workload in WORKLOADS:
-        if options.only is not None and workload.id not in options.only:
+        chosen = _chosen(workload, options.only)
+        if not chosen:
             continue
         if not measurable(workload):
             print(f"{workload.id}: cannot be measured on this system", file=sys.stderr)
             continue
-        rows.append(measure(workload, sizes, progress))
+        rows += [row for row in measure(workload, sizes, progress) if row.id in chosen]
     progress.close()
     print(table(rows))
     if options.json is not None:

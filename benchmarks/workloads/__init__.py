@@ -1,0 +1,19 @@
+"""What is measured: each scenario once, seeded, ours and its base side by side.
+
+What lives here: the list of all workloads. What must not: rounds, medians, verdicts (harness.py), and anything that
+makes a base slower than a user's own program would be.
+"""
+
+from . import caches, lag, lifecycle, memory, saves, timers
+from .base import FULL, QUICK, STATM, Figure, Goal, Pair, Sizes, Workload, measurable
+
+__all__ = ["FULL", "QUICK", "STATM", "WORKLOADS", "Figure", "Goal", "Pair", "Sizes", "Workload", "measurable"]
+
+WORKLOADS: tuple[Workload, ...] = (
+    *lifecycle.WORKLOADS,
+    *timers.WORKLOADS,
+    *saves.WORKLOADS,
+    *lag.WORKLOADS,
+    *memory.WORKLOADS,
+    *caches.WORKLOADS,
+)
