@@ -67,11 +67,15 @@ async def changed(manager: Any, user_id: int | str = 1) -> Any:
 
 
 class Table:
-    """A table behind a `CallbackStore`; `gates` holds the next saves back until they are set, and then they commit."""
+    """A table behind a `CallbackStore`; `gates` holds the next saves back until they are set, and then they commit.
+
+    `erase_gates` does the same with erasures.
+    """
 
     def __init__(self) -> None:
         self.rows: dict[Any, Any] = {}
         self.gates: list[asyncio.Event] = []
+        self.erase_gates: list[asyncio.Event] = []
         self.open: dict[Any, int] = {}
         self.most_open = 0
         self.calls = 0
@@ -91,6 +95,8 @@ class Table:
             self.rows[record.user_id] = record.value()
 
     async def erase(self, user_id: Any) -> bool:
+        if self.erase_gates:
+            await self.erase_gates.pop(0).wait()
         return self.rows.pop(user_id, None) is not None
 
     def store(self) -> CallbackStore:
@@ -209,6 +215,51 @@ async def test_f1e_an_erased_user_is_not_brought_back_by_a_listener_that_saves(c
 
     await asyncio.gather(let_time_pass(clock, manager.erase(1)), return_exceptions=True)
     assert 1 not in table.rows, "the erased user is back"
+    await end(clock, manager)
+
+
+@pytest.mark.parametrize("end_of_call", ["cancelled", "timed out"])
+async def test_f1f_a_late_erasure_never_lands_on_a_newer_save(clock, end_of_call):
+    """Unfenced: after an erasure that hangs nobody loads the user before that call has come to its end."""
+    table = Table()
+    table.rows[1] = {"n": 0}
+    manager = SessionManager(store=table.store(), clock=clock)
+    table.erase_gates = [gate := asyncio.Event()]
+    erasing = asyncio.ensure_future(manager.erase(1))
+    await turns()
+    if end_of_call == "cancelled":
+        erasing.cancel()
+        await asyncio.gather(erasing, return_exceptions=True)
+    else:
+        with pytest.raises(StoreUnavailableError):
+            await let_time_pass(clock, erasing)
+    opening = asyncio.ensure_future(manager.open(1, default={"n": 1}))
+    await clock.advance("100ms")
+    if opening.done():
+        opening.result().user_data["n"] = 100
+        await let_time_pass(clock, opening.result().persist_now())
+    gate.set()
+    session = await let_time_pass(clock, opening)
+    assert session.user_data["n"] == 1, "what is to be erased was loaded"
+    await let_time_pass(clock, session.persist_now())
+    assert table.rows[1] == {"n": 1}
+    await end(clock, manager)
+
+
+async def test_f1g_an_erasure_is_not_repeated_on_top_of_one_under_way(clock):
+    """Unfenced: whoever erases once more waits for the call before, which would land on what follows."""
+    table = Table()
+    table.rows[1] = {"n": 0}
+    manager = SessionManager(store=table.store(), clock=clock)
+    table.erase_gates = [gate := asyncio.Event()]
+    first = asyncio.ensure_future(manager.erase(1))
+    await turns()
+    first.cancel()
+    again = asyncio.ensure_future(manager.erase(1))
+    await clock.advance("1s")
+    assert not again.done()
+    gate.set()
+    assert await let_time_pass(clock, again) is False, "the first has erased them"
     await end(clock, manager)
 
 

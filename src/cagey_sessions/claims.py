@@ -62,7 +62,7 @@ class Claims:
         self._claimers = 0
         self._to_release: dict[tuple[int | str, int], int] = {}
         """Whom to let go of, by the epoch of the claim, and how often that failed for another reason than an outage."""
-        self._releasers = 0
+        self._releasers: set[asyncio.Task[None]] = set()
         self._releasing = 0
         self._unsure: set[int | str] = set()
         """Users who may be claimed once more by us than their sessions know."""
@@ -190,6 +190,8 @@ class Claims:
 
     async def _claim_some(self, wanted: dict[int | str, asyncio.Future[Claim]]) -> Exception | None:
         gateway = self._gateway
+        if gateway.closed:
+            return StoreUnavailableError(f"{gateway.name} is closed: the manager was destroyed")
         call = gateway.start(gateway.store.claim_many, list(wanted), self._life.owner)
         try:
             claims = await call.answer()
@@ -236,13 +238,12 @@ class Claims:
 
     async def _look_at_doubtful(self) -> None:
         """Look after users several times, for a request may arrive long after its connection was closed."""
-        spill = self._life.spill
         while self._doubtful and not self._life.closed:
             await self._pause(LOOKS_AT_DOUBTFUL[0])
             for user_id, looks in list(self._doubtful.items()):
                 if not self._gateway.may_call() or self._life.drain is not None:
                     break
-                if self.is_at_work(user_id) or (spill is not None and user_id in spill.pending):
+                if self.is_at_work(user_id):
                     continue  # a load, or the replay, will claim them
                 if looks[0] <= self._life.clock.now():
                     with suppress(Exception):
@@ -261,14 +262,15 @@ class Claims:
     def _is_wanted(self, user_id: int | str) -> bool:
         """Whether anybody here has a user or is about to; who has them is looked after again at the end.
 
+        Who is spilled and pending is in a file, and here only when they log in.
+
         What was read before this was asked may be released without a lock: every claim from now on raises the epoch.
         """
-        life = self._life
-        session = life.table.active_session(user_id)
-        if session is not None and life.loss_of(session) is None:
+        session = self._life.table.active_session(user_id)
+        if session is not None and self._life.loss_of(session) is None:
             self._unsure.add(user_id)
             return True
-        return self.is_at_work(user_id) or (life.spill is not None and user_id in life.spill.pending)
+        return self.is_at_work(user_id)
 
     def see_end(self, user_id: int | str) -> None:
         """A session of this user is over."""
@@ -277,7 +279,7 @@ class Claims:
             self._look_after([user_id])
 
     def _require_chance(self) -> None:
-        if not self._gateway.may_call():
+        if self._gateway.closed or not self._gateway.may_call():
             raise StoreUnavailableError(f"{self._gateway.name} has gone down")
 
     def disown(self, claim: Claim) -> None:
@@ -318,13 +320,10 @@ class Claims:
     def release_later(self, user_id: int | str, epoch: int) -> None:
         """Let go of a user, and go on trying while this process lives."""
         self._to_release.setdefault((user_id, epoch), 0)
-        if self._releasers < RELEASE_CALLS:
-            self._releasers += 1
+        if len(self._releasers) < RELEASE_CALLS:
             task = self._life.spawn(self._release_all(), "release", Context())
-            task.add_done_callback(self._see_releaser_gone)
-
-    def _see_releaser_gone(self, task: asyncio.Task[None]) -> None:
-        self._releasers -= 1
+            self._releasers.add(task)
+            task.add_done_callback(self._releasers.discard)
 
     async def _release_all(self) -> None:
         """Let go of whoever is to be let go of; after a failure it is the others' turn first."""
@@ -378,6 +377,12 @@ class Claims:
             self._looker.cancel()
         while (self._turns or self._releasing or self._to_release) and self._life.clock.now() < until:
             await self._pause(SECOND // 200)
+
+    def close(self) -> None:
+        """The store is closed: nobody is let go of or looked after any more."""
+        for task in (*self._releasers, self._looker):
+            if task is not None:
+                task.cancel()
 
     async def persistently(self, work: Callable[[int], Any]) -> Any:
         """Do something with the store, again while it is unavailable, for as long as callers are made to wait.

@@ -154,6 +154,7 @@ class _Drain:
         if life.gateway is not None:
             await life.claims.settle(life.clock.now() + AFTER_DEADLINE)
             await life.gateway.close()
+            life.claims.close()
         if life.spill is not None and not life.spill.is_stale:  # else the exit tries once more
             atexit.unregister(life.spill_at_exit)
         life.listeners.clear()

@@ -94,7 +94,7 @@ class StoreGateway:
         self._opening: asyncio.Task[None] | None = None
         self._calls: dict[asyncio.Task[Any], None] = {}  # in the order in which they began
         self.writes: dict[int | str, asyncio.Task[Any]] = {}
-        """The writes under way by user, where the store fences off nothing that comes late."""
+        """The writes and erasures under way by user, where the store fences off nothing that comes late."""
         self._last_success = -1
         self._probe: Call[Any] | None = None
         self._probe_delay = FIRST_PROBE
@@ -224,17 +224,27 @@ class StoreGateway:
     def write(self, records: list[Record]) -> Call[list[Verdict]]:
         """Begin a call of `Store.save_many`, and know of it until it returns, whoever still waits for it."""
         call = self.start(self.store.save_many, records)
-        if not self.store.fenced:
-            for record in records:
-                self.writes[record.user_id] = call.task
-
-            def forget(task: asyncio.Task[Any]) -> None:
-                for record in records:
-                    if self.writes.get(record.user_id) is task:
-                        del self.writes[record.user_id]
-
-            call.task.add_done_callback(forget)
+        self._remember(call.task, [record.user_id for record in records])
         return call
+
+    def erase(self, user_id: int | str, owner: str) -> Call[bool]:
+        """Begin a call of `Store.erase`, and know of it as of a write."""
+        call = self.start(self.store.erase, user_id, owner)
+        self._remember(call.task, [user_id])
+        return call
+
+    def _remember(self, task: asyncio.Task[Any], user_ids: list[int | str]) -> None:
+        if self.store.fenced:
+            return
+        for user_id in user_ids:
+            self.writes[user_id] = task
+
+        def forget(_: object) -> None:
+            for user_id in user_ids:
+                if self.writes.get(user_id) is task:
+                    del self.writes[user_id]
+
+        task.add_done_callback(forget)
 
     def _see_returned(self, call: Call[Any]) -> None:
         if self._probe is call:

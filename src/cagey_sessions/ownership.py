@@ -377,10 +377,12 @@ class Ownership:
                     lambda _: gateway.ask(gateway.store.load, user_id)
                 )  # is it there at all?
                 await self._end_erased(user_id)
+
+            async def erase(_: int) -> bool:
                 await self._claims.outlast(user_id)
-            erased: bool = await self._claims.persistently(
-                lambda _: gateway.ask(gateway.store.erase, user_id, life.owner)
-            )
+                return await gateway.erase(user_id, life.owner).answer()
+
+            erased: bool = await self._claims.persistently(erase)
             await self._end_erased(user_id)
             if life.spill is not None and life.spill.drop(user_id):
                 await self._replay.write_spill()

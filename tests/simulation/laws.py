@@ -36,11 +36,13 @@ class Laws:
         self.run = run
         self.database = run.database
         self.sent: dict[tuple[str, int | str], Any] = {}
-        self.granted: set[tuple[str, int | str, int]] = set()
+        self.granted: dict[tuple[str, int | str, int], float] = {}
+        """Claims, and when they were granted."""
         self.vanished: dict[int | str, float] = {}
         """When a row was last erased or lost."""
+        self.lost: dict[int | str, float] = {}
         self.unaware: set[tuple[str, int | str]] = set()
-        """Owners whose user's row was lost, until they write it again: before that they cannot know."""
+        """Owners whose user's row was lost, until they load or write it again: before that they cannot know."""
         self.has_dropped: dict[int | str, list[Server]] = {}
         self.dead: dict[Server, list[Any]] = {}
         self.broken: list[str] = []
@@ -91,6 +93,14 @@ class Laws:
                     in_flight.pop(user_id, None)
             abort(call)
 
+        ownership = server.manager._ownership
+        identify = ownership._identify
+
+        def identified(session: Any, loaded: Any) -> None:
+            identify(session, loaded)
+            self.see_identified(store.owner, loaded)
+
+        ownership._identify = identified  # type: ignore[method-assign]
         release = store.release
 
         async def released(user_id: int | str, epoch: int, owner: str) -> bool:
@@ -121,6 +131,12 @@ class Laws:
 
         gateway.start = probe
 
+    def see_identified(self, owner: str, loaded: Any) -> None:
+        """A session gets its user, by a claim that may have been granted when the row was still there."""
+        self.look_at_losses()
+        if self.granted[owner, loaded.user_id, loaded.epoch] <= self.lost.get(loaded.user_id, -1.0):
+            self.unaware.add((owner, loaded.user_id))
+
     def look_at(self, record: Any) -> None:
         if self.run.settings["fenced"]:
             claim = (record.owner, record.user_id, record.epoch)
@@ -140,9 +156,10 @@ class Laws:
             for claim in answer:
                 if claim.granted:
                     owner = self.database.owner_of(claim.user_id)
-                    self.granted.add((owner, claim.user_id, claim.epoch))
+                    self.granted[owner, claim.user_id, claim.epoch] = self.run.universe.seconds
                     self.sent.pop((owner, claim.user_id), None)
-                    self.unaware.discard((owner, claim.user_id))
+                    if not self.has_session(owner, claim.user_id):  # else it is a claim that was given up on
+                        self.unaware.discard((owner, claim.user_id))
         now = self.run.universe.seconds
         for user_id in [user_id for when, user_id in self.database.erased if when == now]:
             self.vanish(user_id)
@@ -217,11 +234,17 @@ class Laws:
 
     def look_at_losses(self) -> None:
         while self.database.lost:
-            _, user_id = self.database.lost.pop()
+            when, user_id = self.database.lost.pop()
+            self.lost[user_id] = max(when, self.lost.get(user_id, -1.0))
             self.vanish(user_id)
-            for server in self.run.servers:
-                if server is not None and server.manager._life.table.active_session(user_id) is not None:
-                    self.unaware.add((server.store.owner, user_id))
+            for owner in self.run.owners():
+                if self.has_session(owner, user_id):
+                    self.unaware.add((owner, user_id))
+
+    def has_session(self, owner: str, user_id: int | str) -> bool:
+        """Whether a server that is there has a session of a user."""
+        lives = [server.manager._life for server in self.run.servers if server is not None]
+        return any(life.owner == owner and life.table.active_session(user_id) is not None for life in lives)
 
     def check_server(self, server: Server) -> None:
         manager = server.manager
