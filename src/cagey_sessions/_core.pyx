@@ -15,6 +15,7 @@ The rooms, in the order they are included:
 ``core/rows.pxi``      the rows themselves: where they lie, who has one
 ``core/lanes.pxi``     the way of a save: asked for or due, taken, settled
 ``core/table.pxi``     keys and users, beginnings and ends: `SessionTable`
+``core/prefetch.pxi``  asking for memory before it is needed
 ``core/batch.pxi``     saves of many sessions at a time
 ``core/calls.pxi``     awaited calls, in one step where nothing has to be awaited: `ManagerCore`
 ``core/ages.pxi``      walks over the sessions, oldest first
@@ -73,9 +74,16 @@ cdef extern from *:
     /* type.__new__(type), without a look-up of the name */
     /* What the running loop keeps in the thread: its hook for new asynchronous generators. */
     #define cagey_running_hook() (PyThreadState_Get()->async_gen_firstiter)
-    /* What `threading.get_ident` returns, without the three calls it takes there. */
+    /* What tells this thread from all others that live: a register, where that can be had. */
     #if defined(_WIN32)
       #define cagey_thread PyThread_get_thread_ident
+    #elif defined(__has_builtin) && defined(__x86_64__) && defined(__linux__)
+      #if __has_builtin(__builtin_thread_pointer)
+        #define cagey_thread() ((unsigned long)__builtin_thread_pointer())
+      #else
+        #include <pthread.h>
+        #define cagey_thread() ((unsigned long)pthread_self())
+      #endif
     #else
       #include <pthread.h>
       #define cagey_thread() ((unsigned long)pthread_self())
@@ -120,6 +128,7 @@ cdef struct Row:
     uint32_t prev
     uint32_t newer          # age list
     uint32_t older
+    uint32_t ahead          # a row that is likely to follow GROUP places later on whatever list; only good to prefetch
     uint8_t state
     uint8_t failures        # saves failed since the last acknowledged one, at most 255
     uint8_t marks           # MARKED, MARKED_BEFORE: changes that are not known to be stored
@@ -134,6 +143,7 @@ include "core/session.pxi"
 include "core/rows.pxi"
 include "core/lanes.pxi"
 include "core/table.pxi"
+include "core/prefetch.pxi"
 include "core/batch.pxi"
 include "core/calls.pxi"
 include "core/ages.pxi"

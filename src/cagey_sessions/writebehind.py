@@ -45,8 +45,8 @@ _OUTCOMES = frozenset(Outcome)
 
 MOST_ROWS = 200
 MOST_BYTES = 1024 * 1024
-ROWS_AT_ONCE = 32
-BYTES_AT_ONCE = 32 * 1024
+ROWS_AT_ONCE = 64
+BYTES_AT_ONCE = 64 * 1024
 """After about so much of a batch it is seen whether the loop is to have its turn."""
 MOST_ALONE = 8
 """After how many rows of a batch that fail alone, and none that does not, it is the store and not the rows."""

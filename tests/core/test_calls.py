@@ -6,14 +6,27 @@ import asyncio
 import collections.abc
 import gc
 import inspect
+import os
 import sys
+import time
 import warnings
 import weakref
 
 import pytest
 
-from cagey_sessions import KeyTakenError, Session, SessionManager, UsageError, UserActiveError, WrongLoopError
-from cagey_sessions._core import ManagerCore, SessionCore
+from cagey_sessions import (
+    AlreadyIdentifiedError,
+    KeyTakenError,
+    ManagerClosedError,
+    Session,
+    SessionEndedError,
+    SessionManager,
+    UsageError,
+    UserActiveError,
+    WrongLoopError,
+)
+from cagey_sessions._core import ManagerCore, SessionCore, SessionTable
+from support import python
 
 
 def make() -> SessionManager:
@@ -227,4 +240,269 @@ async def test_keywords_work():
     newer.set(key="name", value=5)
     assert newer.get(key="name", default=6) == 5
     await newer.destroy(persist=False)
+    await manager.destroy()
+
+
+async def test_calls_that_are_awaited_after_the_end_of_the_manager_are_refused():
+    """What was true when they were made is not true any more."""
+    manager = make()
+    session, other = await manager.create("key"), await manager.create()
+    await other.set_user(2, {})
+    calls = [manager.create("other"), session.start(), session.set_user(1, {})]
+    ends = [session.destroy(), other.destroy(persist=True)]
+    await manager.destroy()
+    for call, refusal in zip(calls, (ManagerClosedError, SessionEndedError, SessionEndedError), strict=True):
+        with pytest.raises(refusal):
+            await call
+    for call in ends:
+        assert await call is None
+    assert len(manager) == 0
+
+
+async def test_a_call_that_is_closed_while_it_waits_leaves_the_end_to_go_on():
+    manager = make()
+    session = await manager.create()
+    call = session.destroy()
+    leave = asyncio.Event()
+
+    async def hold(session):
+        await leave.wait()
+
+    manager.on("before_destroy", hold)
+    call.send(None)
+    call.close()
+    with pytest.raises(RuntimeError, match="reuse"):
+        call.send(None)
+    assert session.alive
+    leave.set()
+    await session.wait_ended()
+    await manager.destroy()
+
+
+def step(call):
+    """Do a call of one step here and now: its result."""
+    with pytest.raises(StopIteration) as stopped:
+        call.send(None)
+    return stopped.value.value
+
+
+@pytest.mark.parametrize("meddle", ["end", "identify", "take the user", "make many", "step"])
+async def test_a_clock_that_meddles_with_the_session_that_gets_a_user_meets_a_whole_table(meddle):
+    """Whoever is asked for the time in the middle of a call may do anything, also what that call was to do."""
+    now = time.monotonic_ns
+    todo = []
+
+    class Clock:
+        def now(self):
+            while todo:
+                todo.pop()()
+            return now()
+
+        def call_later(self, delay, callback, context):
+            return asyncio.get_running_loop().call_later(delay / 1e9, callback, context=context)
+
+    manager = SessionManager(interval="1h", clock=Clock())
+    manager.on("persist_user_data", lambda session: None)
+    session, other = await manager.create("key"), await manager.create()
+    does = {
+        "end": lambda: step(session.destroy()),
+        "identify": lambda: step(session.set_user(2, {})),
+        "take the user": lambda: step(other.set_user(1, {})),
+        "make many": lambda: [step(manager.create()) for _ in range(5000)],
+        "step": lambda: call.send(None),
+    }
+    refusal = {
+        "end": SessionEndedError,
+        "identify": AlreadyIdentifiedError,
+        "take the user": UserActiveError,
+        "step": RuntimeError,
+    }
+    todo.append(does[meddle])
+    call = session.set_user(1, {})
+    if meddle in refusal:
+        with pytest.raises(refusal[meddle]):
+            await call
+    else:
+        await call
+        assert manager.find_by_user(1) is session
+    assert not todo
+    assert manager.statistics().live == len(manager) == len(manager.sessions())
+    manager._life.table._check()
+    await manager.destroy(False)
+
+
+async def test_a_warning_of_an_unawaited_call_may_use_the_manager(monkeypatch):
+    """It is shown while the call is freed, and whoever shows it may do anything."""
+    manager = make()
+    session = await manager.create("key")
+    made, found = [], []
+
+    def calls():
+        return [type(each).__name__ for each in gc.get_objects()].count("Call")
+
+    def show(*_, **__):
+        found.append(calls())
+        gc.collect()
+        made.append(step(manager.create()))
+        step(session.destroy())
+
+    gc.collect()
+    before = calls()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", show)
+        session.start()  # type: ignore[unused-coroutine]
+    assert found == [before], "what is being freed is in nobody's reach"
+    assert len(made) == 1 and made[0].alive and not session.alive
+    assert len(manager) == 1
+    await manager.destroy()
+
+
+async def test_what_calls_are_given_is_let_go_of():
+    """Done, refused, closed or thrown away: nothing is kept, and nothing is released twice."""
+    manager = make()
+    session = await manager.create("key")
+    other = await manager.create()
+    await other.set_user(2, {})
+    key, data = "".join(["an", "other"]), {}
+    before = [sys.getrefcount(each) for each in (key, data, session, manager)]
+    for _ in range(50):
+        made = await manager.create(key)
+        await made.set_user(1, data)
+        await made.destroy(persist=False)
+        del made
+        with pytest.raises(AlreadyIdentifiedError):
+            await other.set_user(3, data)
+        with pytest.raises(KeyTakenError):
+            await manager.create("key")
+        manager.create(key).close()
+        session.set_user(1, data).close()
+        with pytest.raises(ValueError, match="thrown"):
+            session.set_user(1, data).throw(ValueError("thrown"))
+    gc.collect()
+    assert [sys.getrefcount(each) for each in (key, data, session, manager)] == before
+    await manager.destroy()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_call_made_before_a_fork_is_refused_in_the_child():
+    """What the loop leaves in the thread while it runs is there too."""
+    script = """
+        import asyncio, os, warnings
+        from cagey_sessions import SessionManager
+
+        warnings.simplefilter("ignore", DeprecationWarning)
+
+        async def main():
+            manager = SessionManager(interval="1h")
+            manager.on("persist_user_data", lambda session: None)
+            session = await manager.create("key")
+            calls = [manager.create(), session.start(), session.set_user(1, {}), session.destroy()]
+            child = os.fork()
+            if child == 0:
+                for call in calls:
+                    try:
+                        call.send(None)
+                    except RuntimeError as error:
+                        assert "no running event loop" in str(error)
+                    else:
+                        os._exit(1)
+                os._exit(0)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            for call in calls:
+                await call
+            await manager.destroy()
+
+        asyncio.run(main())
+        """
+    assert python(script).stdout == "0\n"
+
+
+def test_a_truth_that_ends_the_session_meets_a_whole_table():
+    """`persist` is asked whether it is true in the middle of the end, and that may run anything."""
+    script = """
+        import asyncio
+        from cagey_sessions import SessionManager
+
+        async def main():
+            manager = SessionManager(interval="1h")
+            manager.on("persist_user_data", lambda session: None)
+            session = await manager.create("key")
+            await session.set_user(1, {})
+
+            class Ends:
+                def __bool__(self):
+                    try:
+                        session.destroy(persist=False).send(None)
+                    except StopIteration:
+                        return False
+
+            await session.destroy(persist=Ends())
+            print(manager.statistics().live, manager.statistics().ended, len(manager))
+            await manager.destroy()
+
+        asyncio.run(main())
+        """
+    assert python(script).stdout == "0 1 0\n"
+
+
+def test_a_session_type_that_makes_one_twice_is_refused():
+    class Same(Session):
+        made = None
+
+        def __new__(cls):
+            cls.made = cls.made or super().__new__(cls)
+            return cls.made
+
+    table = SessionTable(Same, None)
+    session = table.create("a")
+    with pytest.raises(TypeError):
+        table.create("b")
+    assert len(table) == 1 and table.find_by_key("a") is session
+
+
+@pytest.mark.parametrize("listens", [False, True])
+async def test_the_reason_of_an_end_is_there_when_the_data_is_freed(listens):
+    manager = make()
+    session = await manager.create()
+    seen = []
+
+    class Data:
+        def __del__(self):
+            seen.append(session.end_reason)
+
+    await session.set_user(1, Data())
+    if listens:
+        session.on("destroy", lambda *_: None)
+    await session.destroy(persist=False)
+    assert seen == ["destroyed"]
+    await manager.destroy()
+
+
+@pytest.mark.parametrize("end", ["refused", "closed", "thrown"])
+async def test_a_call_that_is_over_keeps_nobody(end):
+    manager = make()
+    session = await manager.create()
+    await session.set_user(1, {})
+    call = session.set_user(2, {})
+    if end == "refused":
+        with pytest.raises(AlreadyIdentifiedError):
+            await call
+    elif end == "closed":
+        call.close()
+    else:
+        with pytest.raises(KeyError):
+            call.throw(KeyError("thrown"))
+    await session.destroy(persist=False)
+    gone = weakref.ref(session)
+    del session
+    gc.collect()
+    assert gone() is None
+    await manager.destroy()
+
+
+async def test_an_exception_is_thrown_by_type_and_value():
+    manager = make()
+    with pytest.raises(ValueError, match="thrown"):
+        manager.create().throw(ValueError, "thrown")
     await manager.destroy()

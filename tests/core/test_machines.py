@@ -721,7 +721,8 @@ class WheelMachine(Machine):
         self.twins.begin_end(session)
         self.twins.forget(session)
         self.twins.create(None)
-        self.twins.identify(self.twins.live[-1], user_id, 0, Data())
+        if user_id is not None:  # the deadline of one who came in a drain may lie past the end of time
+            self.twins.identify(self.twins.live[-1], user_id, 0, Data())
 
     @rule(limit=LIMITS.filter(bool))
     def wake_up_as_the_engine_does(self, limit: int) -> None:

@@ -165,8 +165,8 @@ FAULTS = [
     Fault(
         "a batch passes over whoever cannot be encoded",
         "core/batch.pxi",
-        "            except Exception:\n                continue\n",
-        "            except Exception:\n                self.odd_ones.pop()\n                continue\n",
+        "            except Exception:\n                self.set_aside()\n                continue\n",
+        "            except Exception:\n                self.taking = None\n                continue\n",
         BATCHES,
     ),
     # versions and states
@@ -224,8 +224,8 @@ FAULTS = [
     Fault(
         "a cascade has no limit",
         "core/wheel.pxi",
-        "            slot = rows[bucket].next\n            budget[0] -= 1\n",
-        "            slot = rows[bucket].next\n            budget[0] -= bucket < BUCKETS_PER_LEVEL\n",
+        "            prefetch(&rows[rows[slot].ahead])\n            budget[0] -= 1\n",
+        "            prefetch(&rows[rows[slot].ahead])\n            budget[0] -= bucket < BUCKETS_PER_LEVEL\n",
         CORE,
     ),
     Fault(

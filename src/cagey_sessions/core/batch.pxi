@@ -32,6 +32,7 @@ cdef extern from *:
 
 
 cdef struct Save:
+    uint32_t slot
     uint64_t version
     uint64_t taken_at
 
@@ -93,7 +94,7 @@ cdef class SaveBatches:
 
     cdef bytes body_of(self, data):
         if self.dump is None:
-            return encode_plain(data, self.max_bytes)
+            return plain_bytes(data, self.max_bytes)
         return self.dump(data)
 
 
@@ -110,6 +111,8 @@ cdef class SaveBatch:
     cdef readonly uint64_t unchanged        # how many were as they are stored already
     cdef list sessions                      # None once settled or handed over
     cdef list odd_ones
+    cdef SessionCore taking                 # and the version it had
+    cdef uint64_t version
     cdef Py_ssize_t left
     cdef Save saves[MOST_IN_BATCH]
 
@@ -123,6 +126,30 @@ cdef class SaveBatch:
         """The sessions whose saves are not settled yet. O(batch)."""
         return [session for session in self.sessions if session is not None]
 
+    cdef void prefetch_due(self, int count) noexcept:
+        """Those whose turn comes next, and their data."""
+        cdef SessionTable table = self.table
+        cdef PyObject* nodes[MOST_NODES]
+        cdef uint32_t slots[GROUP]
+        cdef uint32_t slot = table.rows[PERIODIC].next
+        cdef int found = 0, place
+        while slot != PERIODIC and found < count:
+            prefetch(&table.rows[table.rows[slot].ahead])
+            prefetch(item_at(table.sessions, slot))
+            prefetch(&table.copies[slot])
+            slots[found] = slot
+            found += 1
+            slot = table.rows[slot].next
+        for place in range(found):
+            nodes[place] = PyList_GET_ITEM(table.sessions, slots[place])
+            prefetch_object(nodes[place])
+        for place in range(found):
+            prefetch(<PyObject*> (<SessionCore> nodes[place]).user_id)
+            nodes[place] = <PyObject*> (<SessionCore> nodes[place]).data
+            prefetch(nodes[place])
+        if self.plan.dump is None:
+            prefetch_trees(nodes, found)
+
     def fill(self, uint32_t rows, Py_ssize_t size, uint64_t now, uint64_t again, saved_at):
         """Take up to `rows` sessions whose time has come, until their bodies have `size` bytes: how many were taken.
 
@@ -132,21 +159,20 @@ cdef class SaveBatch:
         cdef SessionTable table = self.table
         cdef SessionCore session
         cdef uint32_t taken = 0, slot
-        cdef uint64_t version
-        cdef tuple pair
         cdef bytes body
         table.check_thread()
         if again > NEVER - 1 - now:
             raise UsageError("the deadline lies past the end of time")
+        self.set_aside()  # whom an exception has left
         while taken < rows and size > 0 and len(self.sessions) < MOST_IN_BATCH:
-            pair = PyTuple_New(2)  # may run a collection, and that may run anything: before the rows are looked at
+            if taken % GROUP == 0:
+                self.prefetch_due(<int> min(rows - taken, <uint32_t> GROUP))
             slot = table.rows[PERIODIC].next
             if slot == PERIODIC or table.rows[slot].failures != 0:
                 break
-            session = <SessionCore> table.sessions[slot]
-            version = table.rows[slot].version
-            fill_pair(pair, session, version)
-            self.odd_ones.append(pair)  # until all has gone well
+            session = table.session_at(slot)
+            self.taking = session  # until all has gone well
+            self.version = table.rows[slot].version
             list_remove(table.rows, slot)
             step(&table.rows[slot], TAKE)
             table.counters.due -= 1
@@ -155,39 +181,42 @@ cdef class SaveBatch:
             try:
                 body = self.plan.body_of(session.data)
             except Exception:
+                self.set_aside()
                 continue
-            if self.send(session, version, body, now, again, saved_at):
-                self.odd_ones.pop()
+            if not self.send(session, body, now, again, saved_at):
+                self.set_aside()
+            self.taking = None
             size -= PyBytes_GET_SIZE(body)
         if CAGEY_DEBUG:
             check_table(table)
         return taken
 
-    cdef bint send(self, SessionCore session, uint64_t version, bytes body, uint64_t now, uint64_t again,
-                   saved_at) except -1:
+    cdef int set_aside(self) except -1:
+        """Leave the one being taken to `odd`."""
+        if self.taking is not None:
+            self.odd_ones.append((self.taking, self.version))
+            self.taking = None
+        return 0
+
+    cdef bint send(self, SessionCore session, bytes body, uint64_t now, uint64_t again, saved_at) except -1:
         """Fix a body; False if something is special about this save after all."""
         cdef SessionTable table = self.table
-        cdef uint64_t digest = self.plan.digest.of(body)
+        cdef uint64_t version = self.version, digest = self.plan.digest.of(body)
+        # may run a collection, and that may run anything: before the row is looked at
+        cdef tuple record = new_tuple_like(self.plan.record, 8)
         cdef uint32_t slot = table.in_flight_slot(session, version)
         if slot == 0:
             return True  # it was forgotten while it was encoded
-        if table.rows[slot].state != SAVING:
-            return False
-        if table.rows[slot].version == table.rows[slot].acknowledged and table.copies[slot].digest == digest and version:
-            self.unchanged += 1
-            if table.rows[slot].marks:
-                table.rows[slot].marks = MARKED_BEFORE
-            self.acknowledge(slot, now, now + again)
-            return True
-        # may run a collection, and that may run anything: before the row is looked at for good
-        cdef tuple record = new_tuple_like(self.plan.record, 8)
-        slot = table.in_flight_slot(session, version)
-        if slot == 0:
-            return True
         cdef Row* row = &table.rows[slot]
         if row.state != SAVING:
             return False
         cdef bint is_new = version == 0 or table.copies[slot].digest != digest
+        if not is_new and version == row.acknowledged:
+            self.unchanged += 1
+            if row.marks:
+                row.marks = MARKED_BEFORE
+            self.acknowledge(slot, now, now + again)
+            return True
         version += is_new
         fill_item(record, 0, session.user_id)
         fill_item(record, 1, table.copies[slot].epoch)
@@ -205,6 +234,7 @@ cdef class SaveBatch:
             row.marks = MARKED_BEFORE
         row.version = version
         table.copies[slot].digest = digest
+        self.saves[place].slot = slot
         self.saves[place].version = version
         self.saves[place].taken_at = now
         self.left += 1
@@ -229,6 +259,7 @@ cdef class SaveBatch:
 
     def odd(self):
         """Take out those that something is special about, as (session, version): their bytes are not fixed."""
+        self.set_aside()
         odd_ones, self.odd_ones = self.odd_ones, []
         return odd_ones
 
@@ -248,6 +279,12 @@ cdef class SaveBatch:
             if type(verdict) is not self.plan.verdict or not verdict or not self.is_saved(verdict):
                 return None
         cdef list left = []
+        cdef Trail trail
+        trail.count = 0
+        for place in range(len(self.sessions)):
+            slot = self.saves[place].slot
+            prefetch(&table.rows[table.rows[slot].older])
+            prefetch(&table.rows[table.rows[slot].newer])
         for place in range(len(self.sessions)):
             session = self.sessions[place]
             if session is None:
@@ -260,6 +297,7 @@ cdef class SaveBatch:
             else:
                 self.take_out(place)
                 self.acknowledge(slot, self.saves[place].taken_at, self.saves[place].taken_at + again)
+                follow(&trail, table.rows, slot)
         if CAGEY_DEBUG:
             check_table(table)
         return left
@@ -281,6 +319,8 @@ cdef class SaveBatch:
         cdef list handed = []
         cdef Py_ssize_t place
         cdef uint32_t slot
+        if not self.left:
+            return handed
         for place in range(len(self.sessions)):
             session = self.sessions[place]
             if session is None:

@@ -111,18 +111,27 @@ cdef class Call:
         if self.stage == DELEGATED:
             return self.delegate.throw(kind if value is None else value)
         require_fresh(self)
-        self.stage = SPENT
+        spend(self)
+        if value is not None and not isinstance(value, BaseException):
+            value = kind(value)
         raise kind if value is None else value
 
     def close(self):
         if self.stage == DELEGATED:
             self.delegate.close()
-        self.stage = SPENT
+        spend(self)
 
 
 cdef inline int require_fresh(Call call) except -1:
     if call.stage != FRESH or call.owner is None:
         raise RuntimeError("cannot reuse already awaited coroutine")
+    return 0
+
+
+cdef inline int spend(Call call) except -1:
+    """Like the frame of a coroutine that has ended."""
+    call.stage = SPENT
+    call.owner = call.first = call.second = None
     return 0
 
 
@@ -145,8 +154,12 @@ cdef PySendResult call_send(PyObject* self, PyObject* value, PyObject** result) 
     if not is_none(value):
         raise TypeError("can't send non-None value to a just-started coroutine")
     call.stage = SPENT
-    answer = call_act(call)
-    call.owner = call.first = call.second = None  # like the frame of a coroutine that has ended
+    try:
+        answer = call_act(call)
+    except:
+        spend(call)
+        raise
+    spend(call)
     if answer is call:
         call.stage = DELEGATED
         return PyIter_Send(call.delegate, None, result)
@@ -256,12 +269,12 @@ cdef inline int prefetch_surroundings(SessionTable table, SessionCore session) e
 
 cdef bint end(SessionTable table, SessionCore session, persist) except -1:
     """End a session if no save of it is under way or wanted; whether that was so."""
-    cdef uint32_t slot = session.slot
     if session.ended:
         return True
-    if slot == 0 or table.rows[slot].state > DUE:
-        return False
+    # before the look at the row: to ask whether `persist` is true may run anything, also the end of this session
     if session.user_id is not None and (table.loud & LOUD_STORED or persist):
+        return False
+    if session.slot == 0 or table.rows[session.slot].state > DUE:
         return False
     prefetch_surroundings(table, session)
     if table.waited_for and session in table.waited_for:

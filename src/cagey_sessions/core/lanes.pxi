@@ -65,6 +65,8 @@ cdef class SessionLanes(SessionRows):
         means there may be more at this instant, first in line for the next call. Time never moves back. O(limit).
         """
         cdef uint32_t budget = limit, slot
+        cdef Trail trail
+        trail.count = 0
         self.check_thread()
         while True:
             slot = wheel_pop(&self.wheel, self.rows, now, &budget)
@@ -72,6 +74,7 @@ cdef class SessionLanes(SessionRows):
                 break
             if again and self.is_skipped(slot):
                 self.skip(slot, now, again)
+                follow(&trail, self.rows, slot)
                 continue
             list_append(self.rows, lane_of(step(&self.rows[slot], BECOME_DUE)), slot)
             self.counters.due += 1

@@ -242,8 +242,8 @@ cdef class SessionCore:
 
 cdef inline int finish(SessionCore session, reason) except -1:
     session.ended = True
-    session.data = None
     session.listeners = reason
+    session.data = None  # whose last use may look at the session
     return 0
 
 

@@ -159,6 +159,8 @@ cdef class SessionTable(SessionLanes):
         if type(made) is not self.session_type and not isinstance(made, SessionCore):
             raise TypeError(f"a session type makes sessions, not {type(made).__name__}")
         cdef SessionCore session = <SessionCore> made
+        if session.table is not None:
+            raise TypeError("a session type makes a new session each time")
         if key is not None:
             if self.key_slot_hashed(<PyObject*> key, hash):
                 raise KeyTakenError("another live session has this key; end it first, or create with replace=True")

@@ -72,6 +72,7 @@ cdef class TimingWheel:
         if self.untouched == self.capacity:
             self.grow()
         timer = self.untouched
+        self.rows[timer].ahead = 0
         self.untouched += 1
         return timer
 

@@ -41,7 +41,6 @@ cdef extern from "Python.h":
     PyTypeObject* type_of "Py_TYPE"(PyObject*) noexcept nogil
     bint is_none "Py_IsNone"(PyObject*) noexcept nogil
     double float_of "PyFloat_AS_DOUBLE"(PyObject*) noexcept nogil
-    long long int_of "PyLong_AsLongLongAndOverflow"(PyObject*, int* overflow) noexcept
     Py_ssize_t size_of_list "PyList_GET_SIZE"(PyObject*) noexcept nogil
     PyObject* member_of "PyList_GET_ITEM"(PyObject*, Py_ssize_t) noexcept nogil
     bint next_of_dict "PyDict_Next"(PyObject*, Py_ssize_t*, PyObject**, PyObject**) noexcept
@@ -59,6 +58,20 @@ cdef extern from *:
     #else
       #define cagey_ready(text) 1
     #endif
+    /* Whether an int fits into 64 signed bits. */
+    static inline int cagey_is_narrow(PyObject *number)
+    {
+        int overflow = 0;
+    #if PY_VERSION_HEX < 0x030C0000
+        if (Py_ABS(Py_SIZE(number)) * PyLong_SHIFT < 64)
+            return 1;
+    #else
+        if (PyUnstable_Long_IsCompact((PyLongObject *)number))
+            return 1;
+    #endif
+        (void)PyLong_AsLongLongAndOverflow(number, &overflow);
+        return overflow == 0;
+    }
     #if defined(__GNUC__)
       #define cagey_prefetch(at) __builtin_prefetch(at)
     #else
@@ -66,6 +79,7 @@ cdef extern from *:
     #endif
     """
     bint is_ready "cagey_ready"(PyObject*) noexcept
+    bint is_narrow "cagey_is_narrow"(PyObject*) noexcept
     void prefetch "cagey_prefetch"(const void*) noexcept nogil
 
 cdef struct Walk:
@@ -106,14 +120,12 @@ cdef inline bint is_leaf(PyObject* value, Walk* walk) noexcept:
     """Whether a value is plain, no container, and not too much."""
     cdef PyTypeObject* kind = type_of(value)
     cdef Py_ssize_t least
-    cdef int overflow = 0
     if kind is &PyUnicode_Type:
         if not is_ascii(value) and has_surrogate(value):
             return False
         least = length_of(value) + 2
     elif kind is &PyLong_Type:
-        int_of(value, &overflow)
-        if overflow != 0:
+        if not is_narrow(value):
             return False
         least = 1
     elif kind is &PyFloat_Type:
@@ -187,13 +199,10 @@ cdef bint accepted(PyObject* value, int depth, Walk* walk) noexcept:
 cdef Fault fault_of(PyObject* value, Walk* walk) noexcept:
     """Why a value that is no container is not accepted."""
     cdef PyTypeObject* kind = type_of(value)
-    cdef int overflow = 0
     if kind is &PyUnicode_Type and not is_ascii(value) and has_surrogate(value):
         return NOT_TEXT
-    if kind is &PyLong_Type:
-        int_of(value, &overflow)
-        if overflow != 0:
-            return TOO_WIDE
+    if kind is &PyLong_Type and not is_narrow(value):
+        return TOO_WIDE
     if kind is &PyFloat_Type and not isfinite(float_of(value)):
         return NOT_FINITE
     return TOO_LARGE if walk.left < 0 else NOT_PLAIN
@@ -289,12 +298,7 @@ def is_plain(value):
     return False
 
 
-def encode_plain(value, Py_ssize_t max_bytes=PY_SSIZE_T_MAX):
-    """The bytes of a plain value: JSON in UTF-8, at most `max_bytes` of it.
-
-    Raises `EncodingError`, which names the place, for whatever is not exactly a dict with str keys, a list, a str, an
-    int of 64 signed bits, a finite float, a bool or None, and for what is nested more than 200 deep. O(size).
-    """
+cdef bytes plain_bytes(value, Py_ssize_t max_bytes):
     require_plain(value, max_bytes)
     body = call_one(orjson_dumps, value)
     cdef Py_ssize_t size = PyBytes_GET_SIZE(body)
@@ -304,3 +308,12 @@ def encode_plain(value, Py_ssize_t max_bytes=PY_SSIZE_T_MAX):
         )
     # orjson never shrinks the buffer it wrote into, which is 4 KB for a body of 300 bytes, and bodies are kept
     return PyBytes_FromStringAndSize(PyBytes_AS_STRING(body), size)
+
+
+def encode_plain(value, Py_ssize_t max_bytes=PY_SSIZE_T_MAX):
+    """The bytes of a plain value: JSON in UTF-8, at most `max_bytes` of it.
+
+    Raises `EncodingError`, which names the place, for whatever is not exactly a dict with str keys, a list, a str, an
+    int of 64 signed bits, a finite float, a bool or None, and for what is nested more than 200 deep. O(size).
+    """
+    return plain_bytes(value, max_bytes)
