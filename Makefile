@@ -9,7 +9,7 @@ DEBUG := build/debug
 SANITIZE := build/sanitize
 # what a build leaves behind, and a build with other switches would take for its own
 LEFTOVERS = build/lib* build/temp* build/bdist*
-ASV_BENCH := track_(find_hot|timer_refresh|save_total|lag|bytes)[(]
+ASV_BENCH := track_(find_hot|timer_schedule|save_total|lag|bytes)[(]
 GROWTH := find_1e6,timer_schedule,timer_refresh,timer_cancel,timer_expire,tick_idle,timer_schedule_uvloop,timer_refresh_uvloop
 
 .PHONY: help demo test test-debug check-core lint types format bench bench-adapters figures plots mutants simulation \

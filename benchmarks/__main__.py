@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.size is not None:
         sizes = replace(sizes, many=max(1, options.size // 10), most=options.size)
     progress = Progress(sys.stderr)
+    begin = time.monotonic()
     print(machine(), flush=True)
     rows = []
     for workload in WORKLOADS:
@@ -61,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows += [row for row in measure(workload, sizes, progress) if row.id in chosen]
     progress.close()
     print(table(rows))
+    print(f"{len(rows)} rows in {time.monotonic() - begin:.0f} s")
     if options.json is not None:
         options.json.write_text(json.dumps(report(rows), indent=2) + "\n")
     return 1 if any(row.holds is False for row in rows) else 0

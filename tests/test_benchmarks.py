@@ -7,6 +7,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from benchmarks.asv import track_workloads
 from benchmarks.harness import NOISY, Progress, measure
 from benchmarks.rivals import port
 from benchmarks.rivals.heap import HeapTimers
-from benchmarks.workloads import WORKLOADS, Figure, Goal, Pair, Sizes, Workload, lifecycle, measurable, saves
+from benchmarks.workloads import WORKLOADS, Figure, Goal, Pair, Sizes, Workload, lifecycle, measurable, saves, timers
 from benchmarks.workloads.stored import SECOND, BenchClock, NoStore, Server, running, small_data
 
 import cagey_sessions
@@ -385,6 +386,36 @@ def test_the_base_of_the_save_row_saves_everybody(monkeypatch):
         assert len(set(saved)) == 600
 
 
+def test_each_round_touches_timers_that_were_left_alone_for_longest():
+    population = timers.Population(list(range(1000)))
+    seen = []
+    for _ in range(timers.TOUCHED):
+        seen += population.take()
+        population.give([-1] * population.size)
+    assert sorted(seen) == list(range(1000))
+    assert seen != sorted(seen)
+    assert population.take() == [-1] * population.size
+
+
+def test_asyncio_clears_its_heap_when_it_is_asked_to():
+    armed = timers.ArmedLoop("asyncio", 1000)
+    armed.take_back(armed.population.take())
+    assert len(armed.loop._scheduled) == 1000
+    armed.clear()
+    assert len(armed.loop._scheduled) == 950
+    armed.close()
+
+
+@pytest.mark.parametrize("kind", [timers.Coming, timers.ComingLoop])
+def test_a_tenth_comes_due_and_as_many_are_armed_again(kind):
+    coming = kind("ours" if kind is timers.Coming else "asyncio", 1000)
+    for _ in range(2 * timers.PARTS):
+        assert coming.expire() > 0
+        armed = coming.wheel if kind is timers.Coming else coming.loop._scheduled
+        assert len(armed) == 1000
+    coming.close()
+
+
 def test_heap_timers_are_a_rival_that_works():
     heap = HeapTimers()
     first, second, third = heap.schedule(5), heap.schedule(3), heap.schedule(4)
@@ -432,6 +463,17 @@ def test_a_noisy_row_is_run_again_and_then_not_judged():
     assert still.holds is None
     assert still.verdict == "noisy"
     assert still.spread > NOISY
+
+
+def test_only_the_noisy_rows_of_a_workload_are_taken_from_the_second_run():
+    noisy, calm = [10.0, 20.0, 30.0] * 3, [20.0] * 9
+    ours = iter([*zip(calm, noisy, strict=True), *zip(noisy, calm, strict=True)])
+    pair = Pair(lambda: next(ours), lambda: (10.0, 10.0))
+    other = Figure("other", Goal(ratio=2), lambda sizes: "")
+    workload = Workload(
+        "one", lambda sizes: nullcontext(pair), Goal(ratio=2), lambda sizes: "", warm_ups=0, more=(other,)
+    )
+    assert [row.holds for row in measure(workload, TINY, Silent())] == [True, True]
 
 
 def test_a_row_about_lag_is_judged_by_what_is_added():
@@ -542,6 +584,7 @@ def test_the_command_prints_a_table_and_writes_rows(tmp_path):
         assert row["unit"] == "ns"
     assert (done.returncode == 1) == any(row["holds"] is False for row in written["rows"])
     assert "find_hot" in done.stdout
+    assert re.search(r"^2 rows in \d+ s$", done.stdout, re.MULTILINE)
     assert written["machine"] in done.stdout
     assert "create" in done.stderr
 
