@@ -16,9 +16,9 @@ PACKAGE = ROOT / "src" / "cagey_sessions"
 FLOORS = [
     {"_version", "records", "clock"},
     {"errors"},
-    {"_core"},
+    {"_core", "options"},
     {"stores", "encoding", "savefile"},
-    {"options", "waits"},
+    {"waits"},
     {"sanitizer"},
     {"events", "spill"},
     {"autosave", "gateway"},

@@ -434,9 +434,14 @@ class StoreConformance:
     async def test_several_records_of_one_user_get_the_verdict_of_the_latest(self, make):
         async with opened(make()) as store:
             epoch = (await claim(store)).epoch
-            await claim(store, "1")
+            other = (await claim(store, "1")).epoch
             assert await save(store, record(version=2, epoch=epoch, body=b"2")) == [SAVED]
-            batch = [record(version=3, epoch=epoch + 1), record("1"), record(version=3, epoch=epoch), record("1", 2)]
+            batch = [
+                record(version=3, epoch=epoch + 1),
+                record("1", epoch=other),
+                record(version=3, epoch=epoch),
+                record("1", 2, epoch=other),
+            ]
             assert await save(store, *batch) == [FENCED, SAVED, FENCED, SAVED]
             assert (await store.load(1)).version == 2
             assert (await store.load("1")).version == 2

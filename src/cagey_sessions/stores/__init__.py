@@ -8,6 +8,7 @@ from .base import MAX_NUMBER, Claim, Outcome, Record, Store, Verdict
 if TYPE_CHECKING:
     from .callback import CallbackStore
     from .memory import MemoryStore
+    from .postgres import PostgresStore
     from .sqlite import SQLiteStore
 
 __all__ = [
@@ -16,13 +17,19 @@ __all__ = [
     "Claim",
     "MemoryStore",
     "Outcome",
+    "PostgresStore",
     "Record",
     "SQLiteStore",
     "Store",
     "Verdict",
 ]
 
-_LAZY = {"CallbackStore": "callback", "MemoryStore": "memory", "SQLiteStore": "sqlite"}
+_LAZY = {
+    "CallbackStore": "callback",
+    "MemoryStore": "memory",
+    "PostgresStore": "postgres",
+    "SQLiteStore": "sqlite",
+}
 """The stores, by module; each is imported when it is first named, and its driver with it."""
 
 
