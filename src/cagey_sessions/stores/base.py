@@ -199,3 +199,22 @@ class Store(ABC):
         where that is impossible: the call then keeps its place among those in flight.
         """
         return
+
+
+def latest_of(records: Sequence[Record]) -> dict[int | str, Record]:
+    """Of several records of one user the latest, by epoch and version; for `Store.save_many`."""
+    latest: dict[int | str, Record] = {}
+    for record in records:
+        known = latest.setdefault(record.user_id, record)
+        if (record.epoch, record.version) > (known.epoch, known.version):
+            latest[record.user_id] = record
+    return latest
+
+
+def text_of(body: bytes) -> str | None:
+    """A body as text that an SQL database takes; None if it takes none of it."""
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 
 from ..errors import OwnedElsewhereError, StoreContractError, StoreUnavailableError
-from .base import Claim, Outcome, Record, Store, Verdict
+from .base import Claim, Outcome, Record, Store, Verdict, latest_of
 
 __all__ = ["MemoryBacking", "MemoryStore"]
 
@@ -83,11 +83,7 @@ class MemoryStore(Store):
 
     async def save_many(self, records: Sequence[Record]) -> list[Verdict]:
         self._require_open()
-        latest: dict[int | str, Record] = {}
-        for record in records:
-            known = latest.setdefault(record.user_id, record)
-            if (record.epoch, record.version) > (known.epoch, known.version):
-                latest[record.user_id] = record
+        latest = latest_of(records)
         outcomes = {user_id: Verdict(self._save(record)) for user_id, record in latest.items()}
         return [outcomes[record.user_id] for record in records]
 

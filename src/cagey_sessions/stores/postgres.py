@@ -33,7 +33,7 @@ from ..errors import (
     WrongLoopError,
 )
 from ..options import SECOND, Duration, parse_duration
-from .base import Claim, Outcome, Record, Store, Verdict
+from .base import Claim, Outcome, Record, Store, Verdict, latest_of, text_of
 
 try:
     import asyncpg
@@ -485,15 +485,11 @@ class PostgresStore(Store):
             await connection.execute(self._sql(DOUBT), list(owners), timedelta(seconds=self._lease / 3))
 
     async def save_many(self, records: Sequence[Record]) -> list[Verdict]:
-        latest: dict[int | str, Record] = {}
-        for record in records:
-            known = latest.setdefault(record.user_id, record)
-            if (record.epoch, record.version) > (known.epoch, known.version):
-                latest[record.user_id] = record
+        latest = latest_of(records)
         verdicts: dict[int | str, Verdict] = {}
         rows = []
         for record in latest.values():
-            text = _text(record.body)
+            text = text_of(record.body)
             if text is None:
                 verdicts[record.user_id] = Verdict(Outcome.INVALID, "the body is not text")
             else:
@@ -624,14 +620,6 @@ def _explained(error: BaseException) -> BaseException:
     if isinstance(error, asyncpg.PostgresError):
         return StoreError(f"PostgreSQL: {text} ({type(error).__name__})")
     return error
-
-
-def _text(body: bytes) -> str | None:
-    try:
-        text = body.decode()
-    except UnicodeDecodeError:
-        return None
-    return None if "\0" in text else text
 
 
 def _verdict(record: Record, row: Any) -> Verdict:

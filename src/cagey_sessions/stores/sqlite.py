@@ -31,7 +31,7 @@ from ..errors import (
     StoreUnavailableError,
     WrongLoopError,
 )
-from .base import Claim, Outcome, Record, Store, Verdict
+from .base import Claim, Outcome, Record, Store, Verdict, latest_of, text_of
 
 __all__ = ["SQLiteStore"]
 
@@ -168,11 +168,7 @@ class SQLiteStore(Store):
         return await self._run(lambda connection: _claim(connection, user_ids, owner))
 
     async def save_many(self, records: Sequence[Record]) -> list[Verdict]:
-        latest: dict[int | str, Record] = {}
-        for record in records:
-            known = latest.setdefault(record.user_id, record)
-            if (record.epoch, record.version) > (known.epoch, known.version):
-                latest[record.user_id] = record
+        latest = latest_of(records)
 
         def save(connection: sqlite3.Connection) -> list[Verdict]:
             return [
@@ -275,7 +271,7 @@ def _claim(connection: sqlite3.Connection, user_ids: Sequence[int | str], owner:
 
 def _save(connection: sqlite3.Connection, records: Sequence[Record]) -> list[Verdict]:
     keys = [(record.user_id, record.epoch, record.owner, record.version) for record in records]
-    texts = [_text(record.body) for record in records]
+    texts = [text_of(record.body) for record in records]
     try:
         forbidding = {user_id: row for user_id, *row in _execute(connection, LOOK, keys)}
         verdicts = [
@@ -304,14 +300,6 @@ def _save(connection: sqlite3.Connection, records: Sequence[Record]) -> list[Ver
         if verdict.outcome is Outcome.ALREADY and record.release and record.version == forbidding[record.user_id][2]:
             connection.execute(RELEASE, (record.user_id, record.epoch, record.owner))
     return verdicts
-
-
-def _text(body: bytes) -> str | None:
-    try:
-        text = body.decode()
-    except UnicodeDecodeError:
-        return None
-    return None if "\0" in text else text
 
 
 def _verdict(record: Record, forbidding: list[Any] | None) -> Verdict:
