@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import errno
 import gc
 import os
@@ -28,6 +29,7 @@ from cagey_sessions import (
     SessionManager,
     SnapshotError,
     SpillConflictError,
+    StoreInUseError,
     StoreUnavailableError,
     UnsavableError,
     UserNotFoundError,
@@ -38,6 +40,7 @@ from cagey_sessions.savefile import DISK, first_line, last_line
 from cagey_sessions.spill import Spill, SpillEntry
 from cagey_sessions.stores import CallbackStore, Outcome, SQLiteStore, Verdict
 from cagey_sessions.stores.memory import MemoryBacking
+from cagey_sessions.testing.store_conformance import opened
 from conftest import run
 from support import Crash, FaultyDisk, ScriptedStore, let_time_pass, turns
 
@@ -102,6 +105,25 @@ async def spill_gold(cluster: Cluster, gold: int = 2, **users: int) -> None:
 
 
 # Down, and back
+
+
+async def test_what_was_spilled_is_saved_on_top_of_what_an_engine_has_lost_part_of(cluster):
+    """It went down with less than it had acknowledged, and nobody has claimed the user since."""
+    manager = await cluster.start()
+    session = await manager.open("ann", default={"gold": 0})
+    await session.persist_now()
+    mark = copy.deepcopy(cluster.backing.rows)
+    session.user_data["gold"] = 1
+    await session.persist_now()
+    session.user_data["gold"] = 2
+    await cluster.fail(manager)
+    cluster.backing.rows.clear()
+    cluster.backing.rows.update(mark)
+
+    manager = await cluster.start()
+    assert (manager.spill_report.replayed, manager.spill_report.conflicts) == (("ann",), ())
+    assert cluster.stored("ann") == {"gold": 2}
+    await let_time_pass(cluster.clock, manager.destroy())
 
 
 async def test_what_a_drain_could_not_save_is_saved_at_the_next_start(cluster, clock):
@@ -825,6 +847,13 @@ async def test_sqlite(tmp_path, clock):
         await asyncio.sleep(0.001)
     with pytest.raises(DrainError):
         await ending
+    async with asyncio.timeout(30):  # its thread closes the file in real time
+        while True:
+            try:
+                async with opened(Flaky(tmp_path / "players.db")):
+                    break
+            except StoreInUseError:
+                await asyncio.sleep(0.01)
     for _ in range(2):
         manager, store = await start()
         assert await manager.read("ann") == {"gold": 5} and await manager.read(1) == {"gold": 5}

@@ -65,8 +65,10 @@ cdef extern from *:
     #define CAGEY_MAX_SLOTS 0xFFFFFFF0u
     #if defined(_MSC_VER)
       #include <intrin.h>
-      static inline unsigned cagey_lowest_bit(uint64_t word) { unsigned long at; _BitScanForward64(&at, word); return at; }
-      static inline unsigned cagey_highest_bit(uint64_t word) { unsigned long at; _BitScanReverse64(&at, word); return at; }
+      static inline unsigned cagey_lowest_bit(uint64_t word) {
+        unsigned long at; _BitScanForward64(&at, word); return at; }
+      static inline unsigned cagey_highest_bit(uint64_t word) {
+        unsigned long at; _BitScanReverse64(&at, word); return at; }
     #else
       static inline unsigned cagey_lowest_bit(uint64_t word) { return (unsigned)__builtin_ctzll(word); }
       static inline unsigned cagey_highest_bit(uint64_t word) { return 63u - (unsigned)__builtin_clzll(word); }

@@ -8,6 +8,7 @@ who is kept by nobody is kept from everybody: the other servers wait until this 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context
@@ -35,6 +36,8 @@ CLAIMS_IN_A_CALL = 64
 CLAIM_CALLS = 4
 LOOKS_AT_DOUBTFUL = (SECOND, 5 * SECOND, 30 * SECOND)
 """How long after a claim that had no answer somebody looks whether it came to anything."""
+ENDED_REMEMBERED = 10_000
+"""Of how many sessions that are over it is seen whether an engine that has lost something still has them as ours."""
 RELEASE_CALLS = 4
 MOST_ATTEMPTS = 8
 FIRST_RETRY = SECOND // 20
@@ -69,6 +72,8 @@ class Claims:
         self._doubtful: dict[int | str, list[int]] = {}
         """Users whose claims had no answer, and when to look after them."""
         self._looker: asyncio.Task[None] | None = None
+        self._ended: deque[int | str] = deque(maxlen=ENDED_REMEMBERED)
+        """Users whose sessions are over; the engine may lose that they were released."""
 
     @property
     def _gateway(self) -> StoreGateway:
@@ -274,9 +279,15 @@ class Claims:
 
     def see_end(self, user_id: int | str) -> None:
         """A session of this user is over."""
+        self._ended.append(user_id)
         if user_id in self._unsure:
             self._unsure.discard(user_id)
             self._look_after([user_id])
+
+    def see_loss(self) -> None:
+        """The engine has lost what it had acknowledged, perhaps releases: then it takes users for ours who are not."""
+        if self._gateway.store.shared:
+            self._look_after(dict.fromkeys(self._ended))
 
     def _require_chance(self) -> None:
         if self._gateway.closed or not self._gateway.may_call():

@@ -44,9 +44,9 @@ class Call(Generic[T]):
 
     def __init__(self, gateway: StoreGateway, task: asyncio.Task[T], started: int, is_probe: bool) -> None:
         self._gateway = gateway
-        self.task = task
-        self.started = started
-        self.is_probe = is_probe
+        self.task: asyncio.Task[T] = task
+        self.started: int = started
+        self.is_probe: bool = is_probe
 
     async def answer(self) -> T:
         """What the call returns or raises; at its deadline raises `CallTimedOutError`."""
@@ -84,9 +84,9 @@ class StoreGateway:
 
     def __init__(self, store: Store, clock: Clock, timeout: int, say: Callable[..., None]) -> None:
         self.store = store
-        self.name = store.name
+        self.name: str = store.name
         self.timeout = timeout
-        self.now = clock.now
+        self.now: Callable[[], int] = clock.now
         self._clock = clock
         self._say = say
         self._jitter = random.Random(random.getrandbits(64))
@@ -102,21 +102,29 @@ class StoreGateway:
         self._probe_timer: TimerHandle | None = None
         self._on_chance: Callable[[], None] = lambda: None
         self._on_return: Callable[[], None] = lambda: None
+        self._on_loss: Callable[[], None] = lambda: None
+        self._incarnation = ""
+        self.losses: int = 0
+        """How often the engine may have lost what it had acknowledged."""
         self._admission: asyncio.Future[None] | None = None
         self.down_since: int | None = None
         self.last_error: Exception | None = None
-        self.latency = 0.0
+        self.latency: float = 0.0
         self._closing = False
-        self.closed = False
+        self.closed: bool = False
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Work on this loop from now on."""
         self._loop = loop
 
-    def watch(self, on_chance: Callable[[], None], on_return: Callable[[], None]) -> None:
-        """Have the one called whenever a call may begin again, and the other before that when the store is back."""
+    def watch(self, on_chance: Callable[[], None], on_return: Callable[[], None], on_loss: Callable[[], None]) -> None:
+        """Have the first called whenever a call may begin again, the second before that when the store is back.
+
+        The third is called when the engine under the store may have lost what it had acknowledged.
+        """
         self._on_chance = on_chance
         self._on_return = on_return
+        self._on_loss = on_loss
 
     # Opening and closing
 
@@ -284,6 +292,12 @@ class StoreGateway:
         now = self.now()
         self._last_success = max(self._last_success, call.started)
         taken = (now - call.started) / SECOND
+        if self.store.incarnation != self._incarnation:
+            before, self._incarnation = self._incarnation, self.store.incarnation
+            if before:
+                self._say("warning", "the engine of %s was started anew; everybody is written again", self.name)
+                self.losses += 1
+                self._on_loss()
         self.latency = taken if not self.latency else self.latency + (taken - self.latency) / AVERAGE_OVER
         if self.down_since is not None:
             self._say("warning", "%s is back after %.1f s", self.name, (now - self.down_since) / SECOND)

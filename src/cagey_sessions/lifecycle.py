@@ -89,18 +89,18 @@ class Ending:
     )
 
     def __init__(self, persist: bool, reason: EndReason, loop: asyncio.AbstractEventLoop) -> None:
-        self.persist = persist
-        self.reason = reason
-        self.announced = False  # before_destroy has been emitted
-        self.decided = False  # whether there is a last save cannot be changed any more
-        self.parked = False  # no task is at work; the last save waits for its retry
+        self.persist: bool = persist
+        self.reason: EndReason = reason
+        self.announced: bool = False  # before_destroy has been emitted
+        self.decided: bool = False  # whether there is a last save cannot be changed any more
+        self.parked: bool = False  # no task is at work; the last save waits for its retry
         self.saved: object = NOT_SAVED  # fingerprint of the data last acknowledged since the end began
-        self.released = False  # the store has let go of the user
+        self.released: bool = False  # the store has let go of the user
         self.last_error: Exception | None = None
         self.errors: list[Exception] = []
         self.attempt: asyncio.Future[Exception | None] = loop.create_future()
         self.task: asyncio.Task[None] | None = None
-        self.waiting = 0  # callers who will hear of the attempt
+        self.waiting: int = 0  # callers who will hear of the attempt
 
 
 class Drain(Protocol):
@@ -137,15 +137,19 @@ class Lifecycle:
         self.options = options
         self.clock = clock
         self.owner = owner
-        self.encoding = encoding or Encoding()
+        self.encoding: Encoding = encoding or Encoding()
         self.spill = spill
         self.claims: Any = None
         self.ownership: Any = None
         """What is done with users of the store; it stands above this room."""
-        self.table = SessionTable(session_type, self, seed=random.getrandbits(64), stored=store is not None)
+        self.table: SessionTable = SessionTable(
+            session_type, self, seed=random.getrandbits(64), stored=store is not None
+        )
         encoding = encoding or Encoding()
-        self.sanitizer = Sanitizer(self.table, encoding, self.fingerprint_of, self.report) if options.debug else None
-        self.listeners = Listeners(MANAGER_EVENTS, self.sanitizer, self.table.hear)
+        self.sanitizer: Sanitizer | None = (
+            Sanitizer(self.table, encoding, self.fingerprint_of, self.report) if options.debug else None
+        )
+        self.listeners: Listeners = Listeners(MANAGER_EVENTS, self.sanitizer, self.table.hear)
         self.gateway: StoreGateway | None = None
         self.store_saver: StoreSaver | None = None
         saver: Saver
@@ -156,14 +160,14 @@ class Lifecycle:
             saver = self.store_saver = StoreSaver(
                 self.table, self.gateway, self.encoding, clock, options, self, owner, self.sanitizer
             )
-        self.autosave = Autosave(self.table, clock, options, self, saver)
+        self.autosave: Autosave = Autosave(self.table, clock, options, self, saver)
         if self.store_saver is not None:
             self.store_saver.bind(self.autosave.kick)
         self.endings: dict[SessionCore, Ending] = {}
-        self.ends_at_work = 0
-        self.ends_announcing = 0
+        self.ends_at_work: int = 0
+        self.ends_announcing: int = 0
         self._drain: Drain | None = None
-        self.end_wanted = asyncio.Event()
+        self.end_wanted: asyncio.Event = asyncio.Event()
         """Set once the end of everybody has begun, or is about to."""
         self.closed = False
         self._pid = os.getpid()
@@ -586,6 +590,9 @@ class Lifecycle:
 
     def doubt(self, user_ids: list[int | str], call: asyncio.Task[list[Claim]]) -> None:
         self.claims.doubt(user_ids, call)
+
+    def see_loss(self) -> None:
+        self.claims.see_loss()
 
     def unsavable(self, session: SessionCore, error: UnsavableError) -> None:
         self.say("error", "%s", error)

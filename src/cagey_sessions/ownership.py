@@ -59,6 +59,7 @@ class _Loaded(NamedTuple):
     digest: int
     stored: int  # digest of the body as it is in the store
     data: Any
+    losses: int  # that the engine had had before the claim
 
 
 class _Opening:
@@ -211,7 +212,11 @@ class Ownership:
 
     def _identify(self, session: SessionCore, loaded: _Loaded) -> None:
         self._life.autosave.identify(session, loaded.user_id, loaded.data)
-        if loaded.version:
+        if loaded.version and loaded.losses != self._gateway.losses:
+            # the engine may have an older record by now: what was loaded counts as changed
+            self._life.table.own(session, loaded.epoch, loaded.version, loaded.stored ^ 1, loaded.stored)
+            session.mark_changed()
+        elif loaded.version:
             self._life.table.own(session, loaded.epoch, loaded.version, loaded.digest, loaded.stored)
         else:
             self._life.table.own(session, loaded.epoch)
@@ -406,6 +411,7 @@ class Ownership:
     async def _load(self, user_id: int | str, default: Any) -> _Loaded:
         """Claim a user and read or make their data. If that fails, the user is let go of."""
         await self._claims.outlast(user_id)
+        losses = self._gateway.losses
         claim = await self._claims.claim(user_id)
         try:
             claim = await self._replay.see(claim)
@@ -419,7 +425,7 @@ class Ownership:
                 version = 0
             digest = self._saver.digest
             stored = 0 if claim.record is None else digest(claim.record.body)
-            return _Loaded(user_id, claim.epoch, version, digest(self._dump(claim, data)), stored, data)
+            return _Loaded(user_id, claim.epoch, version, digest(self._dump(claim, data)), stored, data, losses)
         except BaseException:
             self._claims.let_go(user_id, claim.epoch)
             raise

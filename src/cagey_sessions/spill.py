@@ -10,7 +10,6 @@ of digests differ from process to process and a file may have entries of several
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 import time
 from collections.abc import Iterable
@@ -62,6 +61,8 @@ class SpillEntry(SnapshotEntry):
         digest = Digest(self.digest_key)(stored.body)
         if not store.fenced:
             return any(digest == other for _, other in self.known)
+        if claim.epoch == self.epoch + 1 and stored.version < self.version:
+            return True  # nobody has claimed the user since: the engine has lost what it had acknowledged
         return (max(stored.version, 1), digest) in self.known
 
 
@@ -88,8 +89,8 @@ class Spill:
     def __init__(self, path: str | os.PathLike[str], files: Files = DISK) -> None:
         if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
             raise OptionError(f"spill is the path of a file, not {quote(path)}")
-        self.path = os.path.realpath(path)
-        self.is_open = False
+        self.path: str = os.path.realpath(path)
+        self.is_open: bool = False
         self.pending: dict[int | str, list[SpillEntry]] = {}
         self._files = files
         self._conflicts: dict[int | str, list[SpillEntry]] = {}
@@ -109,7 +110,7 @@ class Spill:
         """Better to refuse a path at the start than to find out at the end."""
         if os.path.isdir(self.path):
             raise OptionError(f"spill is the path of a file, and {self.path} is a folder")
-        probe = f"{self.path}.{secrets.token_hex(4)}.tmp"
+        probe = f"{self.path}.{os.urandom(4).hex()}.tmp"
         try:
             self._files.close(self._files.create(probe))
             self._files.remove(probe)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import random
-import secrets
 import time
 from collections.abc import Callable
 from contextvars import Context
@@ -50,6 +50,9 @@ BYTES_AT_ONCE = 64 * 1024
 """After about so much of a batch it is seen whether the loop is to have its turn."""
 MOST_ALONE = 8
 """After how many rows of a batch that fail alone, and none that does not, it is the store and not the rows."""
+ROWS_DOUBTED_AT_ONCE = 4096
+MOST_REFUSALS = 8
+"""How many saves in a row may fail because an engine has lost our claim, and so the release before it."""
 MOST_CLAIMS = 2
 """How often a user is claimed again for one save."""
 RECOVERY_RATE = 1.25
@@ -83,6 +86,10 @@ class StoreHost(SaveHost, Protocol):
 
     def doubt(self, user_ids: list[int | str], call: asyncio.Task[list[Claim]]) -> None:
         """A claim of these users had no answer, and may be granted all the same."""
+        ...
+
+    def see_loss(self) -> None:
+        """What the store had acknowledged may be gone."""
         ...
 
 
@@ -131,8 +138,8 @@ class StoreSaver:
         self.patience: int | None = options.save_timeout
         self.encoding = encoding
         self.owner = owner
-        self.unchanged = 0
-        self.fenced = 0
+        self.unchanged: int = 0
+        self.fenced: int = 0
         self.unsavable: dict[SessionCore, str] = {}
         """Sessions whose data cannot be saved as it is, with the fault that was last told."""
         self._refused: dict[SessionCore, tuple[int, UnsavableError]] = {}  # by the store: the digest, and why
@@ -148,8 +155,8 @@ class StoreSaver:
             self._before_save = sanitizer.before_save(options.before_save)
         self._is_marked_only = options.tracking == "marked"
         self._host = host
-        self.digest_key = secrets.token_bytes(16)
-        self.digest = Digest(self.digest_key)
+        self.digest_key: bytes = os.urandom(16)
+        self.digest: Digest = Digest(self.digest_key)
         self._batches = self._plan_batches()
         self._batch_is_next = False  # else whoever is asked for
         self._order = random.Random(random.getrandbits(64))
@@ -158,7 +165,8 @@ class StoreSaver:
         self._allowance = 0.0
         self._allowed_at = 0
         self._step_timer: TimerHandle | None = None
-        gateway.watch(self._see_chance, self._see_return)
+        self._doubt_timer: TimerHandle | None = None
+        gateway.watch(self._see_chance, self._see_return, self._see_loss)
 
     def _plan_batches(self) -> SaveBatches | None:
         """How most saves are made; None where there is more to each of them than its bytes."""
@@ -193,9 +201,10 @@ class StoreSaver:
         return frozenset(known)
 
     def close(self) -> None:
-        if self._step_timer is not None:
-            self._step_timer.cancel()
-            self._step_timer = None
+        for timer in (self._step_timer, self._doubt_timer):
+            if timer is not None:
+                timer.cancel()
+        self._step_timer = self._doubt_timer = None
 
     # What may be done now
 
@@ -212,6 +221,17 @@ class StoreSaver:
         self._recovering = self._interval is not None
         self._allowance = 1.0
         self._allowed_at = self._clock.now()
+
+    def _see_loss(self, place: int = 0) -> None:
+        """What was acknowledged may be gone: within one interval everybody is written again."""
+        if not place:
+            self._host.see_loss()
+        following = self._table.doubt(place, ROWS_DOUBTED_AT_ONCE)
+        if self._doubt_timer is not None:
+            self._doubt_timer.cancel()  # of an earlier loss: this walk passes there, too
+        self._doubt_timer = None
+        if following:
+            self._doubt_timer = self._clock.call_later(0, partial(self._see_loss, following), Context())
 
     def serves_periodic(self) -> bool:
         """After an outage everybody is due at once; they are let through at a steady rate, oldest first."""
@@ -644,9 +664,11 @@ class StoreSaver:
             claim = answers.get(row.user_id)
             if claim is None:
                 self._fail(row, autosave, StoreContractError("a claim was not answered"))
+            elif not claim.granted and self._has_lost_ours(row, claim):
+                self._fail(row, autosave, StoreUnavailableError(f"{claim.owner} has not let go of this user again"))
             elif not claim.granted:
                 self._drop(row, autosave, _fenced(row.user_id))
-            elif self._is_lost(row) or not self._is_ours(row, claim.record):
+            elif self._is_lost(row) or not self._is_ours(row, claim):
                 self._drop(row, autosave, _fenced(row.user_id))
                 self._host.disown(claim)
             else:
@@ -655,15 +677,23 @@ class StoreSaver:
                 owned.append(row)
         await self._write(owned, autosave, hanging)
 
+    def _has_lost_ours(self, row: _Row, claim: Claim) -> bool:
+        """Whether who has a user had them before us, in an engine that has lost our claim: they let go of them soon."""
+        return 0 < claim.epoch < self._table.epoch(row.session) and self._failures(row) < MOST_REFUSALS
+
     def _is_lost(self, row: _Row) -> bool:
         """Whether a session is over, or has no user any more, while its save is under way."""
         return self._table.state(row.session) == "gone" or self._host.loss_of(row.session) is not None
 
-    def _is_ours(self, row: _Row, stored: Record | None) -> bool:
+    def _is_ours(self, row: _Row, claim: Claim) -> bool:
         """Whether what is stored is what this session has saved, or may have, so that it may go on from there."""
         assert row.record is not None
+        stored = claim.record
+        _, acknowledged = self._table.versions(row.session)
+        if row.was_fenced and claim.epoch <= self._table.epoch(row.session):
+            # epochs never fall, but in an engine that has lost what came after: what it has now is older than ours
+            return stored is None or stored.version <= acknowledged
         if stored is None:
-            _, acknowledged = self._table.versions(row.session)
             return not (row.was_fenced and acknowledged)  # else it was erased, and is new
         found = stored.version, self.digest(stored.body)
         return (

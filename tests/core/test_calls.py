@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import collections.abc
+import copy
 import gc
 import inspect
 import os
+import pickle
 import sys
 import time
 import warnings
@@ -47,6 +49,30 @@ async def test_a_call_is_a_coroutine():
     for call in (session.start(), session.set_user(1, {}), session.destroy()):
         assert asyncio.iscoroutine(call)
         assert await call is None
+    await manager.destroy()
+
+
+@pytest.mark.parametrize("take", [copy.copy, copy.deepcopy, pickle.dumps])
+async def test_neither_a_manager_nor_a_call_is_copied_or_pickled(take):
+    manager = make()
+    with pytest.raises(TypeError, match="the sessions of one server: it cannot be copied or pickled"):
+        take(manager)
+    call = manager.create("key")
+    with pytest.raises(TypeError, match="a coroutine cannot be copied or pickled"):
+        take(call)
+    session = await call
+    assert manager.sessions() == [session]
+    await manager.destroy()
+
+
+async def test_a_call_is_called_by_its_name():
+    manager = make()
+    call = manager.create("key")
+    assert "SessionManager.create" in repr(call)
+    session = await call
+    start = session.start()
+    assert "Session.start" in repr(start)
+    await start
     await manager.destroy()
 
 

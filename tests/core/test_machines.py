@@ -788,6 +788,19 @@ def test_case_57_a_thousand_sessions_in_random_interleaving():
     twins.compare()
 
 
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("threshold", range(1, 12))
+def test_a_look_at_the_table_outlives_a_collection_in_its_middle(threshold, stored):
+    """Found at night: on a debug build what visitors had left behind was counted only in part."""
+    twins = Twins(0, 0, stored)
+    for _ in range(3):
+        twins.meddling = 1
+        with twins.meddled():
+            gc.set_threshold(threshold, 1000, 1000)
+            for _ in range(20):
+                twins.table.create()
+
+
 def test_the_nightly_profile_takes_a_hundred_thousand_steps():
     nightly = settings.get_profile("nightly")
     assert nightly.max_examples * nightly.stateful_step_count >= 10**5 or "CAGEY_TEST_EXAMPLES" in os.environ

@@ -173,3 +173,56 @@ def test_the_three_lanes_take_turns_while_they_hold_somebody():
         table.begin_end(session)
     taken = [table.take()[0] for _ in range(30)]
     assert [taken[0::3], taken[1::3], taken[2::3]] == people
+
+
+def test_what_is_doubted_is_written_again_as_the_next_version():
+    table, session = stored_table()
+    table.own(session, 3, 41, 1000)
+    assert table.doubt(0, 10**6) == 0
+    assert not table.is_current(session, 1000)
+    assert table.is_stored(session, 41, 1000), "of what the store had there is no doubt"
+    assert table.is_marked(session)
+    take(table, session)
+    assert table.fix(session, 1000) == 42
+    assert table.acknowledge(session, 42, 5)
+    assert table.is_current(session, 1000)
+    take(table, session)
+    assert table.fix(session, 1000) == 0, "once is enough"
+
+
+def test_a_doubt_leaves_alone_what_is_on_its_way():
+    table, session = stored_table()
+    table.own(session, 3, 41, 1000)
+    take(table, session)
+    assert table.fix(session, 2000) == 42
+    assert table.doubt(0, 10**6) == 0
+    assert table.fail(session, 42)
+    take(table, session)
+    assert table.fix(session, 2000) == 42, "the same bytes are the same version"
+
+
+@pytest.mark.parametrize("limit", [1, 7, 50, 1000])
+def test_everybody_is_doubted_whatever_the_portions(limit):
+    table = SessionTable(Session, None, stored=True)
+    sessions = [table.create() for _ in range(100)]
+    for user, session in enumerate(sessions):
+        table.identify(session, user, {}, 0)
+        table.own(session, 1, 1, user)
+    for session in sessions[::3]:
+        table.begin_end(session)
+        table.forget(session)
+    place, calls = 0, 0
+    while True:
+        place = table.doubt(place, limit)
+        calls += 1
+        if place == 0:
+            break
+    assert calls >= 100 // limit
+    for user, session in enumerate(sessions):
+        if user % 3:
+            assert not table.is_current(session, user)
+
+
+def test_without_a_store_there_is_nothing_to_doubt():
+    with pytest.raises(UsageError):
+        SessionTable(Session, None).doubt(0, 10)

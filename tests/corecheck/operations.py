@@ -230,6 +230,7 @@ for name in ("state", "failures", "versions", "saved_at", "is_ending", "epoch", 
 operation("SessionTable.is_current")(lambda world: world.table.is_current(world.session, 2**63 + 1))
 operation("SessionTable.is_stored")(lambda world: world.table.is_stored(world.session, 2**62, 2**63 + 1))
 operation("SessionTable.own")(lambda world: world.table.own(world.session, 2**40, 2**41, 2**63 + 1, 2**63 + 2))
+operation("SessionTable.doubt")(lambda world: world.table.doubt(0, 1000))
 refused("SessionTable.own: without a store", lambda world: world.unsaved.own(world.stranger, 1))
 refused("SessionTable.fix: nothing in flight", lambda world: world.table.fix(world.session, 1))
 operation("SessionTable.next_deadline")(lambda world: world.table.next_deadline())

@@ -75,9 +75,30 @@ FAULTS = [
     Fault(
         "claimed again over what somebody else has saved",
         "writebehind.py",
-        "elif self._is_lost(row) or not self._is_ours(row, claim.record):",
+        "elif self._is_lost(row) or not self._is_ours(row, claim):",
         "elif self._is_lost(row):",
         SAVING,
+    ),
+    Fault(
+        "who was taken over after a rollback is written over",
+        "writebehind.py",
+        "if row.was_fenced and claim.epoch <= self._table.epoch(row.session):",
+        "if row.was_fenced:",
+        ("tests/test_store_rollbacks.py", *SAVING),
+    ),
+    Fault(
+        "a claim that the engine has lost ends the session",
+        "writebehind.py",
+        "return stored is None or stored.version <= acknowledged",
+        "return False",
+        ("tests/test_store_rollbacks.py",),
+    ),
+    Fault(
+        "a new life of the engine is not noticed",
+        "gateway.py",
+        "if self.store.incarnation != self._incarnation:",
+        "if False:",
+        ("tests/test_store_rollbacks.py",),
     ),
     Fault(
         "a save that may have been written is forgotten",

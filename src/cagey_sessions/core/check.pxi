@@ -29,7 +29,8 @@ cdef int check_table(SessionTable table) except -1:
 cdef int check_everything(SessionTable table) except -1:
     cdef uint32_t slot, after, bucket, level, lane
     cdef uint64_t start, span, in_wheel = 0, in_lanes = 0, in_flight = 0, live = 0, keyed = 0, identified = 0, free = 0
-    cdef set seen = set()
+    # both before anything is looked at: making one may run a collection, and that may run anything
+    cdef set seen = set(), aged = set()
     for bucket in range(<uint32_t> FIRST_SLOT):
         slot = table.rows[bucket].next
         if bucket < BUCKETS:
@@ -56,7 +57,6 @@ cdef int check_everything(SessionTable table) except -1:
                 assert table.rows[slot].state == GONE, f"slot {slot} is free"
                 free += 1
             slot = after
-    cdef set aged = set()
     for lane in (ANONYMOUS, IDENTIFIED):
         slot = table.rows[lane].newer
         while slot != lane:

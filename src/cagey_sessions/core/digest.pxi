@@ -77,7 +77,8 @@ cdef class Digest:
         self.k1 = little_endian(<const unsigned char*> PyBytes_AS_STRING(key) + 8, 8)
 
     cdef uint64_t of(self, bytes body) noexcept:
-        cdef uint64_t digest = siphash13(<const unsigned char*> PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body), self.k0, self.k1)
+        cdef uint64_t digest = siphash13(
+            <const unsigned char*> PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body), self.k0, self.k1)
         return digest or 1
 
     def __call__(self, bytes body not None):

@@ -164,6 +164,25 @@ cdef class SessionLanes(SessionRows):
             self.copies[slot].digest = loaded_digest
             self.copies[slot].stored = stored_digest
 
+    def doubt(self, uint32_t first, uint32_t limit):
+        """Take what is acknowledged for lost, in up to `limit` rows from `first` on: the row to go on from, 0 at the end.
+
+        Whoever is saved next is written, changed or not, as the next version. Begin with 0. O(limit).
+        """
+        cdef uint32_t slot = max(first, <uint32_t> FIRST_SLOT)
+        cdef uint32_t end = self.used if limit > self.used - min(slot, self.used) else slot + limit
+        cdef Row* row
+        self.check_thread()
+        self.require_copies()
+        for slot in range(slot, end):
+            row = &self.rows[slot]
+            if row.state != GONE and row.version and row.version == row.acknowledged:
+                self.copies[slot].digest = ~self.copies[slot].stored
+                row.marks |= MARKED
+        if CAGEY_DEBUG:
+            check_table(<SessionTable> self)
+        return 0 if end == self.used else end
+
     def epoch(self, SessionCore session not None):
         """The epoch of the claim under which a session is saved. O(1)."""
         cdef uint32_t slot = self.slot_of(session)

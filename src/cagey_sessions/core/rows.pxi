@@ -30,6 +30,7 @@ def _after_fork_in_child():
     global fork_epoch
     fork_epoch += 1
 
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 

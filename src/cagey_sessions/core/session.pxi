@@ -45,7 +45,8 @@ cdef int require_user_id(user_id, required=None) except -1:
     except UnicodeEncodeError:
         raise InvalidUserIdError(f"a user id must be valid text; this one holds a lone surrogate: {user_id!r:.80}") from None
     if size > MAX_USER_ID_BYTES:
-        raise InvalidUserIdError(f"a user id that is a str takes at most {MAX_USER_ID_BYTES} bytes of UTF-8; this one takes {size}")
+        raise InvalidUserIdError(
+            f"a user id that is a str takes at most {MAX_USER_ID_BYTES} bytes of UTF-8; this one takes {size}")
     if "\0" in user_id:
         raise InvalidUserIdError(f"a user id must not hold a NUL character: {user_id!r:.80}")
     return 0
@@ -111,7 +112,8 @@ cdef class SessionCore:
     def user_data(self, value):
         table_of(self)
         if self.user_id is None:
-            raise NotIdentifiedError("this session has no user yet; `await session.login(user_id)` comes first, or without a store `set_user`")
+            raise NotIdentifiedError(
+                "this session has no user yet; `await session.login(user_id)` comes first, or without a store `set_user`")
         if value is None:
             raise InvalidUserDataError("user_data must not be None: there would be nothing to save")
         self.data = value
