@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import uvloop
 
 from cagey_sessions import SessionManager
 from cagey_sessions._core import living
@@ -26,15 +25,20 @@ def _eager_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+LOOPS = {"asyncio": asyncio.new_event_loop}
+if sys.platform != "win32":  # uvloop is not made for it
+    import uvloop
+
+    LOOPS["uvloop"] = uvloop.new_event_loop
 if sys.version_info >= (3, 12):
     LOOPS["eager"] = _eager_loop
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if inspect.iscoroutinefunction(metafunc.function):
+        # a class may name its `loops`, where a sister of it runs on the others
         metafunc.fixturenames.append("loop_kind")
-        metafunc.parametrize("loop_kind", list(LOOPS))
+        metafunc.parametrize("loop_kind", getattr(metafunc.cls, "loops", None) or list(LOOPS))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import heapq
 import itertools
 import json
@@ -12,10 +13,15 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import asyncpg
+import pytest
+import redis
 
 import cagey_sessions
 from cagey_sessions import StoreUnavailableError
@@ -50,6 +56,56 @@ def python(script: str, prelude: str = "", *, status: int = 0, timeout: float = 
     )
     assert done.returncode == status, done.stderr
     return done
+
+
+POSTGRES = os.environ.get("CAGEY_TEST_POSTGRES", "postgresql://root@127.0.0.1:5432/test")
+REDIS = os.environ.get("CAGEY_TEST_REDIS", "redis://127.0.0.1:6379/0")
+
+
+@functools.cache
+def server_answers(url: str) -> bool:
+    """Whether a server of an engine is there; where CI is set it has to be."""
+
+    async def look() -> None:
+        await (await asyncpg.connect(url, timeout=5)).close()
+
+    try:
+        if url.startswith("redis"):
+            with redis.Redis.from_url(url, socket_connect_timeout=5) as client:
+                client.ping()
+        else:
+            with ThreadPoolExecutor(1) as thread:  # a loop may run here
+                thread.submit(asyncio.run, look()).result()
+    except (OSError, asyncpg.PostgresError, redis.RedisError) as error:
+        if os.environ.get("CI"):
+            raise RuntimeError(f"CI needs the server at {url}") from error
+        return False
+    return True
+
+
+def skip_without(url: str) -> None:
+    """The same from within a test or a fixture."""
+    if not server_answers(url):
+        pytest.skip(f"no server at {url}")
+
+
+async def drop_schema(name: str) -> None:
+    """Remove a schema of a test. One that has failed may have left a transaction open, which would hold that up."""
+    connection = await asyncpg.connect(POSTGRES)
+    try:
+        await connection.execute(
+            """SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_class ON pg_class.oid = relation
+                WHERE relnamespace = to_regnamespace($1) AND pid <> pg_backend_pid()""",
+            name,
+        )
+        await connection.execute(f"DROP SCHEMA IF EXISTS {name} CASCADE")
+    finally:
+        await connection.close()
+
+
+def needs_server(url: str) -> pytest.MarkDecorator:
+    """For tests that are skipped where a server is not there; CAGEY_TEST_POSTGRES and CAGEY_TEST_REDIS say where."""
+    return pytest.mark.skipif(not server_answers(url), reason=f"no server at {url}")
 
 
 async def turns(count: int = 25) -> None:

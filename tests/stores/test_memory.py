@@ -7,7 +7,16 @@ import pytest
 from cagey_sessions import StoreContractError
 from cagey_sessions.stores import MemoryStore
 from cagey_sessions.stores.memory import MemoryBacking
-from stores.conformance import SAVED, StoreConformance, StoreMachine, claim, machine_test, opened, record, save
+from cagey_sessions.testing.store_conformance import (
+    SAVED,
+    StoreConformance,
+    StoreMachine,
+    claim,
+    machine_test,
+    opened,
+    record,
+    save,
+)
 
 
 class TestMemoryStore(StoreConformance):
@@ -28,7 +37,7 @@ class MemoryMachine(StoreMachine):
         self.store.bury(owner)
 
 
-TestMemoryMachine = machine_test(MemoryMachine, 150)
+TestMemoryMachine = pytest.mark.slow(machine_test(MemoryMachine, 150))
 
 
 async def test_stores_without_a_common_backing_have_nothing_in_common():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import uuid
 
@@ -19,27 +18,24 @@ from cagey_sessions import (
     StoreUnavailableError,
 )
 from cagey_sessions.stores import PostgresStore
-from stores.conformance import ALREADY, FENCED, INVALID, SAVED, StoreConformance, claim, opened, record, save
-
-DSN = os.environ.get("CAGEY_TEST_POSTGRES", "postgresql://root@127.0.0.1:5432/test")
+from cagey_sessions.testing.store_conformance import (
+    ALREADY,
+    FENCED,
+    INVALID,
+    SAVED,
+    StoreConformance,
+    claim,
+    opened,
+    record,
+    save,
+)
+from support import POSTGRES as DSN
+from support import drop_schema, needs_server
 
 WAITING = "SELECT count(*) FROM pg_locks WHERE NOT granted"
 
 
-def is_there() -> bool:
-    async def look() -> None:
-        await (await asyncpg.connect(DSN, timeout=5)).close()
-
-    try:
-        asyncio.run(look())
-    except (OSError, asyncpg.PostgresError) as error:
-        if os.environ.get("CI"):
-            raise RuntimeError(f"CI needs PostgreSQL at {DSN}") from error
-        return False
-    return True
-
-
-pytestmark = pytest.mark.skipif(not is_there(), reason=f"no PostgreSQL at {DSN}; CAGEY_TEST_POSTGRES says where one is")
+pytestmark = needs_server(DSN)
 
 
 async def execute(*statements: str) -> None:
@@ -51,12 +47,20 @@ async def execute(*statements: str) -> None:
         await connection.close()
 
 
+async def fetch(query: str):
+    connection = await asyncpg.connect(DSN)
+    try:
+        return await connection.fetchval(query)
+    finally:
+        await connection.close()
+
+
 @pytest.fixture
 def schema():
     """The name of a schema of one's own."""
     name = f"cagey_{uuid.uuid4().hex}"
     yield name
-    asyncio.run(execute(f"DROP SCHEMA IF EXISTS {name} CASCADE"))
+    asyncio.run(drop_schema(name))
 
 
 class TestPostgresStore(StoreConformance):
@@ -65,9 +69,9 @@ class TestPostgresStore(StoreConformance):
         return lambda: PostgresStore(DSN, schema=schema)
 
     async def bury(self, store, owner):
-        await store._pool.execute(
-            f"UPDATE {store._names['nodes']} SET alive_until = now() - interval '1 s', doubted = true WHERE owner = $1",
-            owner,
+        await execute(
+            f"UPDATE {store._names['nodes']} SET alive_until = now() - interval '1 s', doubted = true "
+            f"WHERE owner = '{owner}'"
         )
 
 
@@ -243,8 +247,7 @@ async def test_after_an_outage_whoever_comes_back_first_takes_nobodys_users(sche
         await claim(there, 2, "b")
         await expire(schema)
         assert not (await claim(there, 1, "b")).granted
-        here._renewed.clear()
-        await here._renew("a")
+        await here._leases.renew("a")
         await expire(schema)
         assert not (await claim(there, 1, "b")).granted, "it has renewed since it was put in doubt"
         assert await save(here, record(epoch=epoch)) == [SAVED]
@@ -268,19 +271,19 @@ async def test_a_store_that_is_closed_leaves_its_users_to_others(schema):
         assert (await claim(there, 1, "b")).granted
 
 
-async def renewal_after(schema, store):
+async def renewal_after(schema):
     """Wait until a lease is renewed."""
     look = f"SELECT alive_until FROM {schema}.cagey_sessions_nodes"
-    first = await store._pool.fetchval(look)
+    first = await fetch(look)
     async with asyncio.timeout(20):
-        while await store._pool.fetchval(look) <= first:  # noqa: ASYNC110 - the server sets no event
+        while await fetch(look) <= first:  # noqa: ASYNC110 - the server sets no event
             await asyncio.sleep(0.05)
 
 
 async def test_a_lease_is_renewed_while_the_store_is_open(schema):
     async with opened(PostgresStore(DSN, schema=schema, timeout=1, lease=1)) as store:
         await claim(store, 1, "a")
-        await renewal_after(schema, store)
+        await renewal_after(schema)
 
 
 async def test_a_lease_is_renewed_after_whatever_failure(schema, caplog):
@@ -292,7 +295,7 @@ async def test_a_lease_is_renewed_after_whatever_failure(schema, caplog):
             while "could not be renewed" not in caplog.text:  # noqa: ASYNC110 - a log sets no event
                 await asyncio.sleep(0.05)
         await execute(f"ALTER TABLE {schema}.gone RENAME TO cagey_sessions_nodes")
-        await renewal_after(schema, store)
+        await renewal_after(schema)
 
 
 async def test_calls_that_wait_for_a_locked_row_hold_up_no_lease(schema):
@@ -302,7 +305,7 @@ async def test_calls_that_wait_for_a_locked_row_hold_up_no_lease(schema):
         try:
             await blocker.execute(f"BEGIN; SELECT FROM {schema}.cagey_sessions FOR UPDATE")
             waiting = [asyncio.ensure_future(store.save_many([record(epoch=epoch)])) for _ in range(12)]
-            await renewal_after(schema, store)
+            await renewal_after(schema)
         finally:
             await blocker.close()
         for each in await asyncio.gather(*waiting, return_exceptions=True):
@@ -321,8 +324,7 @@ async def test_a_claim_that_has_waited_sees_who_has_renewed_meanwhile(schema):
             async with asyncio.timeout(10):
                 while not await blocker.fetchval(WAITING):  # noqa: ASYNC110 - the server sets no event
                     await asyncio.sleep(0.01)
-            here._renewed.clear()
-            await here._renew("a")
+            await here._leases.renew("a")
             await blocker.execute("COMMIT")
         finally:
             await blocker.close()
@@ -463,12 +465,15 @@ async def test_a_store_that_is_closed_while_it_opens_keeps_no_connection(schema)
 
 async def test_closing_ends_with_everything_closed_whatever_happens(schema):
     store = PostgresStore(DSN, schema=schema)
+    mine = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'cagey-sessions%' AND query LIKE "
     await store.open()
     await claim(store)
-    pool = store._pool
+    assert await fetch(f"{mine} '%{schema}%'") > 0
     await execute(f"DROP SCHEMA {schema} CASCADE")
     await store.close()
-    assert pool._closed
+    async with asyncio.timeout(10):
+        while await fetch(f"{mine} '%{schema}%'"):  # noqa: ASYNC110 - the server sets no event
+            await asyncio.sleep(0.01)
     assert not [task for task in asyncio.all_tasks() if task.get_name() == "cagey-sessions lease"]
 
 
@@ -494,3 +499,58 @@ async def test_a_manager_keeps_its_users_there(schema):
                 await other.open("alice")
             await session.destroy()
             assert (await other.open("alice")).user_data == {"gold": 10}
+
+
+async def test_a_table_that_a_crash_empties_makes_each_life_of_the_server_another(schema):
+    """Also where one process of the server is killed: then the time at which it was started stays the same."""
+    async with opened(PostgresStore(DSN, schema=schema)) as store:
+        await claim(store, 1)
+        timeline = store.incarnation
+    await execute(f"ALTER TABLE {schema}.cagey_sessions SET UNLOGGED")
+    async with opened(PostgresStore(DSN, schema=schema)) as store:
+        await claim(store, 1)
+        assert store.incarnation.startswith(timeline)
+        assert await fetch("SELECT coalesce(stats_reset::text, '') FROM pg_stat_bgwriter") in store.incarnation
+        assert store.incarnation != timeline
+
+
+async def test_a_lease_that_is_asked_for_while_the_store_closes_keeps_no_connection(schema, monkeypatch):
+    gate, made = asyncio.Event(), []
+    connect = asyncpg.connect
+
+    async def connect_late(*args, **settings):
+        await gate.wait()
+        made.append(await connect(*args, **settings))
+        return made[-1]
+
+    store = PostgresStore(DSN, schema=schema)
+    await store.open()
+    monkeypatch.setattr(asyncpg, "connect", connect_late)
+    claiming = asyncio.ensure_future(store.claim_many([1], "late"))
+    await asyncio.sleep(0)
+    await store.close()
+    gate.set()
+    with pytest.raises(StoreUnavailableError):
+        await claiming
+    assert [connection.is_closed() for connection in made] == [True]
+    monkeypatch.undo()
+    assert await fetch(f"SELECT count(*) FROM {schema}.cagey_sessions_nodes WHERE owner = 'late'") == 0
+
+
+@pytest.mark.parametrize("is_pooled", [False, True])
+async def test_in_another_life_of_the_server_no_connection_of_the_one_before_is_used(schema, is_pooled):
+    """After a failover the old primary may live on for a while, and take what is then lost."""
+
+    async def pid(connection):
+        return await connection.fetchval("SELECT pg_backend_pid()")
+
+    pool = await asyncpg.create_pool(DSN, min_size=1, max_size=3) if is_pooled else None
+    async with opened(PostgresStore(None if pool else DSN, pool=pool, schema=schema)) as store:
+        await claim(store, 1)
+        before = await store._run(pid)
+        store.incarnation = "another"
+        await store._leases.renew("a")
+        assert await store._run(pid) != before
+        assert await store.load(1) is None
+    if pool is not None:
+        await pool.close()

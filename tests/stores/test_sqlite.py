@@ -27,8 +27,8 @@ from cagey_sessions import (
     StoreUnavailableError,
     WrongLoopError,
 )
-from cagey_sessions.stores import Record, SQLiteStore, sqlite
-from stores.conformance import (
+from cagey_sessions.stores import Record, SQLiteStore, sqlite, sqlite_rows
+from cagey_sessions.testing.store_conformance import (
     ALREADY,
     ERASED,
     FENCED,
@@ -47,6 +47,7 @@ from stores.conformance import (
 from support import turns
 
 connect_really = sqlite3.connect
+no_sigkill = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL")
 ENDLESS = "(WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT max(x) FROM n)"
 
 
@@ -66,7 +67,7 @@ class SQLiteMachine(StoreMachine):
         self.folder.cleanup()
 
 
-TestSQLiteMachine = machine_test(SQLiteMachine, 40)
+TestSQLiteMachine = pytest.mark.slow(machine_test(SQLiteMachine, 40))
 
 
 @pytest.fixture
@@ -400,6 +401,7 @@ def test_a_second_process_is_refused_and_told_whose_it_is(path):
 
 
 @pytest.mark.slow
+@no_sigkill
 def test_the_file_is_free_when_its_holder_was_killed(path):
     with subprocess.Popen(script(HOLDER, path), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "open\n"
@@ -814,7 +816,7 @@ async def test_abort_ends_a_statement_that_does_not_end(store, writer, monkeypat
                 patch.setattr(sqlite, "LOAD", f"SELECT 1, ?, {ENDLESS}")
                 call = asyncio.ensure_future(store.load(1))
             else:
-                patch.setattr(sqlite, "SAVE", f"{sqlite.SAVE} WHERE {ENDLESS} > 0")
+                patch.setattr(sqlite_rows, "SAVE", f"{sqlite_rows.SAVE} WHERE {ENDLESS} > 0")
                 call = asyncio.ensure_future(save(store, record(1, 2, epoch=epochs[1])))
             assert await asyncio.to_thread(running.wait, 10)
             assert not call.done()
@@ -980,6 +982,7 @@ asyncio.run(main())
 
 
 @pytest.mark.slow
+@no_sigkill
 @pytest.mark.parametrize("after", [20, 200, 900])
 def test_what_was_acknowledged_is_there_after_a_kill(path, after):
     acknowledged: dict[int, int] = {}

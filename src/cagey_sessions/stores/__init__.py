@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from .callback import CallbackStore
     from .memory import MemoryStore
     from .postgres import PostgresStore
+    from .postgres_table import PostgresTable
+    from .redis import RedisStore
     from .sqlite import SQLiteStore
+    from .urls import open_store
 
 __all__ = [
     "MAX_NUMBER",
@@ -18,17 +21,23 @@ __all__ = [
     "MemoryStore",
     "Outcome",
     "PostgresStore",
+    "PostgresTable",
     "Record",
+    "RedisStore",
     "SQLiteStore",
     "Store",
     "Verdict",
+    "open_store",
 ]
 
 _LAZY = {
     "CallbackStore": "callback",
     "MemoryStore": "memory",
     "PostgresStore": "postgres",
+    "PostgresTable": "postgres_table",
+    "RedisStore": "redis",
     "SQLiteStore": "sqlite",
+    "open_store": "urls",
 }
 """The stores, by module; each is imported when it is first named, and its driver with it."""
 

@@ -100,6 +100,7 @@ class Claim(NamedTuple):
 
     @property
     def granted(self) -> bool:
+        """Whether the user is ours now."""
         return not self.owner
 
 
@@ -124,6 +125,12 @@ class Store(ABC):
     """Whether `erase` is there at all."""
     loss_class: str = ""
     """What a crash may cost of what was acknowledged, in one line, as read from the engine at `open`."""
+
+    incarnation: str = ""
+    """Tells one life of the engine from the next, where what was acknowledged may be gone in between; else empty.
+
+    Once it has changed the library writes every user again, and claims those whom the engine has forgotten.
+    """
 
     @property
     def name(self) -> str:
@@ -203,7 +210,10 @@ class Store(ABC):
 
 def latest_of(records: Sequence[Record]) -> dict[int | str, Record]:
     """Of several records of one user the latest, by epoch and version; for `Store.save_many`."""
-    latest: dict[int | str, Record] = {}
+    latest = {record.user_id: record for record in records}
+    if len(latest) == len(records):
+        return latest
+    latest.clear()
     for record in records:
         known = latest.setdefault(record.user_id, record)
         if (record.epoch, record.version) > (known.epoch, known.version):

@@ -64,7 +64,7 @@ class CallbackStore(Store):
         self._load = load
         self._save_many = save_many
         self._erase = erase
-        self.can_erase = erase is not None
+        self.can_erase: bool = erase is not None
         self._epoch = 0
 
     async def open(self) -> None:

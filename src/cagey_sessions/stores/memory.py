@@ -16,11 +16,11 @@ class Row:
     __slots__ = ("claimant", "epoch", "erased", "record", "released")
 
     def __init__(self, epoch: int = 0) -> None:
-        self.epoch = epoch
-        self.claimant = ""
-        self.released = True
+        self.epoch: int = epoch
+        self.claimant: str = ""
+        self.released: bool = True
         self.record: Record | None = None
-        self.erased = False
+        self.erased: bool = False
 
     @property
     def owner(self) -> str:
@@ -50,7 +50,7 @@ class MemoryStore(Store):
     loss_class = "everything is lost with the process"
 
     def __init__(self, backing: MemoryBacking | None = None) -> None:
-        self.backing = MemoryBacking() if backing is None else backing
+        self.backing: MemoryBacking = MemoryBacking() if backing is None else backing
         self._is_open = False
 
     async def open(self) -> None:

@@ -1,0 +1,85 @@
+"""A file that one process has at a time. What lives here: the lock, and who has it. What must not: what it is for."""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+from pathlib import Path
+
+from ..errors import StoreInUseError
+
+__all__ = ["FileLock"]
+
+
+class FileLock:
+    """An OS lock that ends with the process, on a file that says whose it is."""
+
+    def __init__(self) -> None:
+        self._file: int | None = None
+
+    def acquire(self, path: Path) -> None:
+        """Raises `StoreInUseError`, `OSError`."""
+        file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+        try:
+            try:
+                _lock(file)
+            except OSError:
+                pid = _read_pid(file)
+                raise StoreInUseError(
+                    f"{path.name.removesuffix('.lock')} is in use by process {pid or 'of unknown id'}; an SQLite "
+                    "store has one process at a time, end that one first",
+                    pid=pid,
+                ) from None
+            os.ftruncate(file, 0)
+            os.lseek(file, 0, os.SEEK_SET)
+            os.write(file, str(os.getpid()).encode())
+        except BaseException:
+            os.close(file)
+            raise
+        self._file = file
+        _held.add(self)
+
+    def release(self) -> None:
+        """The lock file stays: to remove it would let two processes lock two files of one name."""
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
+
+
+def _read_pid(file: int) -> int | None:
+    try:
+        os.lseek(file, 0, os.SEEK_SET)
+        return int(os.read(file, 20))
+    except (OSError, ValueError):
+        return None
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    LOCKED_BYTE = 1 << 20
+    """Beyond the process id, which others must be able to read."""
+
+    def _lock(file: int) -> None:
+        os.lseek(file, LOCKED_BYTE, os.SEEK_SET)
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        os.lseek(file, 0, os.SEEK_SET)
+else:
+    import fcntl
+
+    def _lock(file: int) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+_held: weakref.WeakSet[FileLock] = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    """A child of a fork shares the locks; it must not keep them when the parent is gone."""
+    for lock in list(_held):
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)

@@ -1,0 +1,367 @@
+"""The engine under `RedisStore`. What lives here: the scripts, where the engine is, what a connection is at, and what
+each error means. What must not: a pool, and what a script is run for.
+
+The driver's client and pool are not used, only its connections, and these only from here. One has a single call at a
+time; whatever happens before its reply has been read whole, it is closed: on a connection that is a reply behind,
+everybody would get the answer meant for the one before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from hashlib import sha1
+from typing import Any
+
+from ..errors import (
+    CageySessionsError,
+    MissingExtraError,
+    OptionError,
+    StoreError,
+    StoreLayoutError,
+    StoreUnavailableError,
+)
+
+try:
+    from hiredis import pack_command
+    from redis import exceptions as errors
+    from redis.asyncio import ConnectionPool
+    from redis.asyncio.retry import Retry
+    from redis.asyncio.sentinel import Sentinel
+    from redis.backoff import NoBackoff
+except ImportError as _error:
+    raise MissingExtraError(
+        'RedisStore needs redis-py and hiredis: pip install "cagey-sessions[redis]"', extra="redis"
+    ) from _error
+
+__all__ = [
+    "CLAIM",
+    "ERASE",
+    "LOAD",
+    "RELEASE",
+    "RENEW",
+    "SAVE",
+    "Address",
+    "Script",
+    "append_fsync",
+    "ask",
+    "ask_all",
+    "cut",
+    "explained",
+    "finish",
+    "is_live",
+    "loss_class",
+    "parse_info",
+    "run_script",
+    "text_at",
+]
+
+SENTINEL_PORT = 26379
+FORGET_NODES = 7 * 24 * 3600
+"""After how many seconds without renewal a node is no longer known; its users then count as those of one in doubt."""
+
+# Scripts
+
+
+class Script:
+    """A script, by the name that the engine gives it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.sha: str = sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+# An expired lease alone takes no users from anybody: after an outage all of them have expired. Whoever asks for such a
+# user first puts the owner in doubt, for a part of a lease; only one that has not renewed by then is dead.
+_IS_DEAD = """
+local now = redis.call('TIME')
+local micros = now[1] * 1000000 + now[2]
+local judged = {}
+local function is_dead(owner, nodes, doubt)
+    if judged[owner] ~= nil then return judged[owner] end
+    local key = nodes .. owner
+    local node = redis.call('HMGET', key, 'alive_until', 'doubted')
+    local ended = not node[1] or tonumber(node[1]) < micros
+    local dead = ended and node[2] == '1'
+    if ended and not dead then
+        redis.call('HSET', key, 'alive_until', string.format('%.0f', micros + doubt * 1000000), 'doubted', '1')
+        redis.call('EXPIRE', key, {forget})
+    end
+    judged[owner] = dead
+    return dead
+end
+""".replace("{forget}", str(FORGET_NODES))
+
+RENEW = Script(
+    """
+local now = redis.call('TIME')
+local until_when = now[1] * 1000000 + now[2] + ARGV[1] * 1000000
+redis.call('HSET', KEYS[1], 'alive_until', string.format('%.0f', until_when), 'doubted', ARGV[2])
+redis.call('EXPIRE', KEYS[1], {forget})
+""".replace("{forget}", str(FORGET_NODES))
+)
+
+# A new row begins above any epoch there ever was: at the clock, in microseconds.
+CLAIM = Script(
+    _IS_DEAD
+    + """
+local owner, nodes, doubt = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local answers = {}
+for place, key in ipairs(KEYS) do
+    local row = redis.call('HMGET', key, 'epoch', 'owner', 'released', 'version', 'schema', 'body', 'saved_at')
+    if not row[1] then
+        local epoch = string.format('%.0f', micros)
+        redis.call('HSET', key, 'epoch', epoch, 'owner', owner, 'released', '0', 'version', '0')
+        answers[place] = {'', epoch}
+    elseif row[3] == '1' or row[2] == owner or is_dead(row[2], nodes, doubt) then
+        local epoch = redis.call('HINCRBY', key, 'epoch', 1)
+        redis.call('HSET', key, 'owner', owner, 'released', '0')
+        redis.call('HDEL', key, 'erased')
+        answers[place] = {'', epoch, row[4], row[5], row[6], row[7]}
+    else
+        answers[place] = {row[2], row[1]}
+    end
+end
+return answers
+"""
+)
+
+# Each row is one argument of numbers and one of the body, for arguments are what a call costs here. The answer is one
+# letter for each row.
+SAVE = Script("""
+local owner = ARGV[1]
+local answers = {}
+for place, key in ipairs(KEYS) do
+    local epoch, version, schema, saved_at, release = string.match(ARGV[2 * place], '^(%S+) (%S+) (%S+) (%S+) (%S+)$')
+    local row = redis.pcall('HMGET', key, 'epoch', 'owner', 'released', 'version', 'erased')
+    local answer = 'A'
+    if row['err'] then
+        answer = 'W'
+    elseif not row[1] then
+        answer = 'M'
+    elseif row[5] then
+        answer = 'E'
+    elseif row[1] ~= epoch or row[2] ~= owner then
+        answer = 'F'
+    else
+        local kept, new = tonumber(row[4]), tonumber(version)
+        if new > kept and row[3] == '1' then
+            answer = 'F'
+        elseif new > kept then
+            redis.call('HSET', key, 'version', version, 'schema', schema, 'body', ARGV[2 * place + 1],
+                       'saved_at', saved_at, 'released', release)
+            answer = 'S'
+        elseif new == kept and release == '1' then
+            redis.call('HSET', key, 'released', '1')
+        end
+    end
+    answers[place] = answer
+end
+return table.concat(answers)
+""")
+
+# A row that was never saved is nothing to keep, unless it says that somebody was erased.
+RELEASE = Script("""
+local row = redis.call('HMGET', KEYS[1], 'epoch', 'owner', 'released', 'saved_at')
+if row[1] ~= ARGV[1] or row[2] ~= ARGV[2] or row[3] ~= '0' then return 0 end
+if row[4] then redis.call('HSET', KEYS[1], 'released', '1') else redis.call('DEL', KEYS[1]) end
+return 1
+""")
+
+ERASE = Script(
+    _IS_DEAD
+    + """
+local row = redis.call('HMGET', KEYS[1], 'owner', 'released', 'body')
+if not row[1] then return {'', 0} end
+if row[2] ~= '1' and row[1] ~= ARGV[1] and not is_dead(row[1], ARGV[2], tonumber(ARGV[3])) then return {row[1], 0} end
+redis.call('HINCRBY', KEYS[1], 'epoch', 1)
+redis.call('HDEL', KEYS[1], 'body', 'schema')
+redis.call('HSET', KEYS[1], 'released', '1', 'version', '0', 'erased', '1',
+           'saved_at', string.format('%.6f', micros / 1000000))
+return {'', row[3] and 1 or 0}
+"""
+)
+
+# As a script that might write, it is refused by a replica: one that has nothing of a user would make them new.
+LOAD = Script("#!lua flags=allow-oom\nreturn redis.call('HMGET', KEYS[1], unpack(ARGV))")
+
+
+# Connections
+
+
+class Address:
+    """Where the engine is, and how one connects to it."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        scheme, sentinel, rest = url.partition("+sentinel://")
+        self._timeout = timeout
+        self._sentinels: list[tuple[str, int]] = []
+        self._service = ""
+        try:
+            if sentinel:
+                path = rest.partition("?")[0]
+                place, _, path = path.partition("/")
+                user, at, hosts = place.rpartition("@")
+                self._service, _, database = path.partition("/")
+                self._sentinels = [_host_and_port(host) for host in hosts.split(",")]
+                if not self._service:
+                    raise ValueError("no service")
+                url = f"{scheme}://{user}{at}primary/{database or 0}{rest[len(rest.partition('?')[0]) :]}"
+            self._pool = ConnectionPool.from_url(url)
+        except ValueError:
+            raise OptionError(
+                "the URL cannot be understood; in a password percent-encode what is not a letter or a digit. With "
+                "Sentinel it is redis+sentinel://host:port,host:port/service/database"
+            ) from None
+        self._pool.connection_kwargs.update(
+            socket_timeout=None,
+            socket_connect_timeout=timeout,
+            retry=Retry(NoBackoff(), 0),
+            decode_responses=False,
+            protocol=2,
+            health_check_interval=0,
+            client_name="cagey-sessions",
+        )
+
+    async def make_connection(self) -> Any:
+        """A connection to the primary, not connected yet."""
+        if self._sentinels:
+            patience = {"socket_timeout": self._timeout / 3, "socket_connect_timeout": self._timeout / 3}
+            sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]
+                self._sentinels, sentinel_kwargs=patience | {"retry": Retry(NoBackoff(), 0)}
+            )
+            try:
+                host, port = await sentinel.discover_master(self._service)
+            finally:
+                for each in sentinel.sentinels:
+                    await each.aclose()
+            self._pool.connection_kwargs.update(host=host, port=port)
+        try:
+            return self._pool.make_connection()  # type: ignore[no-untyped-call]
+        except TypeError:
+            raise OptionError("the URL has a setting that redis-py does not know") from None
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    return (host.strip("[]"), int(port)) if colon and not text.endswith("]") else (text.strip("[]"), SENTINEL_PORT)
+
+
+def is_live(connection: Any) -> bool:
+    """Whether a connection can take a call: connected, with nothing in it that nobody has read."""
+    reader, writer = connection._reader, connection._writer
+    if reader is None or writer is None or writer.is_closing():
+        return False
+    if reader.at_eof() or reader.exception() is not None:
+        return False
+    return not reader._buffer and not connection._parser._reader.has_data()  # what came with the last reply is in there
+
+
+def cut(connection: Any) -> None:
+    """Close a connection at once: without it what has not been sent yet would be waited for."""
+    if connection is not None and connection._writer is not None:
+        connection._writer.transport.abort()
+        connection._reader = connection._writer = None
+
+
+async def finish(connection: Any) -> None:
+    """Close a connection on which nothing is under way."""
+    cut(connection)
+
+
+async def ask_all(connection: Any, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Send commands together and read all their replies; then raise the first that is an error."""
+    replies: list[Any] = []
+    failure: errors.ResponseError | None = None
+    try:
+        packed = [pack_command(command) for command in commands]
+        await connection.send_packed_command(packed, check_health=False)
+        for _ in commands:
+            try:
+                replies.append(await connection.read_response(disable_decoding=True))
+            except errors.ResponseError as error:
+                failure = failure or error
+    except BaseException:
+        cut(connection)  # replies may be under way that nobody would read
+        raise
+    if failure is not None:
+        if isinstance(failure, _GONE):
+            cut(connection)
+        raise failure
+    return replies
+
+
+async def ask(connection: Any, *command: Any) -> Any:
+    """Send a command and read its reply; raises the driver's error if it is one."""
+    return (await ask_all(connection, [command]))[0]
+
+
+async def run_script(connection: Any, script: Script, keys: Sequence[str], *arguments: Any) -> Any:
+    try:
+        return await ask(connection, "EVALSHA", script.sha, len(keys), *keys, *arguments)
+    except errors.NoScriptError:  # nothing has been done; the text in the same call, for scripts may be flushed again
+        return await ask(connection, "EVAL", script.text, len(keys), *keys, *arguments)
+
+
+# What the engine says
+
+_GONE = (errors.ReadOnlyError, errors.MasterDownError)
+"""Replies of an engine that is no primary, or cannot be one now: another connection may reach another one."""
+_FOR_NOW = (*_GONE, errors.OutOfMemoryError, errors.ClusterDownError, errors.TryAgainError)
+"""Replies that say nothing about what was asked for."""
+_BEGINNINGS = ("MISCONF", "NOREPLICAS", "BUSY", "UNKILLABLE")
+"""Of more such replies, for which the driver has no class; where it has one, it takes the beginning away."""
+
+
+def explained(error: BaseException) -> BaseException:
+    """What an error of the driver means for whoever has made the call.
+
+    The driver's own error goes no further: what it says of a URL may be of the password.
+    """
+    if isinstance(error, (CageySessionsError, asyncio.CancelledError)):
+        return error
+    text = str(error).partition(", with args beginning with")[0]  # of a command it does not know: AUTH, or a script
+    if isinstance(error, (errors.AuthenticationError, errors.AuthorizationError)) or text.startswith("NOAUTH"):
+        return StoreUnavailableError(f"Redis refuses the connection: {text}; check the user and password")
+    if isinstance(error, errors.NoPermissionError):
+        return StoreLayoutError(f"Redis: this user may not do what a RedisStore does: {text}")
+    if isinstance(error, errors.ResponseError) and not isinstance(error, _FOR_NOW) and not text.startswith(_BEGINNINGS):
+        return StoreError(f"Redis: {text}")
+    if isinstance(error, (errors.RedisError, OSError, TimeoutError)):
+        return StoreUnavailableError(f"Redis cannot be reached ({type(error).__name__}: {text})")
+    return error
+
+
+def parse_info(reply: bytes) -> dict[str, str]:
+    pairs = (line.partition(":") for line in reply.decode(errors="replace").splitlines())
+    return {name: value for name, colon, value in pairs if colon}
+
+
+async def text_at(connection: Any, key: str) -> str:
+    """The text under a key; empty if there is none, or something else."""
+    try:
+        return (await ask(connection, "GET", key) or b"").decode(errors="replace")
+    except errors.ResponseError as error:
+        if "WRONGTYPE" in str(error):
+            return ""
+        raise
+
+
+async def append_fsync(connection: Any) -> str:
+    try:
+        reply = await ask(connection, "CONFIG", "GET", "appendfsync")
+    except errors.ResponseError:
+        return "unknown"  # hosted engines forbid it
+    return reply[1].decode() if len(reply) == 2 else "unknown"
+
+
+def loss_class(info: dict[str, str], fsync: str) -> str:
+    failover = "; a failover loses what had not reached the replica"
+    if info.get("aof_enabled") != "1":
+        return f"appendonly=no: a crash of Redis loses everything since its last snapshot{failover}"
+    lost = {
+        "always": "nothing acknowledged is lost when Redis or its machine dies",
+        "everysec": "when its machine dies, about the last second is lost",
+        "no": "when its machine dies, about the last half minute is lost",
+    }.get(fsync, "when its machine dies, what was not yet on the disk is lost")
+    return f"appendonly=yes, appendfsync={fsync}: {lost}{failover}"

@@ -1,0 +1,126 @@
+"""Stores by URL. What lives here: which store a URL names, and which of its parameters are the store's own. What must
+not: any driver, and what a driver makes of its part of a URL.
+
+The parameters that a store has of its own are taken out by their names, which mean nothing to a connection of a driver;
+everything else of a URL goes to the driver as it is, byte for byte. No error quotes more of a URL than its scheme, for
+the rest may be of a password.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+from ..errors import OptionError
+from ..options import suggest
+from .base import Store
+
+__all__ = ["engine_of", "open_store"]
+
+
+class _Engine(NamedTuple):
+    store: str
+    in_url: tuple[str, ...]
+    """Options that may also be parameters of the URL."""
+    others: tuple[str, ...] = ()
+
+
+ENGINES = {
+    "memory": _Engine("MemoryStore", (), ("backing",)),
+    "postgres": _Engine("PostgresStore", ("schema", "timeout", "lease"), ("create",)),
+    "redis": _Engine("RedisStore", ("prefix", "timeout", "lease")),
+    "sqlite": _Engine("SQLiteStore", ("synchronous",), ("read_only",)),
+}
+SCHEMES = {
+    "sqlite": "sqlite",
+    "postgresql": "postgres",
+    "postgres": "postgres",
+    "redis": "redis",
+    "rediss": "redis",
+    "unix": "redis",
+    "redis+sentinel": "redis",
+    "rediss+sentinel": "redis",
+    "memory": "memory",
+}
+DURATIONS = ("timeout", "lease")
+
+
+def open_store(url: str, **options: Any) -> Store:
+    """The store that a URL names, for configuration by text. It is made, and not opened: the manager opens it.
+
+    ``sqlite:///players.db`` is a file in the current folder, and ``sqlite:////var/lib/players.db`` one by its whole
+    path, as in SQLAlchemy; the path is taken as it is, up to a ``?``. ``postgresql://`` and ``postgres://`` are a
+    `PostgresStore`, ``redis://``, ``rediss://``, ``unix://`` and ``redis+sentinel://`` a `RedisStore`, and ``memory:``
+    is a `MemoryStore`.
+
+    `options` are those of the store's constructor. Some may also be parameters of the URL: ``?synchronous=`` of SQLite,
+    ``?schema=`` of PostgreSQL, ``?prefix=`` of Redis, ``?timeout=`` and ``?lease=`` (seconds, or a text such as "10s")
+    of both. All other parameters are the driver's.
+
+    Raises `OptionError` for a URL that names no store, an option that the store does not have, or one given twice, and
+    `MissingExtraError`, which names the extra, where the driver is not installed. Nothing is connected to.
+    """
+    engine = ENGINES[engine_of(url)]
+    scheme, _, rest = url.partition(":")
+    address, mark, query = rest.partition("?")
+    _check_names(engine.store, options, (*engine.in_url, *engine.others))
+    theirs: list[str] = []
+    for parameter in query.split("&") if mark else ():
+        name, _, value = parameter.partition("=")
+        if name not in engine.in_url:
+            theirs.append(parameter)
+        elif name in options:
+            raise OptionError(f"{name} is given twice; once is enough, in the URL or as an argument")
+        else:
+            options[name] = _number(unquote(value)) if name in DURATIONS else unquote(value)
+    if scheme in ("memory", "sqlite"):  # there is no driver to take them
+        _check_names(f"the URL of a {engine.store}", [each.partition("=")[0] for each in theirs], engine.in_url)
+    store: Any = getattr(import_module(__name__.rpartition(".")[0]), engine.store)
+    if scheme == "memory":
+        made: Store = store(**options)
+    elif scheme == "sqlite":
+        made = store(_path(address), **options)
+    else:
+        made = store(f"{scheme}:{address}{'?' if theirs else ''}{'&'.join(theirs)}", **options)
+    return made
+
+
+def engine_of(url: str) -> str:
+    """The engine of a URL: ``"memory"``, ``"postgres"``, ``"redis"`` or ``"sqlite"``. Raises `OptionError`."""
+    scheme, _, rest = url.partition(":") if isinstance(url, str) else ("", "", "")
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]{0,30}", scheme) or not (rest.startswith("//") or url == "memory:"):
+        raise OptionError(f"a store's URL begins with one of {_known()}; the file players.db is sqlite:///players.db")
+    if scheme not in SCHEMES:
+        hint = suggest(scheme, SCHEMES)
+        more = f" Known are {_known()}" if "did you mean" in hint else ""
+        raise OptionError(f"there is no store for {scheme}:// URLs{hint}{more}")
+    return SCHEMES[scheme]
+
+
+def _known() -> str:
+    return ", ".join("memory:" if scheme == "memory" else f"{scheme}://" for scheme in SCHEMES)
+
+
+def _check_names(what: str, names: Any, known: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in known:
+            raise OptionError(f"{what} has no {name!r:.40}{suggest(name, known)}")
+
+
+def _path(address: str) -> str:
+    if not address.startswith("///") or address == "///":
+        raise OptionError(
+            "the URL of a file has three slashes for a path from here (sqlite:///players.db) and four for a whole one "
+            "(sqlite:////var/lib/players.db); for users in memory there is memory:"
+        )
+    return address[3:]
+
+
+def _number(text: str) -> float | str:
+    """A duration of a URL: there all is text, and a bare number stands for seconds."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
