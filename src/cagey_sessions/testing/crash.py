@@ -66,6 +66,8 @@ def crash_test(
         How many seeds are tried, from `first` on. Each decides the order of what is ready at the same time, how long
         the database takes, which of its answers are lost, and at which moment the server is killed.
 
+    Notes
+    -----
     For each seed the invariant is checked after a run that nobody disturbs, after the crash, and after a restart that
     plays the scenario again. Raises `CrashTestError` with the seed, the moment, what was written, and what is stored;
     of all moments at which that seed fails it takes the one with the shortest history. What `play` raises is raised as

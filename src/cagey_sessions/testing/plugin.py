@@ -1,9 +1,11 @@
-"""Fixtures for pytest, which finds them by itself. What lives here: `cagey_world`. What must not: anything but pytest's
-view of `world` and imports of the library outside functions: every test run of everybody loads this file.
+"""What pytest finds by itself. What lives here: `cagey_world`, and how the tests of `store_conformance` are run. What
+must not: the work itself, and imports of the library outside functions: every test run of everybody loads this file.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from .world import MakeManager, World
 
 __all__ = ["cagey_world"]
+
+pytest.register_assert_rewrite("cagey_sessions.testing.store_conformance")
 
 
 @pytest.fixture
@@ -27,3 +31,12 @@ def cagey_world() -> Iterator[Callable[[MakeManager], World]]:
             return stack.enter_context(world(make_manager, seed=seed))
 
         yield make_world
+
+
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run the coroutines of `store_conformance` where no other plugin does."""
+    if not getattr(pyfuncitem.cls, "runs_coroutines", False) or not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    asyncio.run(pyfuncitem.obj(**arguments))
+    return True

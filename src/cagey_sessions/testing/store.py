@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from ..errors import StoreUnavailableError
 from ..stores import Claim, MemoryStore, Outcome, Record, Verdict
@@ -105,12 +105,13 @@ class SimulatedStore(MemoryStore):
 
     def __init__(self, database: SimulatedDatabase) -> None:
         super().__init__(database.backing)
-        self.fenced = self.shared = database.fenced
+        self.fenced: bool = database.fenced
+        self.shared: bool = database.fenced
         self.database = database
-        self.faults = database.faults
-        self.owner = ""
+        self.faults: Faults = database.faults
+        self.owner: str = ""
         """In whose name it has claimed users; empty before the first claim."""
-        self.is_cut = False
+        self.is_cut: bool = False
         self.under_way: dict[asyncio.Task[Any], asyncio.Future[Any]] = {}
         """The calls that wait for an answer."""
 
@@ -204,7 +205,7 @@ class SimulatedStore(MemoryStore):
             if error is not None:
                 reply.set_exception(error)
             else:
-                reply.set_result(result)  # type: ignore[arg-type]
+                reply.set_result(cast(T, result))
 
         def fail(why: str) -> None:
             universe.call_later(self._way(), lambda: answer(None, StoreUnavailableError(why)))

@@ -59,11 +59,11 @@ class Universe:
     """
 
     def __init__(self, seed: int | str = 0, *, shuffle: float = 0.0, tick: int = 0) -> None:
-        self.random = Random(seed)
+        self.random: Random = Random(seed)
         self.shuffle = shuffle
         self.tick = tick
-        self.now = START
-        self.steps = 0
+        self.now: int = START
+        self.steps: int = 0
         self._order = itertools.count()
         self._events: list[tuple[int, int, _Event]] = []
         self._loops: list[VirtualLoop] = []

@@ -45,17 +45,17 @@ class Server:
     """One process: an event loop, a connection to the database, and the program's manager."""
 
     def __init__(self, database: SimulatedDatabase, make_manager: MakeManager) -> None:
-        self.universe = database.universe
+        self.universe: Universe = database.universe
         self.loop: VirtualLoop = self.universe.add_loop()
-        self.store = SimulatedStore(database)
+        self.store: SimulatedStore = SimulatedStore(database)
         self.clock: Clock = VirtualClock(self.loop)
         try:
-            self.manager = _call(make_manager, self.store, self.clock)
+            self.manager: SessionManager[Any] = _call(make_manager, self.store, self.clock)
         except BaseException:
             self.universe.remove_loop(self.loop)
             self.loop.close()
             raise
-        self.is_alive = True
+        self.is_alive: bool = True
         self.unobserved: list[str] = []
         """What nobody caught, as the loop was told."""
         self.loop.set_exception_handler(self._observe)
@@ -97,7 +97,7 @@ class World:
 
     def __init__(self, make_manager: MakeManager, universe: Universe) -> None:
         self.universe = universe
-        self.database = SimulatedDatabase(universe)
+        self.database: SimulatedDatabase = SimulatedDatabase(universe)
         self._make_manager = make_manager
         self._server: Server | None = None
         self._graves: list[Server] = []
@@ -106,6 +106,7 @@ class World:
 
     @property
     def server(self) -> Server:
+        """The server that runs now. Raises `WorldError` while it is down."""
         if self._server is None:
             raise WorldError("the server is down; `restart()` starts it again")
         return self._server
@@ -241,6 +242,8 @@ def world(make_manager: MakeManager, *, seed: int = 0) -> Iterator[World]:
     seed
         Decides how long the database takes for each call; the same seed gives the same run.
 
+    Notes
+    -----
     A test is a plain function and drives the world from outside: `run` runs a coroutine, `advance` lets time pass.
     Errors in tasks and callbacks that nobody caught raise `WorldError` at the end, unless the test has failed already.
     """
