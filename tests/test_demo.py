@@ -19,6 +19,7 @@ import pytest
 import cagey_sessions
 from cagey_sessions import cli
 from cagey_sessions.demo import verify
+from support import POSTGRES, REDIS, needs_server
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(cagey_sessions.__file__).parents[1])}
 
@@ -70,7 +71,7 @@ def test_a_short_demo_loses_nothing_that_was_acknowledged(finished: Run) -> None
 @pytest.mark.slow
 def test_every_receipt_has_a_version_of_the_store(finished: Run) -> None:
     """And the file has that version, or a later one."""
-    stored = verify.read_players(finished.db)
+    stored = verify.read_players(f"sqlite:///{finished.db}")
     versions = {user: ledger["version"] for user, ledger in finished.ledgers("kill").items() if ledger["receipt"]}
     assert len(versions) > 5
     assert all(0 < version <= stored[user].version for user, version in versions.items())
@@ -95,6 +96,40 @@ def test_the_listener_loses_nothing_either(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "server",
+    [
+        pytest.param(POSTGRES, id="postgres", marks=needs_server(POSTGRES)),
+        pytest.param(REDIS, id="redis", marks=needs_server(REDIS)),
+    ],
+)
+def test_on_a_server_nothing_is_lost_and_nothing_is_left(server: str, tmp_path: Path) -> None:
+    """After the kill the players are the dead server's for a while; it is waited for."""
+    command = [sys.executable, "-m", "cagey_sessions", "demo", "--bots", "10", "--seconds", "2", "--interval", "300ms"]
+    done = subprocess.run(
+        [*command, "--store", server],
+        env=ENVIRONMENT | {"TMPDIR": str(tmp_path)},
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=100,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert (summary["lost"], summary["older_than_interval"]) == (0, 0)
+    assert summary["saves"] > 10
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["redis+sentinel://127.0.0.1/main", "mysql://127.0.0.1", "memory://"])
+def test_where_the_demo_cannot_look_it_does_not_play(where: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["demo", "--store", where])
+    assert caught.value.code == 2
+    assert "--store" in capsys.readouterr().err
+
+
 @pytest.fixture
 def stored(finished: Run, tmp_path: Path) -> Iterator[sqlite3.Connection]:
     """A copy of the database: nobody played after the kill, so it is still as the kill left it."""
@@ -105,7 +140,7 @@ def stored(finished: Run, tmp_path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def players(db: sqlite3.Connection) -> dict[str, verify.Stored]:
-    return verify.read_players(db.execute("PRAGMA database_list").fetchone()[2])
+    return verify.read_players(f"sqlite:///{db.execute('PRAGMA database_list').fetchone()[2]}")
 
 
 VICTIM = "bot-00007"

@@ -5,14 +5,23 @@ import of anything that only an extra installs.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import orjson
+
+from . import tools
 from ._version import __version__
-from .errors import DurationError
+from .errors import CageySessionsError, DurationError, InvalidUserIdError, OptionError, OwnedElsewhereError
 from .options import SECOND, SHORTEST_INTERVAL, parse_duration
+from .stores.urls import engine_of
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 __all__ = ["main"]
 
@@ -29,10 +38,119 @@ The last line of the output is one JSON object: "saves" were written, "skipped" 
 something was, 2 if the demo could not run, 130 if it was interrupted.
 """
 
+STORE = """\
+Tools for the store of a server. They keep to what the servers keep to: a user whom a live server has is neither written
+nor erased. stats, show and export only read, and work while servers run; import and erase need the file of an SQLite
+store to themselves.
+
+  cagey-sessions store stats sqlite:///players.db
+  cagey-sessions store show sqlite:////var/lib/game/players.db ann
+  cagey-sessions store export 'postgresql://game@db/game?schema=players' players.jsonl
+  cagey-sessions store import redis://127.0.0.1:6379/0 players.jsonl
+
+A password in a URL can be seen by whoever may list processes: PostgreSQL reads PGPASSWORD and ~/.pgpass, too.
+"""
+STORE_ENDS = """\
+Exit status: 0 done, 1 something was refused, left out or not found, 2 the arguments are wrong or it could not run,
+130 it was interrupted.
+"""
+STATS = """\
+Reads every body. Times are of the servers' clocks. "owned" are the users whom a server has now; null for SQLite, where
+the process that has the file has them all.
+
+  cagey-sessions store stats sqlite:///players.db
+"""
+SHOW = """\
+"owner" is who has the user now, null if nobody; in an SQLite file the process that had them last.
+
+  cagey-sessions store show sqlite:///players.db ann
+  cagey-sessions store show sqlite:///players.db 7 --int
+"""
+EXPORT = """\
+One line for each user, in no order: {"user_id":"ann","version":3,"schema":0,"saved_at":1767225600.0,"body":{"gold":1}}
+Each user is as saved last; who changes meanwhile is in the file as before or as after. FILE appears when all of it is
+written, readable for its owner only.
+
+  cagey-sessions store export sqlite:///players.db players.jsonl
+  cagey-sessions store export sqlite:///players.db | gzip > players.jsonl.gz
+"""
+IMPORT = """\
+The lines are those of export; "user_id" and "body" have to be there. A file is checked as a whole before anything is
+written. What comes from stdin is checked line by line: what was written before a damaged line stays. Refused is who is
+in the store already, unless --replace is given, and whom a live server has.
+
+  cagey-sessions store import postgresql://game@db/game players.jsonl
+  cagey-sessions store export sqlite:///players.db | cagey-sessions store import redis://127.0.0.1:6379/0 -
+"""
+ERASE = """\
+What is left is a mark that there was a user of this id. Refused while a live server has the user: let that server do it
+(manager.erase), or end it.
+
+  cagey-sessions store erase sqlite:///players.db ann
+  cagey-sessions store erase redis://127.0.0.1:6379/0 7 --int --yes
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``cagey-sessions`` with these arguments, or the process's own, and return the exit status."""
     arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        status = run(arguments)
+        sys.stdout.flush()
+    except CageySessionsError as error:
+        return _refuse(str(error))
+    except BrokenPipeError:  # whoever read the output has seen enough; Python would complain at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cagey-sessions", description="User sessions for stateful asyncio servers.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_store(commands)
+    return parser
+
+
+# The demo
+
+
+def _add_demo(commands: Commands) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="let bots play, stop and kill their server, and look for losses",
+        description=DEMO,
+        epilog=DEMO_ENDS,
+    )
+    demo.set_defaults(run=_demo)
+
+    def option(name: str, kind: Callable[[str], object], default: str | None, metavar: str, text: str) -> None:
+        demo.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
+
+    option("--bots", _whole(1, 50_000), "500", "N", "how many bots play (default: 500)")
+    option("--seconds", _duration(SECOND), "20s", "TIME", "how long they play in all (default: 20s)")
+    option("--interval", _duration(SHORTEST_INTERVAL), "2s", "TIME", "how old unsaved changes may become (default: 2s)")
+    option("--port", _whole(0, 65_535), "0", "N", "the server's TCP port on 127.0.0.1 (default: any free one)")
+    where = demo.add_mutually_exclusive_group()
+    help_store = (
+        "have the library keep the players in this new SQLite file, and leave it and what the bots were told beside "
+        "it; or on the server of a postgresql:// or redis:// URL, in a schema or under a prefix of their own, removed "
+        "if nothing was lost (default: in a temporary SQLite file, removed as well)"
+    )
+    where.add_argument("--store", type=_new_place, metavar="FILE|URL", help=help_store)
+    help_events = (
+        "no store: let the server load, and save in a listener of persist_user_data, to a temporary SQLite file of its "
+        "own; no save is skipped then"
+    )
+    where.add_argument("--events", action="store_true", help=help_events)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
     missing = [name for name in DEMO_NEEDS if find_spec(name) is None]
     if sys.platform == "win32":
         return _refuse("the demo stops its server with SIGTERM and kills it with SIGKILL: it does not run on Windows")
@@ -46,36 +164,132 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(how)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cagey-sessions", description="User sessions for stateful asyncio servers.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    demo = commands.add_parser(
-        "demo",
-        help="let bots play, stop and kill their server, and look for losses",
-        description=DEMO,
-        epilog=DEMO_ENDS,
-    )
+# A store
 
-    def option(name: str, kind: Callable[[str], object], default: str | None, metavar: str, text: str) -> None:
-        demo.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
 
-    option("--bots", _whole(1, 50_000), "500", "N", "how many bots play (default: 500)")
-    option("--seconds", _duration(SECOND), "20s", "TIME", "how long they play in all (default: 20s)")
-    option("--interval", _duration(SHORTEST_INTERVAL), "2s", "TIME", "how old unsaved changes may become (default: 2s)")
-    option("--port", _whole(0, 65_535), "0", "N", "the server's TCP port on 127.0.0.1 (default: any free one)")
-    where = demo.add_mutually_exclusive_group()
-    help_store = (
-        "have the library keep the players in this new SQLite file, and leave it and what the bots were told beside it "
-        "(default: the same in a temporary folder, removed if nothing was lost)"
+def _add_store(commands: Commands) -> None:
+    store = commands.add_parser(
+        "store",
+        help="look into a store, bring users in and out, erase one",
+        description=STORE,
+        epilog=STORE_ENDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    where.add_argument("--store", type=_new_file, metavar="FILE", help=help_store)
-    help_events = (
-        "no store: let the server load, and save in a listener of persist_user_data, to a temporary SQLite file of its "
-        "own; no save is skipped then"
-    )
-    where.add_argument("--events", action="store_true", help=help_events)
-    return parser
+    tools = store.add_subparsers(title="tools", metavar="TOOL", required=True)
+
+    def tool(name: str, run: Callable[[argparse.Namespace], int], text: str, more: str) -> argparse.ArgumentParser:
+        parser = tools.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.\n\n{more}",
+            epilog=STORE_ENDS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.set_defaults(run=run)
+        parser.add_argument("url", metavar="URL", help="the store: sqlite:///players.db, postgresql://..., redis://...")
+        return parser
+
+    def user(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("id", metavar="ID", help="the user's id; a text, unless --int is given")
+        parser.add_argument("--int", action="store_true", help="the id is a number: 7 and the text 7 are two users")
+
+    tool("stats", _stats, "say how many users there are, how large and of when, as JSON", STATS)
+    user(tool("show", _show, "show one user and who has them, as JSON", SHOW))
+    export = tool("export", _export, "write all users as lines of JSON", EXPORT)
+    export.add_argument("file", metavar="FILE", nargs="?", default="-", help="where to (default: stdout)")
+    export.add_argument("--force", action="store_true", help="replace FILE if it is there")
+    bring = tool("import", _import, "save users from lines of JSON", IMPORT)
+    bring.add_argument("file", metavar="FILE", help="where from; - is stdin")
+    bring.add_argument("--replace", action="store_true", help="write over users who are in the store already")
+    erase = tool("erase", _erase, "erase a user for good", ERASE)
+    user(erase)
+    erase.add_argument("--yes", action="store_true", help="do not ask; needed where stdin is not a terminal")
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    _print_json(tools.statistics(arguments.url))
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    user_id = _user_id(arguments)
+    record, owner = tools.find(arguments.url, user_id)
+    if record is None:
+        has = f"; {owner} has them, and has not saved them yet" if owner else ""
+        return _not_found(f"{user_id!r:.80} is not stored{has}")
+    fields = {
+        "user_id": user_id,
+        "owner": owner or None,
+        "epoch": record.epoch,
+        "version": record.version,
+        "schema": record.schema,
+        "saved_at": record.saved_at,
+    }
+    try:
+        _print_json({**fields, "body": record.value()})
+    except ValueError:
+        _print_json({**fields, "damaged_body": record.body.decode(errors="replace")})
+        return _not_found("the body is not JSON")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    path = None if arguments.file == "-" else Path(arguments.file)
+    written, left_out = tools.export_users(arguments.url, path, _say, replace=arguments.force)
+    _say(f"exported {written}, left out {left_out}")
+    return 1 if left_out else 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    path = None if arguments.file == "-" else Path(arguments.file)
+    written, refused = tools.import_users(arguments.url, path, _say, replace=arguments.replace)
+    _say(f"imported {written}, refused {refused}")
+    return 1 if refused else 0
+
+
+def _erase(arguments: argparse.Namespace) -> int:
+    user_id = _user_id(arguments)
+    if tools.find(arguments.url, user_id).record is None:
+        return _not_found(f"{user_id!r:.80} is not stored; nothing was erased")
+    if not arguments.yes:
+        if not sys.stdin.isatty():
+            return _refuse("stdin is not a terminal to ask at; add --yes")
+        print(f"Erase user {user_id!r:.80} for good? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            return _not_found("nothing was erased")
+    try:
+        tools.erase(arguments.url, user_id)
+    except OwnedElsewhereError as error:
+        return _not_found(str(error))
+    _say(f"{user_id!r:.80} is erased")
+    return 0
+
+
+def _user_id(arguments: argparse.Namespace) -> int | str:
+    text: str = arguments.id
+    if not arguments.int:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise InvalidUserIdError(f"{text!r:.80} is not a number, as --int says") from None
+
+
+def _print_json(value: object) -> None:
+    # JSON is UTF-8, whatever the terminal is set to
+    sys.stdout.buffer.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _not_found(reason: str) -> int:
+    _say(f"cagey-sessions: {reason}")
+    return 1
+
+
+# Arguments
 
 
 def _duration(shortest: int) -> Callable[[str], float]:
@@ -101,14 +315,25 @@ def _whole(smallest: int, largest: int) -> Callable[[str], int]:
     return whole
 
 
-def _new_file(text: str) -> Path:
-    """The type of an argument: a file that can be made. An existing one may hold players that our bots do not know."""
-    path = Path(text)
+def _new_place(text: str) -> str:
+    """The type of an argument: a server, where a place of its own is made, or a file that can be made.
+
+    An existing one may hold players that our bots do not know.
+    """
+    if "://" in text and not text.startswith("sqlite:///"):
+        try:
+            engine = engine_of(text)
+        except OptionError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        if engine not in ("postgres", "redis") or "sentinel" in text.partition(":")[0]:
+            raise argparse.ArgumentTypeError("the demo keeps its players in a file, in PostgreSQL or in Redis")
+        return text
+    path = Path(text.removeprefix("sqlite:///"))
     if path.exists():
         raise argparse.ArgumentTypeError(f"{text!r:.80} exists already; name a new file")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r:.80} is in a folder that does not exist")
-    return path
+    return str(path)
 
 
 def _number(text: str) -> float | str:

@@ -43,8 +43,8 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self.logins = 0
-        self.receipts = 0
+        self.logins: int = 0
+        self.receipts: int = 0
         self.forget()
 
     def forget(self) -> None:
@@ -84,9 +84,9 @@ class Bot:
     """One player."""
 
     def __init__(self, number: int, port: int) -> None:
-        self.user_id = f"bot-{number:05}"
-        self.ledger = Ledger()
-        self.offline = asyncio.Event()
+        self.user_id: str = f"bot-{number:05}"
+        self.ledger: Ledger = Ledger()
+        self.offline: asyncio.Event = asyncio.Event()
         self.offline.set()
         self._uri = f"ws://127.0.0.1:{port}"
         self._key = secrets.token_urlsafe(16)

@@ -8,20 +8,19 @@ import asyncio
 import json
 import os
 import resource
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from ..errors import UsageError
 from . import verify
+from .place import Place, place_of
 from .view import Board, Check, show_checks, showing
 
 __all__ = ["Settings", "run"]
@@ -42,7 +41,8 @@ class Settings:
     bots: int
     seconds: float
     interval: float
-    store: Path | None
+    store: str | None
+    """The URL of an engine, or the path of a new file."""
     events: bool
     port: int
 
@@ -54,8 +54,12 @@ class DemoError(Exception):
 def run(settings: Settings) -> int:
     """Run the demo, print what came of it, and return the exit status."""
     console = Console(highlight=False)
-    folder = Path(tempfile.mkdtemp(prefix="cagey-sessions-demo-")) if settings.store is None else None
-    story = Story(settings, settings.store or Path(folder or "", "players.db"))
+    try:
+        place = place_of(settings.store)
+    except UsageError as error:
+        print(f"cagey-sessions: {error}", file=sys.stderr)
+        return 2
+    story = Story(settings, place)
     try:
         asyncio.run(story.tell(console))
     except (DemoError, OSError) as error:
@@ -66,10 +70,10 @@ def run(settings: Settings) -> int:
         return 130
     finally:
         lost = not all(check.passed for check in story.checks)
-        if folder is not None and lost:
-            print(f"cagey-sessions: the players and what their bots were told are in {folder}", file=sys.stderr)
-        elif folder is not None:
-            shutil.rmtree(folder)
+        if lost and place.is_temporary:
+            print(f"cagey-sessions: the players and what their bots were told are in {place}", file=sys.stderr)
+        elif not lost:
+            place.remove()
     show_checks(story.checks, console)
     if not story.summary["changes_lost_by_kill"]:
         print("cagey-sessions: warning: the kill hit no unsaved work; play longer or with more bots", file=sys.stderr)
@@ -82,7 +86,7 @@ class Child:
 
     def __init__(self, name: str, process: asyncio.subprocess.Process, hear: Callable[[dict[str, Any]], None]) -> None:
         self.process = process
-        self.ended = asyncio.create_task(self._listen(hear), name=name)
+        self.ended: asyncio.Task[int] = asyncio.create_task(self._listen(hear), name=name)
         self._done: asyncio.Queue[str] = asyncio.Queue()
 
     async def ask(self, command: str) -> None:
@@ -111,11 +115,11 @@ class Child:
 class Story:
     """The acts of the demo in their order, and what came of them."""
 
-    def __init__(self, settings: Settings, db: Path) -> None:
+    def __init__(self, settings: Settings, place: Place) -> None:
         self.checks: list[Check] = []
         self.summary: dict[str, int] = {}
         self._settings = settings
-        self._db = db
+        self._place = place
         self._board = Board(settings.bots, settings.seconds, settings.interval, settings.events)
         self._children: dict[str, Child] = {}
         self._players_who_know = 0
@@ -149,14 +153,14 @@ class Story:
 
         self._board.phase = "graceful stop"
         await self._stop_server("graceful stop")
-        self._compare_after_stop(await self._ledgers("stop"))
+        await self._compare_after_stop(await self._ledgers("stop"))
         await self._start_server()
         await self._play("playing again")
 
         self._board.phase = "kill"
         killed_at = time.monotonic()
         await self._end_server(signal.SIGKILL)
-        stored = self._compare_after_kill(await self._ledgers("kill"), killed_at)
+        stored = await self._compare_after_kill(await self._ledgers("kill"), killed_at)
 
         self._board.phase = "checking"
         await self._children["bots"].ask("look")
@@ -164,7 +168,7 @@ class Story:
         await self._start_server()
         await self._until_all_know()
         await self._stop_server("last stop")
-        self._compare_after_return(await self._ledgers("end"), stored)
+        await self._compare_after_return(await self._ledgers("end"), stored)
 
     async def _start(
         self, name: str, *arguments: object, hear: Callable[[dict[str, Any]], None], pass_fds: tuple[int, ...] = ()
@@ -182,7 +186,7 @@ class Story:
 
     async def _start_server(self) -> None:
         listener = self._listener.fileno()
-        arguments = (self._db, self._settings.interval, listener, "events" if self._settings.events else "store")
+        arguments = (self._place.url, self._settings.interval, listener, "events" if self._settings.events else "store")
         await self._start("server", *arguments, hear=self._hear_server, pass_fds=(listener,))
 
     async def _end_server(self, sign: signal.Signals) -> int:
@@ -233,17 +237,20 @@ class Story:
         self._board.receipts, self._board.reconnects = facts["receipts"], facts["reconnects"]
 
     async def _ledgers(self, moment: str) -> verify.Ledgers:
-        path = self._db.with_name(f"{self._db.name}.{moment}.json")
+        path = self._place.ledgers(moment)
         await self._children["bots"].ask(f"write {path}")
         return verify.read_ledgers(path)
 
-    def _compare_after_stop(self, ledgers: verify.Ledgers) -> None:
-        players = verify.read_players(self._db)
+    async def _players(self) -> verify.Players:
+        return await asyncio.to_thread(verify.read_players, self._place.url)
+
+    async def _compare_after_stop(self, ledgers: verify.Ledgers) -> None:
+        players = await self._players()
         self._check_players("stored then", "the last state known", verify.different(players, ledgers))
         self._check_players("whose it is", "their own", verify.mixed_up(players, ledgers))
 
-    def _compare_after_kill(self, ledgers: verify.Ledgers, killed_at: float) -> verify.Players:
-        players = verify.read_players(self._db)
+    async def _compare_after_kill(self, ledgers: verify.Ledgers, killed_at: float) -> verify.Players:
+        players = await self._players()
         looks = sum(len(ledger["shown"]) for ledger in ledgers.values())
         self._check_players(f"shown {looks} times", "the state they left", verify.contradicted(ledgers))
         at_most = f"at most {self._settings.interval:g} + {self._one_save:.1f} s"
@@ -260,9 +267,9 @@ class Story:
         }
         return players
 
-    def _compare_after_return(self, ledgers: verify.Ledgers, stored: verify.Players) -> None:
+    async def _compare_after_return(self, ledgers: verify.Ledgers, stored: verify.Players) -> None:
         self._check_players("shown after the kill", "what the reader found", verify.different(stored, ledgers))
-        saves = sum(stored.version for stored in verify.read_players(self._db).values())
+        saves = sum(stored.version for stored in (await self._players()).values())
         receipts = sum(ledger["receipts"] for ledger in ledgers.values())
         reconnects = sum(ledger["logins"] - 1 for ledger in ledgers.values())
         done = {"bots": self._settings.bots, "saves": saves, "skipped": self._board.skipped}

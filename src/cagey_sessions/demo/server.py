@@ -1,8 +1,8 @@
 """A game server. What lives here: players who earn and buy over WebSockets, and a `SessionManager` that keeps them in
-an SQLite file, by itself or through a listener. What must not: anything a real server would not do; it does not know it
+a store, by itself or through a listener. What must not: anything a real server would not do; it does not know it
 is being tested.
 
-Run as a process: ``python -m cagey_sessions.demo.server FILE INTERVAL LISTENING_FD store|events``. It says how it is
+Run as a process: ``python -m cagey_sessions.demo.server URL INTERVAL LISTENING_FD store|events``. It says how it is
 doing on standard output, one line of JSON at a time, and ends at SIGTERM.
 """
 
@@ -26,8 +26,16 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 
-from cagey_sessions import ManagerClosedError, Receipt, Session, SessionEndedError, SessionManager, UserActiveError
-from cagey_sessions.stores import SQLiteStore
+from cagey_sessions import (
+    ManagerClosedError,
+    OwnedElsewhereError,
+    Receipt,
+    Session,
+    SessionEndedError,
+    SessionManager,
+    UserActiveError,
+)
+from cagey_sessions.stores import open_store
 
 PRICES = {"map": 12, "potion": 20, "shield": 35, "sword": 50}
 GRACE = 0.3
@@ -135,8 +143,8 @@ class Game:
     """Who plays, and what they may do. The manager loads and saves; `GameWithEvents` does it itself."""
 
     def __init__(self, manager: SessionManager) -> None:
-        self.slowest_save = 0.0
-        self.drained = asyncio.Event()
+        self.slowest_save: float = 0.0
+        self.drained: asyncio.Event = asyncio.Event()
         self.manager = manager
         self.manager.on("before_destroy", self._detach)
 
@@ -155,7 +163,7 @@ class Game:
                 await self._leave(session, connection)
         except ConnectionClosed:
             pass
-        except (ManagerClosedError, SessionEndedError):
+        except (ManagerClosedError, OwnedElsewhereError, SessionEndedError):  # or still of the server that was killed
             await connection.close(CloseCode.TRY_AGAIN_LATER)
 
     async def _enter(self, connection: ServerConnection, key: str, user_id: str) -> Session:
@@ -196,8 +204,11 @@ class Game:
         confirmed = copy.deepcopy(data)  # what is changed during the save is not part of what is confirmed
         started = time.monotonic()
         receipt = await session.persist_now()
-        self.slowest_save = max(self.slowest_save, time.monotonic() - started)
+        self._note_save(started)
         return _answer(confirmed, receipt)
+
+    def _note_save(self, started: float) -> None:
+        self.slowest_save = max(self.slowest_save, time.monotonic() - started)
 
     async def _leave(self, session: Session, connection: ServerConnection) -> None:
         """Give a player who was dropped a moment to come back, then end the session."""
@@ -239,7 +250,7 @@ class GameWithEvents(Game):
         started = time.monotonic()
         body = orjson.dumps(session.user_data).decode()  # fixed before the first await: the player goes on playing
         await self._players.save(str(session.user_id), body)
-        self.slowest_save = max(self.slowest_save, time.monotonic() - started)
+        self._note_save(started)
 
 
 def _answer(player: dict[str, Any], receipt: Receipt | None = None) -> bytes:
@@ -247,14 +258,14 @@ def _answer(player: dict[str, Any], receipt: Receipt | None = None) -> bytes:
     return orjson.dumps({"player": player, "version": receipt and receipt.version})
 
 
-async def main(path: str, interval: float, listener: socket.socket, how: str) -> None:
+async def main(url: str, interval: float, listener: socket.socket, how: str) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     async with AsyncExitStack() as stack:
         if how == "store":
-            game = Game(SessionManager(store=SQLiteStore(path), interval=interval))
+            game = Game(SessionManager(store=open_store(url), interval=interval))
         else:
-            players = await stack.enter_async_context(PlayerFile(path))
+            players = await stack.enter_async_context(PlayerFile(url.removeprefix("sqlite:///")))
             game = GameWithEvents(SessionManager(interval=interval, persist_on=["disconnect", "shutdown"]), players)
         options: dict[str, Any] = {"backlog": BACKLOG, "compression": None, "close_timeout": 1}
         await stack.enter_async_context(serve(game.serve_player, sock=listener, **options))

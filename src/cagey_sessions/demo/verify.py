@@ -1,5 +1,5 @@
-"""The independent reader. What lives here: reading the database with SQL and the bots' ledgers as JSON, and comparing
-them. What must not: an import of anything else of this package; it would then believe what it is to check.
+"""The independent reader. What lives here: reading the database by its own means and the bots' ledgers as JSON, and
+comparing them. What must not: an import of anything else of this package; it would then believe what it is to check.
 
 A ledger of one bot holds ``known``, pairs of a time and a state the server acknowledged, from the last confirmed
 purchase on; ``receipt``, the state of that purchase, and ``version``, the number the store gave it (None without a
@@ -9,6 +9,7 @@ the awaited state before each return or look around, and the one seen then.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, urlsplit
 
 __all__ = [
     "AfterKill",
@@ -59,8 +61,20 @@ class AfterKill:
     """How long before the kill the oldest missing change was acknowledged, in seconds."""
 
 
-def read_players(path: str | Path) -> dict[str, Stored]:
-    """Every player in the database. A store counts saves in ``version``, the listener of the demo in ``saves``."""
+def read_players(place: str) -> dict[str, Stored]:
+    """Every player in the database: an SQLite file, or the URL of a server with the schema or prefix in it."""
+    scheme = place.partition("://")[0]
+    if scheme == "sqlite":
+        return _read_sqlite(place.removeprefix("sqlite:///"))
+    parameters = dict(parse_qsl(urlsplit(place).query))
+    url = place.partition("?")[0]
+    if scheme in ("postgresql", "postgres"):
+        return asyncio.run(_read_postgres(url, parameters["schema"]))
+    return _read_redis(url, parameters["prefix"])
+
+
+def _read_sqlite(path: str) -> dict[str, Stored]:
+    """A store counts saves in ``version``, the listener of the demo in ``saves``."""
     with closing(sqlite3.connect(path)) as db:
         by_store = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'cagey_sessions'").fetchone()
         query = (
@@ -69,6 +83,29 @@ def read_players(path: str | Path) -> dict[str, Stored]:
             else "SELECT user_id, body, saves FROM players"
         )
         return {user: Stored(json.loads(body), version) for user, body, version in db.execute(query)}
+
+
+async def _read_postgres(url: str, schema: str) -> dict[str, Stored]:
+    import asyncpg  # noqa: PLC0415 - only where it is the server
+
+    connection = await asyncpg.connect(url)
+    try:
+        query = f'SELECT user_id, body::text, version FROM "{schema}".cagey_sessions WHERE body IS NOT NULL'
+        return {user[1:-1]: Stored(json.loads(body), version) for user, body, version in await connection.fetch(query)}
+    finally:
+        await connection.close()
+
+
+def _read_redis(url: str, prefix: str) -> dict[str, Stored]:
+    import redis  # noqa: PLC0415 - only where it is the server
+
+    players = {}
+    with redis.Redis.from_url(url, decode_responses=True) as client:
+        for key in client.scan_iter(f"{prefix}user:*", count=1000):
+            body, version = client.hmget(key, "body", "version")
+            if body is not None and version is not None:
+                players[key.removeprefix(f"{prefix}user:")[1:-1]] = Stored(json.loads(body), int(version))
+    return players
 
 
 def read_ledgers(path: str | Path) -> dict[str, dict[str, Any]]:
