@@ -2,8 +2,8 @@
 What must not: measuring, and any figure that is not in a file written by `python -m benchmarks --json`.
 
 The folder holds ``results.json``, a whole run (with ``--size SIZE``, if that was not a million), and ``growth-N.json``,
-runs with ``--size N``. The pictures go beside them, and the tables into `docs/performance.md` and
-`docs/gc-and-memory.md`: what stands there between ``<!-- figures: NAME -->`` and ``<!-- end -->`` is written anew.
+runs with ``--size N``. The pictures go beside them, and the tables into the pages named
+below: what stands there between ``<!-- figures: NAME -->`` and ``<!-- end -->`` is written anew.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from matplotlib import pyplot
 Rows: TypeAlias = dict[str, dict[str, Any]]
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ("performance.md", "gc-and-memory.md")
+PAGES = ("performance.md", "gc-and-memory.md", "stores.md", "operations.md")
 MILLION = 1_000_000
 GROWTH = {
     "find_1e6": "find_by_key",
@@ -144,6 +144,31 @@ def draw_rivals(figures: Figures) -> None:
     save(figures, figure, "rivals")
 
 
+def draw_stores(figures: Figures) -> None:
+    """Users a second on one connection, in batches of 200; log scale, for single rows are far below."""
+    rows = figures.rows
+    bars = (
+        ("ours, a batch", OURS, [(row, "ours") for row in ENGINES.values()]),
+        (
+            "by hand, a batch",
+            BASE,
+            [("sqlite_batch_bare", "base"), ("pg_batch_bare", "base"), ("redis_batch_wall", "base")],
+        ),
+        ("ours, one by one", OTHER[1], [("sqlite_batch", "base"), ("pg_batch", "base")]),
+    )
+    figure, axes = pyplot.subplots(figsize=(6.4, 3))
+    for number, (label, colour, sources) in enumerate(bars):
+        rates = [1e9 / rows[row][side] if row in rows else 0 for row, side in sources]
+        places = [place + number * 0.27 for place in range(len(rates))]
+        shown = axes.bar(places, rates, 0.25, color=colour, label=label)
+        axes.bar_label(shown, [f"{rate:,.0f}" for rate in rates], size=7)
+    axes.set_xticks([place + 0.27 for place in range(len(ENGINES))], list(ENGINES))
+    axes.set_yscale("symlog", linthresh=1000)
+    axes.set_ylabel("users a second")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    save(figures, figure, "stores")
+
+
 def amount(value: float, unit: str) -> str:
     return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.3g} {unit}"
 
@@ -165,6 +190,49 @@ def table(figures: Figures, ids: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+SIZES = (10_000, 100_000, MILLION)
+INTERVAL = 30
+"""Seconds, the default of a manager."""
+ENGINES = {"SQLite": "sqlite_batch", "PostgreSQL": "pg_batch", "Redis": "redis_batch_wall"}
+
+
+def percent(share: float) -> str:
+    return f"{share * 100:.2g}%"
+
+
+def sizing(figures: Figures) -> str:
+    """What so many users take, by the figures of one; every user changes in each interval."""
+    lines = ["| users | " + " | ".join(f"{users:,}" for users in SIZES) + " |", "|---|" + "--:|" * len(SIZES)]
+
+    def line(what: str, values: Sequence[str]) -> None:
+        lines.append(f"| {what} | {' | '.join(values)} |")
+
+    def one(row: str) -> float | None:
+        return figures.rows[row]["ours"] if row in figures.rows else None
+
+    rates = [users / INTERVAL for users in SIZES]
+    line(f"saves a second, users / {INTERVAL} s", [f"{rate:,.0f}" for rate in rates])
+    if size := one("bytes"):
+        line(f"sessions in memory, {size:.0f} B each (`bytes`)", [f"{size * users / 1e6:,.1f} MB" for users in SIZES])
+    if (cost := one("save_total")) and (skip := one("save_clean")):
+        line(f"of one core, {cost / 1000:.1f} µs a save (`save_total`)", [percent(rate * cost / 1e9) for rate in rates])
+        what = f'of one core, nobody changes, `tracking="marked"`, {skip:.0f} ns (`save_clean`)'
+        line(what, [percent(rate * skip / 1e9) for rate in rates])
+    if most := one("herd_drain"):
+        what = f"all at once, if the store took it, {most:,.0f} a second (`herd_drain`)"
+        line(what, [f"{users / most:.2g} s" for users in SIZES])
+    if full := one("gc"):
+        what = f"a full pass of the collector, {full:,.0f} ms a million (`gc`)"
+        line(what, [f"{full * users / MILLION:,.0f} ms" for users in SIZES])
+    for engine, row in ENGINES.items():
+        if each := one(row):
+            what = f"{engine}, {1e9 / each:,.0f} rows a second (`{row}`): busy; and for everybody's last save"
+            line(
+                what, [f"{percent(r * each / 1e9)}; {n * each / 1e9:.2g} s" for r, n in zip(rates, SIZES, strict=True)]
+            )
+    return "\n".join(lines)
+
+
 BLOCK = re.compile(r"(<!-- figures: ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -175,6 +243,8 @@ def block(figures: Figures, what: str) -> str:
         others = [f"`growth-{size}.json` with `--size {size}`" for size in figures.growth if size != figures.size]
         more = f"<sub>{', '.join(others)}</sub>\n" if names[1] == "growth" and others else ""
         return f"![{names[1]}](plots/{names[1]}.svg)\n\n{figures.caption()}\n{more}"
+    if names[0] == "sizing":
+        return f"{sizing(figures)}\n\n{figures.caption()}\n"
     ids = [row for name in names for row in figures.rows if re.fullmatch(name, row)]
     return f"{table(figures, list(dict.fromkeys(ids)))}\n\n{figures.caption()}\n"
 
@@ -182,7 +252,7 @@ def block(figures: Figures, what: str) -> str:
 def main(folder: Path, size: int = MILLION) -> None:
     figures = Figures(folder, size)
     with pyplot.rc_context(STYLE):
-        for draw in (draw_growth, draw_lag, draw_bytes, draw_rivals):
+        for draw in (draw_growth, draw_lag, draw_bytes, draw_rivals, draw_stores):
             draw(figures)
     for page in PAGES:
         path = DOCS / page

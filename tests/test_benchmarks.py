@@ -544,14 +544,21 @@ def test_the_pictures_and_tables_show_what_the_files_say(tmp_path):
     (tmp_path / "growth-100.json").write_text((tmp_path / "results.json").read_text())
     figures = plots.Figures(tmp_path, 2000)
     assert list(figures.growth) == [100, 2000]
-    for draw in (plots.draw_growth, plots.draw_lag, plots.draw_bytes, plots.draw_rivals):
+    for draw in (plots.draw_growth, plots.draw_lag, plots.draw_bytes, plots.draw_rivals, plots.draw_stores):
         draw(figures)
-    assert len(list(tmp_path.glob("*.svg"))) == 4
+    assert len(list(tmp_path.glob("*.svg"))) == 5
     shown = plots.block(figures, "bag_.* tick_idle_growth")
     assert "| `bag_get` |" in shown
     assert "| `tick_idle_growth` |" in shown
     assert "`tick_idle`" not in shown
     assert f"{figures.machine}; `python -m benchmarks --size 2000 " in shown
+    figures.rows = {"bytes": {"ours": 200.0}, "sqlite_batch": {"ours": 10_000.0}}
+    sizes = plots.block(figures, "sizing").splitlines()
+    assert sizes[0] == "| users | 10,000 | 100,000 | 1,000,000 |"
+    assert sizes[2].endswith("| 333 | 3,333 | 33,333 |")
+    assert sizes[3].endswith("200 B each (`bytes`) | 2.0 MB | 20.0 MB | 200.0 MB |")
+    assert sizes[4].startswith("| SQLite, 100,000 rows a second")
+    assert sizes[4].endswith("| 0.33%; 0.1 s | 3.3%; 1 s | 33%; 10 s |")
 
 
 def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,7 @@ What lives here: the list of all workloads. What must not: rounds, medians, verd
 makes a base slower than a user's own program would be.
 """
 
-from . import caches, lag, lifecycle, memory, saves, timers
+from . import caches, engines, lag, lifecycle, memory, saves, startup, timers
 from .base import FULL, QUICK, STATM, Figure, Goal, Pair, Sizes, Workload, measurable
 
 __all__ = ["FULL", "QUICK", "STATM", "WORKLOADS", "Figure", "Goal", "Pair", "Sizes", "Workload", "measurable"]
@@ -16,4 +16,6 @@ WORKLOADS: tuple[Workload, ...] = (
     *lag.WORKLOADS,
     *memory.WORKLOADS,
     *caches.WORKLOADS,
+    *engines.WORKLOADS,
+    *startup.WORKLOADS,
 )

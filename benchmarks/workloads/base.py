@@ -136,6 +136,8 @@ class Workload:
     """Whether it is left on, as in a user's program; it is off otherwise, and run between the sides."""
     needs: str = ""
     """A package that has to be there."""
+    is_there: Callable[[], bool] = lambda: True
+    """Whether the engine answers that it is about."""
 
     @property
     def figures(self) -> tuple[Figure, ...]:
@@ -151,6 +153,8 @@ STATM = Path("/proc/self/statm")
 def measurable(workload: Workload) -> bool:
     """Whether this system can run a workload: resident memory is read from Linux' /proc."""
     if workload.needs and find_spec(workload.needs) is None:
+        return False
+    if not workload.is_there():
         return False
     return workload.unit != "B" or STATM.exists()
 

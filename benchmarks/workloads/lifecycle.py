@@ -306,7 +306,7 @@ WORKLOADS = (
     Workload(
         "create",
         partial(life, time_create),
-        Goal(faster=4),
+        Goal(faster=2.7, aim="4x"),
         plain("await create(key) vs port, {many} sessions"),
     ),
     Workload(
@@ -318,7 +318,7 @@ WORKLOADS = (
     Workload(
         "destroy",
         partial(life, time_destroy),
-        Goal(faster=5),
+        Goal(faster=3.3, aim="5x"),
         plain("await destroy() vs port, {many} identified sessions, shuffled, freeing included"),
     ),
     Workload("bag_get", bag_get, Goal(ratio=1.5), plain("session.get vs dict.get, 1,000 sessions")),

@@ -178,7 +178,7 @@ class Server:
         identify, create = self.manager._ownership._identify, self.manager.create
         for number, user in enumerate(users_of(count)):
             session = await create()
-            identify(session, _Loaded(user, EPOCH, 0, 0, 0, data_of(number)))
+            identify(session, _Loaded(user, EPOCH, 0, 0, 0, data_of(number), losses=0))
             self.sessions.append(session)
 
     def arm(self, ticks: Sequence[int], seed: int) -> None:

@@ -473,7 +473,7 @@ def rows(rival: str, arm: Goal, move: Goal, cancel: Goal, due: Goal) -> list[Wor
 
 
 WORKLOADS = (
-    *rows("asyncio", Goal(faster=14, aim="20x"), Goal(faster=8, aim="20x"), Goal(faster=3), Goal(faster=6)),
+    *rows("asyncio", Goal(faster=14, aim="20x"), Goal(faster=7, aim="20x"), Goal(faster=3), Goal(faster=6)),
     *rows("uvloop", Goal(faster=7, aim="10x"), Goal(faster=7, aim="12x"), Goal(faster=2.5), Goal()),
     *rows("heapq", Goal(), Goal(), Goal(), Goal()),
     Workload(
