@@ -5,7 +5,6 @@ forgotten. What must not: anything a session does by itself.
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -56,7 +55,7 @@ class SessionManager(ManagerCore, Generic[T]):
     persist_on
         At which moments the program wants to save besides: any of ``"disconnect"`` and ``"shutdown"``; with a store
         both by default. The program asks with `will_persist_user_data_on`; leaving ``async with`` asks for
-        ``"shutdown"``.
+        ``"shutdown"``, and for ``"disconnect"`` where it is a session's.
     max_in_flight
         How many saves may be under way at a time: calls of the listener (50), or batches of the store (4). What never
         returns holds one of them; a listener that waits for the save of another session lends its own meanwhile.
@@ -91,6 +90,8 @@ class SessionManager(ManagerCore, Generic[T]):
     clock
         Where time comes from; for tests.
 
+    Notes
+    -----
     The manager belongs to the event loop of its first awaited call, or of ``async with``. From another loop or thread,
     or after a fork, every call raises `WrongLoopError`. Wrong settings raise `OptionError`.
     """
@@ -144,7 +145,7 @@ class SessionManager(ManagerCore, Generic[T]):
         )
         spilled = None if spill is None else Spill(spill)
         # fresh at each start, so that nobody takes what an earlier process of the same name has claimed for ours
-        owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}"
+        owner = f"{socket.gethostname()}-{os.getpid()}-{os.urandom(8).hex()}"
         self._life = Lifecycle(Session, checked, clock or SystemClock(), store, encoding, owner, spilled)
         self._attend(self._life.table)
         self._life.claims = claims = Claims(self._life)
@@ -352,7 +353,7 @@ class SessionManager(ManagerCore, Generic[T]):
     def on(self, name: str, listener: AnyListener) -> AnyListener: ...
     @overload
     def on(self, name: str) -> Callable[[AnyListener], AnyListener]: ...
-    def on(self, name: str, listener: AnyListener | None = None) -> object:
+    def on(self, name: str, listener: Listener | None = None) -> object:
         """Call a listener, sync or async, each time an event is emitted; without one, a decorator.
 
         The events and what their listeners receive: ``created`` (session), ``started`` (session), ``identified``
@@ -375,7 +376,7 @@ class SessionManager(ManagerCore, Generic[T]):
     def once(self, name: str, listener: AnyListener) -> AnyListener: ...
     @overload
     def once(self, name: str) -> Callable[[AnyListener], AnyListener]: ...
-    def once(self, name: str, listener: AnyListener | None = None) -> object:
+    def once(self, name: str, listener: Listener | None = None) -> object:
         """Like `on`, for the next time only, also if the listener raises or causes the event again."""
         if listener is None:
             return lambda function: self.once(name, function)

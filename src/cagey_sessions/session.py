@@ -5,7 +5,8 @@ core's) and the steps of its life (those are lifecycle's).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 
 from ._core import SessionCore, direct
 from .events import SESSION_EVENTS, Listener, Listeners
@@ -30,7 +31,8 @@ class Session(SessionCore, Generic[T]):
     """One human on this server, from `SessionManager.create` to `destroy`.
 
     `key` is what the session can be found by, or None; `user_id` and `user_data` are set by `login`, or without a store
-    by `set_user`. `set` and `get` keep live objects beside them that are never saved.
+    by `set_user`. `set` and `get` keep live objects beside them that are never saved. In an ``async with`` it ends with
+    the block: ``async with await manager.create() as session: ...``.
     """
 
     __slots__ = ()
@@ -88,11 +90,28 @@ class Session(SessionCore, Generic[T]):
         host: Lifecycle = self._host
         return await host.wait_ended(self)
 
+    async def __aenter__(self) -> Self:
+        """The session itself. Raises `SessionEndedError` if its end has begun."""
+        host: Lifecycle = self._host
+        host.refuse_if_ending(self)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Destroy the session, with a save if `persist_on` has ``"disconnect"``, which with a store it has.
+
+        Does nothing if its end has begun already: whoever began it has said what to save. Raises what `destroy` raises.
+        """
+        host: Lifecycle = self._host
+        if self.alive and not host.table.is_ending(self):
+            await self.destroy("disconnect" in host.options.persist_on)
+
     @overload
     def on(self, name: str, listener: AnyListener) -> AnyListener: ...
     @overload
     def on(self, name: str) -> Callable[[AnyListener], AnyListener]: ...
-    def on(self, name: str, listener: AnyListener | None = None) -> object:
+    def on(self, name: str, listener: Listener | None = None) -> object:
         """Call a listener, sync or async, each time an event is emitted; without one, a decorator.
 
         The events of a session and what their listeners receive: ``started`` (), ``identified`` (user_id, user_data),
@@ -107,7 +126,7 @@ class Session(SessionCore, Generic[T]):
     def once(self, name: str, listener: AnyListener) -> AnyListener: ...
     @overload
     def once(self, name: str) -> Callable[[AnyListener], AnyListener]: ...
-    def once(self, name: str, listener: AnyListener | None = None) -> object:
+    def once(self, name: str, listener: Listener | None = None) -> object:
         """Like `on`, for the next time only, also if the listener raises or causes the event again."""
         if listener is None:
             return lambda function: self.once(name, function)
