@@ -1,4 +1,4 @@
-"""Every program of the pages runs as printed, and prints what the page says. Those of docs/stores.md: see
+"""Every program of the pages runs as printed, and prints what the page says. Those of the pages about stores: see
 test_docs_stores.py; those of the README: test_readme.py.
 """
 
@@ -12,6 +12,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import urllib.request
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import pytest
 import cagey_sessions
 from cagey_sessions import CorruptRecordError, SessionManager
 from cagey_sessions.stores import MemoryStore
+from engines import RedisEngine, free_port, need
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(cagey_sessions.__file__).parents[1])}
@@ -56,28 +58,40 @@ def run(code: str, folder: Path) -> tuple[list[str], str]:
 
 COUNTS = {
     "README.md": 3,
+    "CHANGELOG.md": 0,
     "CONTRIBUTING.md": 0,
+    "SECURITY.md": 0,
+    "docs/api.md": 0,
+    "docs/architecture.md": 0,
+    "docs/concepts.md": 0,
     "docs/from-node.md": 2,
     "docs/gc-and-memory.md": 1,
     "docs/design.md": 0,
     "docs/guarantees.md": 0,
+    "docs/index.md": 1,
+    "docs/operations.md": 2,
     "docs/performance.md": 0,
-    "docs/quickstart.md": 3,
+    "docs/platforms.md": 0,
+    "docs/quickstart.md": 4,
+    "docs/security.md": 0,
     "docs/settings.md": 0,
     "docs/snapshots.md": 3,
-    "docs/stores.md": 7,
-    "docs/testing.md": 4,
+    "docs/own-store.md": 2,
+    "docs/own-tables.md": 7,
+    "docs/stores.md": 3,
+    "docs/testing.md": 5,
     "docs/user-data.md": 6,
 }
 SAYS_WHAT_IT_PRINTS = [
-    ("docs/quickstart.md", 1),
+    ("docs/index.md", 0),
     ("docs/quickstart.md", 2),
+    ("docs/quickstart.md", 3),
     ("docs/snapshots.md", 0),
     ("docs/snapshots.md", 2),
 ] + [("docs/user-data.md", number) for number in range(COUNTS["docs/user-data.md"])]
 LOGGED = {
     # nobody has set up logging, so that warnings and errors go to stderr
-    ("docs/quickstart.md", 2): "the data of user 'alice' cannot be saved: user_data[\"bag\"]: set is not JSON; only ",
+    ("docs/quickstart.md", 3): "the data of user 'alice' cannot be saved: user_data[\"bag\"]: set is not JSON; only ",
     ("docs/user-data.md", 0): 'the data of user \'alice\' cannot be saved: user_data["bag"][0]["price"]: nan is not ',
 }
 
@@ -85,6 +99,16 @@ LOGGED = {
 def test_every_program_of_every_page_is_known_here():
     pages = [path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]]
     assert {page: len(programs(page)) for page in pages} == COUNTS
+    fences = {page: re.findall(r"^ *```\w+$", read(page), re.MULTILINE) for page in pages}
+    assert {fence for found in fences.values() for fence in found} == {
+        "```python",
+        "```console",  # what the tools print: test_tools.py
+        "```js",
+        "```py",  # of Django, which is not installed here: test_docs_stores.py compiles it
+        "```sql",
+        "```text",
+    }
+    assert [page for page in fences if "```py" in fences[page]] == ["docs/own-tables.md"]
 
 
 @pytest.mark.parametrize(("page", "number"), SAYS_WHAT_IT_PRINTS)
@@ -161,8 +185,15 @@ def reports(page: str) -> list[str]:
     return re.findall(r"^```text\n(.*?)^```$", read(page), re.MULTILINE | re.DOTALL)
 
 
+def test_the_function_of_the_page_about_tests_builds_a_manager():
+    (code, _), *_ = programs("docs/testing.md")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert isinstance(names["make_manager"](store=MemoryStore()), SessionManager)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(1, COUNTS["docs/testing.md"]))
+@pytest.mark.parametrize("number", [1, 2, 3])
 def test_the_tests_of_the_page_pass_and_report_what_it_says(tmp_path, number):
     code, _ = programs("docs/testing.md")[number]
     (tmp_path / "test_game.py").write_text(code, encoding="utf-8")
@@ -184,6 +215,15 @@ def test_the_tests_of_the_page_pass_and_report_what_it_says(tmp_path, number):
         else:
             assert first.split(" after")[0] in done.stdout
             assert "what is stored:" in rest
+
+
+@need("redis-server")
+def test_the_program_with_a_bad_network_prints_what_the_page_says(tmp_path, monkeypatch):
+    code, said = programs("docs/testing.md")[4]
+    with RedisEngine(port=free_port()) as engine:
+        monkeypatch.setitem(ENVIRONMENT, "REDIS_URL", engine.url)
+        printed, _ = run(code, tmp_path)  # the log says besides that the store was down
+    assert printed == said
 
 
 # What the pages say, and no program shows
@@ -216,18 +256,14 @@ async def test_the_end_of_a_block_after_an_end_without_saves(users):
 # The game
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
 class Game:
-    """The program of the quickstart as a process."""
+    """The program of the quickstart as a process, or with another end."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, until_a_signal: bool = False) -> None:
         self.port = free_port()
-        (code, _), *_ = programs("docs/quickstart.md")
+        (code, _), (end, _), *_ = programs("docs/quickstart.md")
+        if until_a_signal:
+            code = code[: code.index("async def main():")] + end
         assert code.count("4000") == 2
         (folder / "game.py").write_text(code.replace("4000", str(self.port)), encoding="utf-8")
         self.process = subprocess.Popen(
@@ -314,6 +350,52 @@ def test_the_game_remembers_what_it_was_stopped_or_killed_with(tmp_path):
 
 @pytest.mark.slow
 @needs_signals
+def test_the_game_that_runs_until_a_signal_saves_everybody(tmp_path):
+    with Game(tmp_path, until_a_signal=True) as game, game.connect("ada", "+gold") as connection:
+        wait_for(connection, "{'gold': 1, 'visits': 1}")
+        assert game.end(signal.SIGTERM) == ""
+    with Game(tmp_path) as game:
+        assert game.play("ada", "look") == ["{'gold': 1, 'visits': 2}"]
+
+
+@pytest.mark.slow
+@needs_signals
+def test_the_server_with_a_probe_is_ready_until_it_is_told_to_end(tmp_path):
+    (code, _), _ = programs("docs/operations.md")
+    port = free_port()
+    assert code.count("8081") == 1
+    program = code.replace("8081", str(port)).replace("        ...  ", '        print("up", flush=True)  ')
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "up\n"
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=10) as answer:
+                assert (answer.status, answer.read()) == (200, b"ok \n")
+            process.send_signal(signal.SIGTERM)
+            assert process.communicate(timeout=20) == ("", "")
+            assert process.returncode == 0
+        finally:
+            process.kill()
+    assert (tmp_path / "players.db").exists()
+
+
+def test_the_program_that_weighs_a_user(tmp_path):
+    _, (code, _) = programs("docs/operations.md")
+    (line,), complaints = run(code, tmp_path)
+    assert complaints == ""
+    body, memory = map(int, re.fullmatch(r"(\d+) bytes of JSON are (\d+) in memory", line).groups())
+    assert 200 < body < memory < 100 * body
+
+
+@pytest.mark.slow
+@needs_signals
 def test_the_game_survives_its_players(tmp_path):
     with Game(tmp_path) as game:
         with game.connect("ada", "look") as older:
@@ -325,3 +407,17 @@ def test_the_game_survives_its_players(tmp_path):
         said = game.end(signal.SIGTERM).splitlines()
         assert said.pop() == "everybody is saved"
         assert said and all(line.startswith("a player: ") for line in said), said
+
+
+@pytest.mark.slow
+@needs_signals
+def test_the_game_says_so_when_a_player_cannot_be_loaded(tmp_path):
+    with Game(tmp_path) as game:
+        game.play("ada", "+gold", "quit")
+        game.end(signal.SIGTERM)
+    with closing(sqlite3.connect(tmp_path / "players.db")) as connection, connection:
+        connection.execute("UPDATE cagey_sessions SET body = '{' WHERE user_id = 'ada'")
+    with Game(tmp_path) as game:
+        assert game.play("ada", "look") == ["the bank is closed, come back later"]
+        assert game.play("bob", "look") == ["{'gold': 0, 'visits': 1}"]
+        assert game.end(signal.SIGTERM).startswith("the store: ")

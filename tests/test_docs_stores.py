@@ -1,10 +1,9 @@
-"""The programs of docs/stores.md, run as printed."""
+"""The programs of docs/stores.md, docs/own-tables.md and docs/own-store.md, run as printed."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
-import os
 import re
 import sqlite3
 import sys
@@ -28,28 +27,37 @@ from cagey_sessions import (
     UserErasedError,
 )
 from cagey_sessions.stores import CallbackStore, Outcome, Record, Verdict
-from support import let_time_pass
+from cagey_sessions.stores.postgres_catalog import COLUMN_TYPES
+from cagey_sessions.testing.store_conformance import StoreConformance
+from support import POSTGRES, let_time_pass, skip_without
 
-PAGE = Path(__file__).parent.parent / "docs" / "stores.md"
-POSTGRES = os.environ.get("CAGEY_TEST_POSTGRES", "postgresql://root@127.0.0.1:5432/test")
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = ("stores.md", "own-tables.md", "own-store.md")
 
 
 def blocks(language: str = "python") -> dict[str, list[str]]:
-    """The blocks of the page by the heading above them."""
+    """The blocks of the pages by the heading above them."""
     found: dict[str, list[str]] = {}
-    for section in re.split(r"^##+ ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
-        heading, _, text = section.partition("\n")
-        if codes := re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
-            found[heading] = codes
+    for page in PAGES:
+        for section in re.split(r"^##+ ", (DOCS / page).read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+            heading, _, text = section.partition("\n")
+            if codes := re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+                assert heading not in found, f"{page}: {heading} is on another page, too"
+                found[heading] = codes
     return found
+
+
+def section(page: str, heading: str, end: str) -> str:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return text.partition(f"\n## {heading}\n")[2].partition(end)[0]
 
 
 @pytest.fixture
 def program(monkeypatch, tmp_path):
-    """The program under a heading, imported as a module, with an empty folder to run in."""
+    """The program under some headings, imported as a module, with an empty folder to run in."""
 
-    def load(heading: str, change: tuple[str, str] | None = None) -> ModuleType:
-        code = "\n\n".join(blocks()[heading])
+    def load(*headings: str, change: tuple[str, str] | None = None) -> ModuleType:
+        code = "\n\n".join(block for heading in headings for block in blocks()[heading])
         if change is not None:
             assert code.count(change[0]) == 1
             code = code.replace(*change)
@@ -74,19 +82,29 @@ SAVED = Verdict(Outcome.SAVED)
 
 POSTGRES_PAGE = "PostgreSQL with asyncpg"
 SQLALCHEMY_PAGE = "A model of SQLAlchemy"
+TABLE_PAGE = "PostgresTable"
+TABLE_SQLALCHEMY_PAGE = "PostgresTable and SQLAlchemy"
+TABLE_DJANGO_PAGE = "PostgresTable and Django"
 DATACLASS_PAGE = "Dataclasses, and a driver that blocks"
+OWN_PAGE = ("A whole one", "Test it")
 
 
 def test_every_block_is_run_here():
     assert {heading: len(codes) for heading, codes in blocks().items()} == {
         "SQLiteStore": 1,
         "MemoryStore": 1,
+        "By a URL": 1,
+        TABLE_PAGE: 1,
+        TABLE_SQLALCHEMY_PAGE: 1,
         POSTGRES_PAGE: 2,
         SQLALCHEMY_PAGE: 1,
         DATACLASS_PAGE: 1,
         "One call per user": 1,
+        **dict.fromkeys(OWN_PAGE, 1),
     }
-    assert list(blocks("sql")) == [POSTGRES_PAGE]
+    assert list(blocks("sql")) == [TABLE_PAGE, POSTGRES_PAGE]
+    assert list(blocks("py")) == [TABLE_DJANGO_PAGE], "Django is not installed here: this one is only compiled"
+    compile(*blocks("py")[TABLE_DJANGO_PAGE], "own-tables.md", "exec")
 
 
 # PostgreSQL
@@ -95,13 +113,8 @@ def test_every_block_is_run_here():
 @asynccontextmanager
 async def postgres(sql: str = ""):
     """A schema of its own, with the table of the page: its address, and a connection to it."""
-    try:
-        connection = await asyncpg.connect(POSTGRES, timeout=5)
-    except (OSError, asyncpg.PostgresError) as error:
-        reason = f"no PostgreSQL at CAGEY_TEST_POSTGRES: {type(error).__name__}"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    skip_without(POSTGRES)
+    connection = await asyncpg.connect(POSTGRES)
     schema = f"docs_{uuid.uuid4().hex}"
     try:
         await connection.execute(f"CREATE SCHEMA {schema}; SET search_path TO {schema}; {sql}")
@@ -150,6 +163,37 @@ async def test_tables_of_postgresql_that_are_only_updated(program):
         assert [tuple(row) for row in rows] == [(1, 1), (3, 3)]
 
 
+# PostgresTable
+
+
+async def own_schema(connection):
+    """What to change in a program, so that its side table is in the schema of the test."""
+    schema = await connection.fetchval("SELECT current_schema()")
+    return 'columns=["gold", "bag"])', f'columns=["gold", "bag"], schema="{schema}")'
+
+
+async def test_the_program_with_a_table_runs(program, capsys, monkeypatch):
+    (table,) = blocks("sql")[TABLE_PAGE]
+    async with postgres(table) as (address, connection):
+        monkeypatch.setenv("DATABASE_URL", address)
+        await program(TABLE_PAGE, change=await own_schema(connection)).main()
+        assert capsys.readouterr().out == "{'gold': 10, 'bag': []}\n"
+        assert await connection.fetchval("SELECT (id, email, gold, bag)::text FROM players") == "(7,,10,[])"
+
+
+async def test_the_program_with_a_table_of_sqlalchemy_runs(program, capsys, monkeypatch):
+    async with postgres() as (address, connection):
+        monkeypatch.setenv("DATABASE_URL", address)
+        await program(TABLE_SQLALCHEMY_PAGE, change=await own_schema(connection)).main()
+        assert capsys.readouterr().out == "ann@example.org 3 ['rope']\n"
+
+
+def test_the_page_names_every_type_that_a_column_may_have():
+    rows = re.findall(r"^\| (`.*?) \|", section("own-tables.md", TABLE_PAGE, "**The key**"), re.MULTILINE)
+    named = {name.replace("varchar", "character varying") for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert named == set(COLUMN_TYPES)
+
+
 # SQLAlchemy
 
 
@@ -185,7 +229,7 @@ async def test_a_model_of_sqlalchemy(program):
 
 
 async def test_a_model_of_sqlalchemy_on_postgresql(program):
-    module = program(SQLALCHEMY_PAGE, ("sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql"))
+    module = program(SQLALCHEMY_PAGE, change=("sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql"))
     async with postgres() as (address, _):
         engine = create_async_engine(
             "postgresql+asyncpg://", async_creator=lambda: asyncpg.connect(address), pool_size=2, max_overflow=0
@@ -239,6 +283,7 @@ async def test_one_call_per_user(program):
     [
         ("SQLiteStore", "{'gold': 10}\n"),
         ("MemoryStore", "{'gold': 10}\n"),
+        ("By a URL", "{'gold': 10}\n"),
         (SQLALCHEMY_PAGE, "{'gold': 0, 'bag': ['rope']}\n"),
     ],
 )
@@ -267,8 +312,8 @@ async def test_the_program_with_postgresql_runs(program, capsys, monkeypatch):
 
 
 def test_the_page_names_every_answer():
-    section = PAGE.read_text(encoding="utf-8").partition("\n## CallbackStore\n")[2].partition("\n## ")[0]
-    assert set(re.findall(r'`"(\w+)"', section)) == {outcome.value for outcome in Outcome}
+    text = section("own-tables.md", "CallbackStore", "\n## ")
+    assert set(re.findall(r'`"(\w+)"', text)) == {outcome.value for outcome in Outcome}
 
 
 @pytest.mark.parametrize(
@@ -351,3 +396,25 @@ async def test_a_load_that_raises_is_repeated_for_whoever_reads(clock):
         assert isinstance(caught.value.__cause__, KeyError)
         assert len(loads) > 1
     await manager.destroy()
+
+
+# A store of one's own
+
+
+class TestFolderStore(StoreConformance):
+    loops = ("asyncio",)  # all it does is done without waiting
+
+    @pytest.fixture
+    def make(self, program, tmp_path):
+        store = program(*OWN_PAGE).FolderStore
+        return lambda: store(tmp_path / "users")
+
+
+async def test_a_manager_keeps_its_users_in_the_store_of_the_page(program):
+    store = program(*OWN_PAGE).FolderStore
+    for gold in (10, 20):
+        async with SessionManager(store=store("users")) as manager:
+            session = await manager.open("ann", default={"gold": 0})
+            session.user_data["gold"] += 10
+            await session.persist_now()
+            assert session.user_data == {"gold": gold}

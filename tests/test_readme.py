@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import cagey_sessions
-from cagey_sessions import Session, SessionManager
+from cagey_sessions import Session, SessionManager, dataclass_codec, stores, testing
 from cagey_sessions.encoding import Encoding
 from cagey_sessions.options import PERSIST_EVENTS, SECOND, read_options
 
@@ -106,3 +108,43 @@ def test_the_table_of_settings_is_complete_and_true():
     for method, name in ((Session.login, "session.login"), (SessionManager.open, "manager.open")):
         default = inspect.signature(method).parameters["when_active"].default
         assert f'`{name}(when_active=…)` | `"{default}"`' in page
+
+
+CALLS = {
+    "manager.create": SessionManager.create,
+    "manager.destroy": SessionManager.destroy,
+    "manager.open": SessionManager.open,
+    "manager.run_until_signal": SessionManager.run_until_signal,
+    "session.destroy": Session.destroy,
+    "session.login": Session.login,
+    "dataclass_codec": dataclass_codec,
+    "world": testing.world,
+    "crash_test": testing.crash_test,
+    **{
+        name: getattr(stores, name)
+        for name in ("SQLiteStore", "PostgresStore", "PostgresTable", "RedisStore", "MemoryStore", "CallbackStore")
+    },
+}
+SAID_ELSEWHERE = {
+    ("manager.create", "key"),  # what a key is: below the table
+    ("manager.open", "default"),  # the row of session.login says that it is the same
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_every_argument_with_a_default_is_in_the_table_of_settings(call):
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(rf"^\| `{call}\((\w+)[=…]*\)`.*? \| (.*?) \|", page, re.MULTILINE))
+    rows |= dict.fromkeys(re.findall(rf"^\| `{call}\(\w+=…\)`, `\((\w+)=…\)`", page, re.MULTILINE), "")
+    parameters = inspect.signature(CALLS[call]).parameters.values()
+    optional = {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.default is not parameter.empty and (call, parameter.name) not in SAID_ELSEWHERE
+    }
+    assert set(rows) == set(optional)
+    for name, default in optional.items():
+        if isinstance(default, str):
+            assert rows[name] == f'`"{default}"`'
+        elif isinstance(default, bool | int):
+            assert rows[name].split(" ")[0] == f"`{default}`"
