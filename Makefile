@@ -4,30 +4,38 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py $(wildcard src/cagey_sessions/*.pyx src/cagey_sessions/core/*.pxi)
+CORE := $(wildcard src/cagey_sessions/*.pyx src/cagey_sessions/core/*.pxi)
+SOURCES := pyproject.toml setup.py $(CORE)
 DEBUG := build/debug
 SANITIZE := build/sanitize
+COVERAGE := build/coverage
 # what a build leaves behind, and a build with other switches would take for its own
 LEFTOVERS = build/lib* build/temp* build/bdist*
 ASV_BENCH := track_(find_hot|timer_schedule|save_total|lag|bytes)[(]
 GROWTH := find_1e6,timer_schedule,timer_refresh,timer_cancel,timer_expire,tick_idle,timer_schedule_uvloop,timer_refresh_uvloop
 
-.PHONY: help demo test test-debug check-core lint types format bench bench-adapters figures plots mutants simulation \
-  nightly diagrams clean
+.PHONY: help demo test test-debug check-core lint types coverage format bench bench-adapters figures plots mutants simulation \
+  crash nightly diagrams docs shots dist workflows clean
 
 help:
 	@echo "make demo        a game server and its bots, stopped and killed: nothing acknowledged is lost"
 	@echo "make test        the whole suite, and what moves users about on a debug build"
 	@echo "make check-core  the core under assertions, sanitizers and leak scripts (CHECK_ARGS='--only leaks')"
-	@echo "make lint types  ruff, and mypy in strict mode"
+	@echo "make lint types  ruff, cython-lint and codespell; mypy in strict mode, pyright, and the stub against the core"
+	@echo "make coverage    how much of the Python and of the core the tests run: at least 95 % (TEST_ARGS=)"
+	@echo "make workflows   the GitHub workflows against their schema, and a security linter over them"
+	@echo "make dist        sdist and wheels for each Python here, installed and used outside the checkout (PYTHONS='...')"
 	@echo "make format      ruff's formatter"
 	@echo "make bench       benchmarks against what one would use instead (BENCH_ARGS='--quick')"
 	@echo "make figures     the whole run and the growth runs into docs/plots, then make plots"
 	@echo "make plots       docs/plots/*.svg and the tables of docs/performance.md from the figures there"
 	@echo "make simulation  random servers, databases and crashes in virtual time (SIMULATION_ARGS='--seeds 2000')"
+	@echo "make crash       writers killed with SIGKILL on SQLite, PostgreSQL and Redis (CRASH_ARGS='--only redis --kills 20')"
 	@echo "make mutants     known faults put into the sources: the tests have to find each (MUTANTS_ARGS='--only release')"
 	@echo "make nightly     all of that for hours (NIGHTLY_SEEDS=50000, NIGHTLY_EXAMPLES=20000)"
 	@echo "make diagrams    the pictures of the pages, drawn from the code"
+	@echo "make docs        the documentation site, into build/site; a link that leads nowhere fails it"
+	@echo "make shots       pictures of the demo for the pages, by playing it (SHOTS_ARGS='--bots 100')"
 	@echo "make clean       remove .venv and everything built"
 
 $(VENV)/python:
@@ -46,6 +54,10 @@ $(VENV)/dev: $(VENV)/python $(SOURCES)
 
 $(VENV)/bench: $(VENV)/dev
 	$(BIN)/pip install --quiet --editable '.[bench]'
+	@touch $@
+
+$(VENV)/docs: $(VENV)/dev
+	$(BIN)/pip install --quiet --editable '.[docs]'
 	@touch $@
 
 $(DEBUG)/built: $(VENV)/dev $(SOURCES) $(wildcard src/cagey_sessions/*.py)
@@ -75,9 +87,47 @@ check-core: $(VENV)/dev $(DEBUG)/built $(SANITIZE)/built
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint $(CORE)
+	$(BIN)/codespell
 
 types: $(VENV)/dev
+	@mkdir -p build
 	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest --allowlist tests/typing/stubtest_allowlist.txt cagey_sessions._core
+	$(BIN)/pyright --pythonpath $(BIN)/python --warnings
+	PYTHONPATH=$(CURDIR)/src $(BIN)/pyright --pythonpath $(BIN)/python --verifytypes cagey_sessions --ignoreexternal >build/types.txt || \
+	  { grep -v 'No docstring' build/types.txt; exit 1; }
+
+# what is measured is a copy, built with line tracing. Tests that look at what is imported see what coverage imports, and
+# those that look at speed or run the tests themselves have no place here; nor has a second interpreter, which it cannot trace
+coverage: $(VENV)/dev
+	$(BIN)/pip install --quiet --editable '.[coverage]'
+	rm -rf $(COVERAGE) $(LEFTOVERS)
+	mkdir -p $(COVERAGE)
+	cp -r src tests benchmarks docs examples *.md LICENSE MANIFEST.in Makefile pyproject.toml setup.py $(COVERAGE)
+	find $(COVERAGE) -name '*.so' -delete
+	cd $(COVERAGE) && CAGEY_SESSIONS_TRACE=1 CFLAGS=-O1 $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
+	# Cython's plugin looks for the C beside a source and in the packages above it, and core/ is no package
+	cp $(COVERAGE)/src/cagey_sessions/_core.c $(COVERAGE)/src/cagey_sessions/core/
+	# scripts of the tests run anywhere with src alone on the path: there they find the plugin, and src/..., as the core
+	# names its sources
+	cp $(COVERAGE)/tests/traced.py $(COVERAGE)/src/
+	ln -s . $(COVERAGE)/src/src
+	cd $(COVERAGE) && export PYTHONPATH=$(CURDIR)/$(COVERAGE)/src; \
+	CAGEY_TEST_EXAMPLES=20 CAGEY_TEST_HISTORIES=30 $(CURDIR)/$(BIN)/python -m coverage run -m pytest -q \
+	  --timeout 300 -o faulthandler_timeout=290 --ignore tests/mutants --ignore tests/simulation/test_simulation.py \
+	  --ignore tests/packaging --ignore tests/test_benchmarks.py --ignore tests/core/test_leaks.py \
+	  -k 'not is_imported and not second_interpreter' $(TEST_ARGS); passed=$$?; \
+	$(CURDIR)/$(BIN)/python -m coverage combine --quiet && $(CURDIR)/$(BIN)/python -m coverage report && exit $$passed
+
+# by schema, then for what an attacker could use; nothing is looked up on the network
+workflows: $(VENV)/dev
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/zizmor --offline --no-progress --quiet .github
+
+dist: $(VENV)/dev
+	PYTHONPATH=tests $(BIN)/python -m distcheck --pythons "$(PYTHONS)" $(DIST_ARGS)
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
@@ -109,21 +159,31 @@ plots: $(VENV)/bench
 simulation: $(VENV)/dev
 	PYTHONPATH=tests $(BIN)/python -m simulation $(SIMULATION_ARGS)
 
+crash: $(VENV)/dev
+	PYTHONPATH=tests $(BIN)/python -m crashes $(CRASH_ARGS)
+
 mutants: $(VENV)/dev
 	PYTHONPATH=tests $(BIN)/python -m mutants $(MUTANTS_ARGS)
 
 diagrams: $(VENV)/dev
 	$(BIN)/python docs/draw.py
 
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+shots: $(VENV)/docs
+	$(BIN)/python docs/shots.py $(SHOTS_ARGS)
+
 nightly: $(VENV)/dev $(DEBUG)/built
 	CAGEY_TEST_LEAK_SECONDS=5 $(MAKE) --no-print-directory check-core \
 	  CHECK_ARGS="--examples $(or $(NIGHTLY_CHECK_EXAMPLES),1000) --patience 14400"
 	$(MAKE) --no-print-directory simulation SIMULATION_ARGS="--seeds $(or $(NIGHTLY_SEEDS),50000)"
+	$(MAKE) --no-print-directory crash CRASH_ARGS="--kills $(or $(NIGHTLY_KILLS),1000)"
 	$(MAKE) --no-print-directory mutants
 	PYTHONPATH=$(DEBUG) HYPOTHESIS_PROFILE=nightly CAGEY_TEST_EXAMPLES=$(or $(NIGHTLY_EXAMPLES),20000) \
 	  $(BIN)/python -m pytest tests/core tests/test_manager_machine.py --timeout 0 -o faulthandler_timeout=0
-	CAGEY_TEST_HISTORIES=$(or $(NIGHTLY_HISTORIES),20000) CAGEY_TEST_CRASHES=300 \
-	  $(BIN)/python -m pytest tests/test_store_histories.py tests/test_spill_histories.py tests/test_crash.py \
+	CAGEY_TEST_HISTORIES=$(or $(NIGHTLY_HISTORIES),20000) \
+	  $(BIN)/python -m pytest tests/test_store_histories.py tests/test_spill_histories.py \
 	  --timeout 0 -o faulthandler_timeout=0
 
 clean:

@@ -20,17 +20,17 @@ saving alice {'gold': 10}
 
 try:
     from . import _core as _core
-except ImportError as error:  # a checkout that was never built, or a wheel for another Python
+except ImportError as _error:  # a checkout that was never built, or a wheel for another Python
     raise ImportError(
-        f"the compiled core of cagey-sessions cannot be loaded ({error}); install the package with pip "
+        f"the compiled core of cagey-sessions cannot be loaded ({_error}); install the package with pip "
         "(in a checkout: pip install -e .), with the same Python that runs this program"
-    ) from error
+    ) from _error
 
+from . import errors
 from ._version import __version__
 from .clock import Clock, TimerHandle
 from .encoding import Codec, dataclass_codec, msgspec_codec
 from .errors import *  # noqa: F403 - its __all__ is ours, see below
-from .errors import __all__ as _errors
 from .manager import SessionManager, create
 from .options import Duration
 from .records import (
@@ -74,5 +74,5 @@ __all__ = [
     "dataclass_codec",
     "msgspec_codec",
     "read_snapshot",
-    *_errors,
 ]
+__all__ += errors.__all__

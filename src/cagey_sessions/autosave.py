@@ -120,14 +120,14 @@ class Flight:
     __slots__ = ("error", "fingerprint", "is_patient", "is_resolved", "outcome", "releases", "started", "waiters")
 
     def __init__(self, *, is_patient: bool = False) -> None:
-        self.is_patient = is_patient  # a failed attempt is not its end yet
-        self.is_resolved = False
+        self.is_patient: bool = is_patient  # a failed attempt is not its end yet
+        self.is_resolved: bool = False
         self.outcome: Outcome = None  # as far as whoever waits will hear of it, even if the save is still under way
-        self.started = 0
+        self.started: int = 0
         self.waiters: list[tuple[int | None, asyncio.Future[Outcome]]] = []  # each with the end of their patience
         self.error: Exception | None = None  # of the last attempt
         self.fingerprint: object = None  # of what is being saved, if the session was ending when it was fixed
-        self.releases = False  # the store lets go of the user with this save
+        self.releases: bool = False  # the store lets go of the user with this save
 
     @property
     def has_waiters(self) -> bool:
@@ -164,8 +164,8 @@ class Worker:
 
     def __init__(self, autosave: Autosave) -> None:
         self._autosave = autosave
-        self.started = False
-        self.released = False
+        self.started: bool = False
+        self.released: bool = False
         self.task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -185,7 +185,9 @@ class Autosave:
         self._saver = saver
         self._max_in_flight = options.max_in_flight
         self._interval = options.interval
-        self.tick = min(LONGEST_TICK, max(SHORTEST_TICK, options.interval // 100)) if options.interval else LONGEST_TICK
+        self.tick: int = (
+            min(LONGEST_TICK, max(SHORTEST_TICK, options.interval // 100)) if options.interval else LONGEST_TICK
+        )
         self._interval_ticks = options.interval // self.tick if options.interval else 0
         # with `debug` nobody is passed over, for how else would a forgotten mark be seen
         self._skip = self._interval_ticks if options.tracking == "marked" and not options.debug else 0
@@ -215,9 +217,9 @@ class Autosave:
         self._pause: TimerHandle | None = None
         self.gave_up: Exception | None = None
         self._closed = False
-        self.seconds_per_save = 0.0  # of listeners, as a moving average
-        self.tick_lag = 0
-        self.slice_overruns = 0
+        self.seconds_per_save: float = 0.0  # of listeners, as a moving average
+        self.tick_lag: int = 0
+        self.slice_overruns: int = 0
         self._slice_is_overrun = False
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -18,7 +18,9 @@ __all__ = ["Clock", "SystemClock", "TimerHandle"]
 class TimerHandle(Protocol):
     """A wake-up that can be taken back."""
 
-    def cancel(self) -> None: ...
+    def cancel(self) -> None:
+        """Take it back; nothing happens if it is over."""
+        ...
 
 
 class Clock(Protocol):

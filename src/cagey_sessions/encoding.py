@@ -96,8 +96,8 @@ class Encoding:
         self._encode = encode
         self._decode = decode
         self._tells_schema = decode is not None and _has_parameter(decode, "schema")
-        self.schema = schema
-        self.max_bytes = max_bytes
+        self.schema: int = schema
+        self.max_bytes: int = max_bytes
 
     @property
     def converts(self) -> bool:

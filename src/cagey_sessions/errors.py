@@ -1,48 +1,50 @@
 """Every error of this library. What lives here: the classes and their tree. What must not: anything that raises them.
 
-CageySessionsError
-|-- UsageError                   yours: the call was wrong, and nothing has changed
-|   |-- OptionError              an option's name or value (also a ValueError)
-|   |   `-- DurationError        a duration that cannot be understood or used
-|   |-- InvalidKeyError          (also a ValueError and a TypeError)
-|   |-- InvalidUserIdError       (also a ValueError and a TypeError)
-|   |-- InvalidUserDataError     (also a ValueError)
-|   |-- EncodingError            a value that is not JSON, or not what the decoder takes; `.path` (also a ValueError)
-|   |-- UnknownEventError        (also a ValueError)
-|   |-- InvalidListenerError     (also a TypeError)
-|   |-- KeyTakenError            another live session has the key
-|   |-- UserActiveError          another session has the user; `.session` is that session
-|   |-- AlreadyIdentifiedError
-|   |-- NotIdentifiedError
-|   |-- SessionEndedError
-|   |-- ManagerClosedError
-|   |-- NothingSavesError        a save is asked for, and nobody would perform it
-|   |-- StoreModeError           the call needs a manager with a store, or one without
-|   |-- UserNotFoundError        the store has no such user, and no default was given (also a LookupError)
-|   |-- MissingExtraError        a package that is not installed; `.extra` (also an ImportError)
-|   |-- WouldDeadlockError       a listener waits for the very save it is part of
-|   `-- WrongLoopError           another event loop, another thread, or after a fork (also a RuntimeError)
-|-- StoreError                   the store's: what it could not do, or will not
-|   |-- StoreUnavailableError    it failed, hangs or cannot be reached; what was asked for may have been done or not
-|   |-- StoreInUseError          another process has it; `.pid`
-|   |-- StoreLayoutError         what is there is not ours, or made by a newer version; left untouched
-|   |-- StoreContractError       an adapter, or a function handed to `CallbackStore`, does not keep its contract
-|   `-- RecordError              about one user, `.user_id`
-|       |-- OwnedElsewhereError  another live node has the user; `.owner`
-|       |-- FencedError          another node has taken the user over; nothing more of this session is saved
-|       |-- UserErasedError      the user was erased; nothing more of this session is saved
-|       |-- LostRecordError      the store no longer has the record; it is claimed and saved again
-|       |-- CorruptRecordError   a stored body that cannot be read; `.body`
-|       |-- SpillConflictError   the store has something newer than what was spilled; the spill is kept
-|       `-- NewerSchemaError     written by a newer version of the program; `.schema`
-|-- UnsavableError               data that is not saved as long as it is what it is; `.user_id`, `.path`
-|-- SnapshotError                a snapshot or a spill cannot be written, or what is there is none
-|-- ListenerError                a group: what the listeners of one event raised
-|-- UnsavedError                 a group: who could not be saved, in `.user_ids`
-|   `-- DrainError               the same at the end of a manager, in full in `.report`
-|-- SaveOverdueError             saves take longer than they should; reported, never raised
-|-- ListenerCancelledError       a listener was cancelled from outside: it failed like one that raises
-`-- DrainDeadlineError           the time of a drain was over before a user was saved
+    CageySessionsError
+    |-- UsageError                   yours: the call was wrong, and nothing has changed
+    |   |-- OptionError              an option's name or value (also a ValueError)
+    |   |   `-- DurationError        a duration that cannot be understood or used
+    |   |-- InvalidKeyError          (also a ValueError and a TypeError)
+    |   |-- InvalidUserIdError       (also a ValueError and a TypeError)
+    |   |-- InvalidUserDataError     (also a ValueError)
+    |   |-- EncodingError            a value that is not JSON or not what the decoder takes; `.path` (also a ValueError)
+    |   |-- UnknownEventError        (also a ValueError)
+    |   |-- InvalidListenerError     (also a TypeError)
+    |   |-- KeyTakenError            another live session has the key
+    |   |-- UserActiveError          another session has the user; `.session` is that session
+    |   |-- AlreadyIdentifiedError
+    |   |-- NotIdentifiedError
+    |   |-- SessionEndedError
+    |   |-- ManagerClosedError
+    |   |-- NothingSavesError        a save is asked for, and nobody would perform it
+    |   |-- StoreModeError           the call needs a manager with a store, or one without
+    |   |-- UserNotFoundError        the store has no such user, and no default was given (also a LookupError)
+    |   |-- MissingExtraError        a package that is not installed; `.extra` (also an ImportError)
+    |   |-- WouldDeadlockError       a listener waits for the very save it is part of
+    |   `-- WrongLoopError           another event loop, another thread, or after a fork (also a RuntimeError)
+    |-- StoreError                   the store's: what it could not do, or will not
+    |   |-- StoreUnavailableError    it failed, hangs or cannot be reached; what was asked for may have been done or not
+    |   |-- StoreInUseError          another process has it; `.pid`
+    |   |-- StoreLayoutError         what is there is not ours, or made by a newer version; left untouched
+    |   |-- StoreContractError       an adapter, or a function handed to `CallbackStore`, does not keep its contract
+    |   `-- RecordError              about one user, `.user_id`
+    |       |-- OwnedElsewhereError  another live node has the user; `.owner`
+    |       |-- FencedError          another node has taken the user over; nothing more of this session is saved
+    |       |-- UserErasedError      the user was erased; nothing more of this session is saved
+    |       |-- LostRecordError      the store no longer has the record; it is claimed and saved again
+    |       |-- CorruptRecordError   a stored body that cannot be read; `.body`
+    |       |-- SpillConflictError   the store has something newer than what was spilled; the spill is kept
+    |       `-- NewerSchemaError     written by a newer version of the program; `.schema`
+    |-- UnsavableError               data that is not saved as long as it is what it is; `.user_id`, `.path`
+    |-- SnapshotError                a snapshot or a spill cannot be written, or what is there is none
+    |-- ListenerError                a group: what the listeners of one event raised
+    |-- UnsavedError                 a group: who could not be saved, in `.user_ids`
+    |   `-- DrainError               the same at the end of a manager, in full in `.report`
+    |-- SaveOverdueError             saves take longer than they should; reported, never raised
+    |-- ListenerCancelledError       a listener was cancelled from outside: it failed like one that raises
+    `-- DrainDeadlineError           the time of a drain was over before a user was saved
+
+What is also something of Python's own can be caught as that, too.
 """
 
 from __future__ import annotations
@@ -297,7 +299,7 @@ class UnsavableError(CageySessionsError):
 class ListenerError(CageySessionsError, ExceptionGroup[Exception]):
     """What the listeners of one event raised, each with a note that names the listener."""
 
-    def derive(self, exceptions: Sequence[Exception]) -> Self:  # type: ignore[override]
+    def derive(self, exceptions: Sequence[Exception]) -> Self:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
         return type(self)(self.message, exceptions)
 
 
@@ -309,9 +311,9 @@ class UnsavedError(CageySessionsError, ExceptionGroup[Exception]):
 
     def __init__(self, message: str, exceptions: Sequence[Exception], *, user_ids: Sequence[int | str] = ()) -> None:
         super().__init__(message, exceptions)
-        self.user_ids = tuple(user_ids)
+        self.user_ids: tuple[int | str, ...] = tuple(user_ids)
 
-    def derive(self, exceptions: Sequence[Exception]) -> UnsavedError:  # type: ignore[override]
+    def derive(self, exceptions: Sequence[Exception]) -> UnsavedError:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
         return UnsavedError(self.message, exceptions)
 
 

@@ -6,7 +6,6 @@ Whatever is not understood is an error that quotes it. A default is never put in
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 import math
@@ -15,8 +14,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeAlias
-
-import pytimeparse
 
 from .errors import DurationError, OptionError, UnknownEventError
 
@@ -56,6 +53,8 @@ class Options:
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` if one of the known names is close, else the list of them all."""
+    import difflib  # noqa: PLC0415 - for mistakes only: to import the package is to cost little
+
     known = sorted(known)
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
     close = difflib.get_close_matches(snake, known, n=1, cutoff=0.6)
@@ -83,7 +82,9 @@ def parse_duration(value: object, name: str, *, shortest: int = 1, longest: int 
         if milliseconds := _MILLISECONDS.fullmatch(value):
             seconds = float(milliseconds[1]) / 1000
         else:
-            seconds = pytimeparse.parse(value)  # type: ignore[attr-defined]  # untyped, and it does not list its names
+            from pytimeparse.timeparse import timeparse  # noqa: PLC0415 - it brings decimal along
+
+            seconds = timeparse(value)
         if seconds is None:
             raise DurationError(
                 f"{name}: cannot read {quote(value)} as a duration; write '30s', '1h30m', '500ms', or seconds"

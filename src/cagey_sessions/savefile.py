@@ -18,7 +18,6 @@ import asyncio
 import errno
 import os
 import re
-import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -105,10 +104,10 @@ class NewFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], files: Files = DISK) -> None:
-        self.path = os.path.realpath(path)  # what a link points to is replaced, not the link
-        self.size = 0
+        self.path: str = os.path.realpath(path)  # what a link points to is replaced, not the link
+        self.size: int = 0
         self._files = files
-        self._temporary = f"{self.path}.{secrets.token_hex(4)}.tmp"
+        self._temporary = f"{self.path}.{os.urandom(4).hex()}.tmp"
         self._file: int | None = None
         self._exists = False
 

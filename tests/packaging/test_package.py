@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
+import re
 import subprocess
 import sys
 import tomllib
@@ -30,7 +33,7 @@ FLOORS = [
     {"session", "signals"},
     {"manager"},
     {"__init__"},
-    {"demo", "testing"},
+    {"demo", "testing", "tools"},
     {"cli"},
     {"__main__"},
 ]
@@ -91,6 +94,45 @@ def test_the_public_names_are_those_of_all():
     assert len(set(cagey_sessions.__all__)) == len(cagey_sessions.__all__)
 
 
+PUBLIC = ("cagey_sessions", "cagey_sessions.stores", "cagey_sessions.testing")
+
+
+def test_every_name_a_module_exports_is_there_once():
+    names = [".".join(path.relative_to(ROOT / "src").with_suffix("").parts) for path in PACKAGE.rglob("*.py")]
+    exporting = 0
+    for name in sorted(names):
+        module = importlib.import_module(name.removesuffix(".__init__"))
+        exported = getattr(module, "__all__", ())
+        assert len(set(exported)) == len(exported), name
+        assert [each for each in exported if not hasattr(module, each)] == [], name
+        exporting += bool(exported)
+    assert exporting > 30, "the modules have been found"
+
+
+def undocumented(holder: type) -> list[str]:
+    """Public methods and properties of a class that say nothing, those left aside that a base class explains."""
+    silent = []
+    for name, member in vars(holder).items():
+        inherited = any(hasattr(base, name) for base in holder.__mro__[1:] if base.__module__ in ("builtins", "typing"))
+        if name.startswith("_") or inherited or not (inspect.isroutine(member) or isinstance(member, property)):
+            continue
+        if not inspect.getdoc(getattr(holder, name)):
+            silent.append(f"{holder.__name__}.{name}")
+    return silent
+
+
+def test_every_public_name_says_what_it_is():
+    silent = []
+    for package in PUBLIC:
+        module = importlib.import_module(package)
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.isclass(value) or inspect.isroutine(value):
+                silent += [] if value.__doc__ else [name]
+                silent += undocumented(value) if inspect.isclass(value) else []
+    assert silent == []
+
+
 def test_only_two_dependencies_are_required():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {requirement.split(">")[0] for requirement in project["dependencies"]}
@@ -98,10 +140,42 @@ def test_only_two_dependencies_are_required():
     assert {"uvloop", "postgres", "demo", "test", "dev"} <= set(project["optional-dependencies"])
 
 
+def modules_after(script: str) -> set[str]:
+    """The modules a fresh interpreter has once it has run that."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}\nimport sys\nprint(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_brings_little_but_itself():
+    """Importing it takes at most half as long again as asyncio and orjson, and what it brings along decides that.
+
+    How long that is depends on the machine and on what else it does; the row ``import`` of the benchmarks measures it.
+    """
+    needed = {"__future__", "bisect", "random", "zlib"}
+    brought = modules_after("import cagey_sessions") - modules_after("import asyncio, orjson")
+    others = {name for name in brought if name.split(".")[0] != "cagey_sessions" and not name.startswith("_")}
+    assert others - {"cython_runtime"} <= needed
+    assert "cagey_sessions.manager" in brought
+
+
+def test_every_python_that_is_named_gets_wheels_and_is_tested():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    named = re.findall(r"Python :: (3\.\d+)$", "\n".join(settings["project"]["classifiers"]), re.MULTILINE)
+    assert len(named) > 3
+    assert settings["tool"]["cibuildwheel"]["build"] == [f"cp{version.replace('.', '')}-*" for version in named]
+    workflow = ROOT / ".github" / "workflows" / "ci.yml"
+    if workflow.parent.exists():  # not in an sdist
+        matrix = ", ".join(f'"{version}"' for version in named)
+        assert f"python: [{matrix}]" in workflow.read_text(encoding="utf-8")
+
+
 def test_importing_the_package_imports_no_extra():
     script = (
-        "import sys, cagey_sessions, cagey_sessions.cli\n"
+        "import sys, cagey_sessions, cagey_sessions.cli, cagey_sessions.tools, cagey_sessions.stores.urls\n"
         "extras = {'uvloop', 'websockets', 'rich', 'pytest', 'hypothesis', 'Cython', 'setuptools', 'sqlite3'}\n"
+        "extras |= {'asyncpg', 'redis', 'hiredis', 'msgspec'}\n"
         "print(sorted(extras & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
