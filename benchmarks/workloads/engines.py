@@ -412,7 +412,7 @@ WORKLOADS = (
         more=(
             Figure(
                 "pg_batch_bare",
-                Goal(ratio=1.35, aim="1.25"),
+                Goal(ratio=1.25),
                 plain("the same vs a bare upsert from unnest of the same rows"),
             ),
         ),

@@ -695,6 +695,7 @@ async def test_a_link_that_leads_to_itself_is_an_error(path, store):
         await store.open()
 
 
+# to root the system refuses neither of these, so that there would be no error to look at
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may do everything")
 @pytest.mark.parametrize("what", ["file", "folder"])
 async def test_no_permission_is_an_error(path, store, what):

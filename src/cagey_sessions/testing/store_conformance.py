@@ -169,6 +169,7 @@ class StoreConformance:
         raise NotImplementedError
 
     def skip_unless_shared(self, store: Store) -> None:
+        # what these tests claim as somebody else would be granted, and rightly: there is nothing to refuse
         if not store.shared:
             pytest.skip("one process has this store, so every other owner is dead")
 
