@@ -410,6 +410,7 @@ async def test_what_calls_are_given_is_let_go_of():
     await manager.destroy()
 
 
+# a fork is what this is about, and Windows has none
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_call_made_before_a_fork_is_refused_in_the_child():
     """What the loop leaves in the thread while it runs is there too."""

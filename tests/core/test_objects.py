@@ -255,6 +255,7 @@ def test_counters_and_identity_are_read_only():
         session.extra = 1
 
 
+# the sizes told here are those of 64 bits, which is what servers run
 @pytest.mark.skipif(sys.maxsize < 2**32, reason="pointers of 32 bits")
 def test_a_session_takes_80_bytes_and_the_collectors_16():
     """A field more, or a `cdef` method, takes 16 bytes more for everybody who is there."""
@@ -1033,6 +1034,7 @@ def test_a_walk_is_refused_in_another_thread(use):
     assert list(walk) == people
 
 
+# a fork is what this is about, and Windows has none
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_child_is_refused_and_the_parent_is_not():
     """A child has a copy of every row: used there, each user would be saved twice."""
@@ -1110,6 +1112,7 @@ def test_case_78_a_second_interpreter_hears_that_there_is_one_core_in_a_process(
     assert python(script) == "True 0\n"
 
 
+# the import gives the lock back to a Python that runs without; the others never lose it
 @pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a lock anyway")
 def test_case_78_a_free_threaded_python_gets_its_lock_back():
     done = subprocess.run(
@@ -1126,6 +1129,7 @@ def test_case_78_a_free_threaded_python_gets_its_lock_back():
 # Counting
 
 
+# counters exist in debug builds only: make check-core runs this one
 @pytest.mark.skipif(not DEBUG, reason="a release build counts nothing")
 def test_the_objects_of_the_core_are_counted_from_allocation_to_release():
     """Those of a subclass too, raw ones, those whose construction fails, and those that come back once."""
@@ -1163,6 +1167,7 @@ def test_the_objects_of_the_core_are_counted_from_allocation_to_release():
     assert more() == (0, 0, 0, 0)
 
 
+# that a release build pays for no counter; make test runs this one
 @pytest.mark.skipif(DEBUG, reason="a debug build counts")
 def test_a_release_build_counts_nothing():
     assert living() == {}

@@ -423,6 +423,7 @@ def test_the_file_is_free_when_its_holder_was_killed(path):
 
 
 @pytest.mark.slow
+# a fork is what this is about, and Windows has none
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_fork_keeps_nothing_of_the_store(path):
     printed = python(
