@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -21,7 +22,19 @@ from benchmarks.asv import track_workloads
 from benchmarks.harness import NOISY, Progress, measure
 from benchmarks.rivals import port
 from benchmarks.rivals.heap import HeapTimers
-from benchmarks.workloads import WORKLOADS, Figure, Goal, Pair, Sizes, Workload, lifecycle, measurable, saves, timers
+from benchmarks.workloads import (
+    WORKLOADS,
+    Figure,
+    Goal,
+    Pair,
+    Sizes,
+    Workload,
+    caches,
+    lifecycle,
+    measurable,
+    saves,
+    timers,
+)
 from benchmarks.workloads.stored import SECOND, BenchClock, NoStore, Server, running, small_data
 
 import cagey_sessions
@@ -41,6 +54,15 @@ from cagey_sessions import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_benchmarks_can_be_imported_where_no_cache_is_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    try:
+        assert importlib.reload(caches).WORKLOADS == ()
+    finally:
+        monkeypatch.undo()
+        importlib.reload(caches)
 
 
 @pytest.fixture(params=["ours", "port"])
