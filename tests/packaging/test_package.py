@@ -19,8 +19,8 @@ PACKAGE = ROOT / "src" / "cagey_sessions"
 FLOORS = [
     {"_version", "records", "clock"},
     {"errors"},
-    {"_core", "options"},
-    {"stores", "encoding", "savefile"},
+    {"_core", "options", "converters"},
+    {"stores", "encoding", "codecs", "savefile"},
     {"waits"},
     {"sanitizer"},
     {"events", "spill"},
