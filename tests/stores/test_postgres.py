@@ -18,17 +18,8 @@ from cagey_sessions import (
     StoreUnavailableError,
 )
 from cagey_sessions.stores import PostgresStore
-from cagey_sessions.testing.store_conformance import (
-    ALREADY,
-    FENCED,
-    INVALID,
-    SAVED,
-    StoreConformance,
-    claim,
-    opened,
-    record,
-    save,
-)
+from cagey_sessions.testing.conformance.base import ALREADY, FENCED, INVALID, SAVED
+from cagey_sessions.testing.store_conformance import StoreConformance, claim, opened, record, save
 from support import POSTGRES as DSN
 from support import drop_schema, needs_server
 

@@ -21,13 +21,8 @@ from cagey_sessions import (
     UnsavableError,
 )
 from cagey_sessions.stores import PostgresTable
+from cagey_sessions.testing.conformance.base import ALREADY, ERASED, FENCED, INVALID, MISSING, SAVED
 from cagey_sessions.testing.store_conformance import (
-    ALREADY,
-    ERASED,
-    FENCED,
-    INVALID,
-    MISSING,
-    SAVED,
     StoreConformance,
     StoreMachine,
     claim,

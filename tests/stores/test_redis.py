@@ -18,11 +18,9 @@ from cagey_sessions import (
     StoreUnavailableError,
 )
 from cagey_sessions.stores import Outcome, RedisStore
+from cagey_sessions.testing.conformance.base import ERASED, FENCED, SAVED
+from cagey_sessions.testing.conformance.histories import OWNERS
 from cagey_sessions.testing.store_conformance import (
-    ERASED,
-    FENCED,
-    OWNERS,
-    SAVED,
     StoreConformance,
     StoreMachine,
     claim,

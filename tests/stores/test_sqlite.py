@@ -28,13 +28,8 @@ from cagey_sessions import (
     WrongLoopError,
 )
 from cagey_sessions.stores import Record, SQLiteStore, sqlite, sqlite_rows
+from cagey_sessions.testing.conformance.base import ALREADY, ERASED, FENCED, INVALID, MISSING, SAVED
 from cagey_sessions.testing.store_conformance import (
-    ALREADY,
-    ERASED,
-    FENCED,
-    INVALID,
-    MISSING,
-    SAVED,
     StoreConformance,
     StoreMachine,
     claim,
