@@ -403,6 +403,22 @@ class ScriptedStore(MemoryStore):
         return [record.version for batch in self.batches for record in batch.records if record.user_id == user_id]
 
 
+async def end(clock: ManualClock, *managers: Any) -> None:
+    for manager in managers:
+        await let_time_pass(clock, manager.destroy())
+        statistics = manager.statistics()
+        assert (statistics.live, statistics.in_flight, statistics.pending) == (0, 0, 0)
+    assert clock.pending == 0, "no timer is left"
+
+
+async def changed(manager: Any, user_id: int | str = 1) -> Any:
+    """A session with a change that is not saved."""
+    session = await manager.open(user_id, default={"n": 0})
+    await session.persist_now()
+    session.user_data["n"] = 1
+    return session
+
+
 class Crash(BaseException):
     """The machine has gone down at this point."""
 
