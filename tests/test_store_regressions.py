@@ -415,14 +415,20 @@ async def test_f4d_a_callback_that_answers_fenced_ends_the_session(clock):
 # F5: rows of a batch that are not in the call that hangs
 
 
-async def test_f5a_a_call_that_hangs_does_not_hold_rows_it_has_not_got(clock, store, manager):
-    """Fenced: who failed before shares no call with who did not, and does not wait for a call that hangs either."""
+async def one_that_failed(clock: ManualClock, store: Losing, manager: Any) -> tuple[Any, Any]:
+    """Two users with a change; the last save of the first has failed, that of the other has not."""
     bad, good = await changed(manager, 1), await changed(manager, 2)
     store.verdict_of[1] = Verdict(Outcome.FAILED, "locked")
     await clock.advance("31s")
     store.verdict_of.clear()
-    store.batches.clear()
     good.user_data["n"] = bad.user_data["n"] = 2
+    return bad, good
+
+
+async def test_f5a_a_call_that_hangs_does_not_hold_rows_it_has_not_got(clock, store, manager):
+    """Fenced: who failed before shares no call with who did not, and does not wait for a call that hangs either."""
+    bad, good = await one_that_failed(clock, store, manager)
+    store.batches.clear()
     store.lose(1)
     tasks = [asyncio.ensure_future(session.persist_now()) for session in (bad, good)]
     await clock.advance("60s")
@@ -447,11 +453,7 @@ async def test_f5b_a_half_does_not_wait_for_another_half_that_hangs(clock, store
 
 async def test_f5c_destroy_does_not_hang_with_a_call_of_others(clock, store, manager):
     """`destroy` raises after `save_timeout` at the latest, also for a row whose batch waits for another call."""
-    bad, good = await changed(manager, 1), await changed(manager, 2)
-    store.verdict_of[1] = Verdict(Outcome.FAILED, "locked")
-    await clock.advance("31s")
-    store.verdict_of.clear()
-    good.user_data["n"] = bad.user_data["n"] = 2
+    bad, good = await one_that_failed(clock, store, manager)
     store.lose(1)
     for session in (bad, good):
         manager._life.autosave._table.ask(session)  # nobody waits

@@ -4,7 +4,7 @@ subclass says of its store. What must not: tests.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "Conformance",
     "Make",
     "claim",
+    "every_call",
     "everything",
     "loaded",
     "opened",
@@ -95,6 +96,18 @@ async def loaded(store: Store, user_id: int | str = 1) -> Record:
     found = (await claim(store, user_id)).record
     assert found is not None
     return found
+
+
+def every_call(store: Store) -> list[Awaitable[Any]]:
+    """One of each, to be awaited."""
+    return [
+        store.claim_many([1], "a"),
+        store.save_many([record()]),
+        store.release(1, 1, "a"),
+        store.erase(1),
+        store.load(1),
+        anext(store.scan()),
+    ]
 
 
 async def everything(store: Store) -> dict[tuple[type, int | str], Record]:

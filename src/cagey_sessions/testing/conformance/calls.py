@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ...errors import StoreUnavailableError
-from .base import ALREADY, MISSING, SAVED, Conformance, Make, claim, everything, opened, record, save
+from .base import ALREADY, MISSING, SAVED, Conformance, Make, claim, every_call, everything, opened, record, save
 
 __all__ = ["Calls"]
 
@@ -106,14 +106,7 @@ class Calls(Conformance):
         store = make()
 
         async def refused() -> None:
-            for call in (
-                store.claim_many([1], "a"),
-                store.save_many([record()]),
-                store.release(1, 1, "a"),
-                store.erase(1),
-                store.load(1),
-                anext(store.scan()),
-            ):
+            for call in every_call(store):
                 with pytest.raises(StoreUnavailableError):
                     await call
 
