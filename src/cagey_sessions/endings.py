@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ._core import SessionCore, SessionTable
@@ -41,37 +42,28 @@ NOT_SAVED, UNSEEN = object(), object()
 _LOSSES = (EndReason.UNSAVED, EndReason.FENCED, EndReason.ERASED)
 
 
+@dataclass(slots=True, eq=False)
 class Ending:
     """A session on its way out."""
 
-    __slots__ = (
-        "announced",
-        "attempt",
-        "decided",
-        "errors",
-        "last_error",
-        "parked",
-        "persist",
-        "reason",
-        "released",
-        "saved",
-        "task",
-        "waiting",
-    )
-
-    def __init__(self, persist: bool, reason: EndReason, attempt: asyncio.Future[Exception | None]) -> None:
-        self.persist: bool = persist
-        self.reason: EndReason = reason
-        self.announced: bool = False  # before_destroy has been emitted
-        self.decided: bool = False  # whether there is a last save cannot be changed any more
-        self.parked: bool = False  # no task is at work; the last save waits for its retry
-        self.saved: object = NOT_SAVED  # fingerprint of the data last acknowledged since the end began
-        self.released: bool = False  # the store has let go of the user
-        self.last_error: Exception | None = None
-        self.errors: list[Exception] = []
-        self.attempt = attempt
-        self.task: asyncio.Task[None] | None = None
-        self.waiting: int = 0  # callers who will hear of the attempt
+    persist: bool
+    reason: EndReason
+    attempt: asyncio.Future[Exception | None]
+    announced: bool = False
+    """``before_destroy`` has been emitted."""
+    decided: bool = False
+    """Whether there is a last save cannot be changed any more."""
+    parked: bool = False
+    """No task is at work; the last save waits for its retry."""
+    saved: object = NOT_SAVED
+    """Fingerprint of the data last acknowledged since the end began."""
+    released: bool = False
+    """The store has let go of the user."""
+    last_error: Exception | None = None
+    errors: list[Exception] = field(default_factory=list)
+    task: asyncio.Task[None] | None = None
+    waiting: int = 0
+    """Callers who will hear of the attempt."""
 
 
 class Drain(Protocol):
@@ -115,8 +107,12 @@ class EndHost(Protocol):
     sanitizer: Sanitizer | None
     gateway: StoreGateway | None
     store_saver: StoreSaver | None
-    drain: Drain | None
     loop: asyncio.AbstractEventLoop | None
+
+    @property
+    def drain(self) -> Drain | None:
+        """The end of everybody, if it has begun."""
+        ...
 
     @property
     def claims(self) -> Releases:
@@ -396,9 +392,9 @@ class Endings:
         """Whether the last save is acknowledged, the release included where there is one, and nothing has changed."""
         if self._is_to_be_released(session) and not ending.released:
             return False
-        return ending.saved is UNSEEN or (
-            ending.saved is not NOT_SAVED and ending.saved == self._host.fingerprint(session)
-        )
+        if ending.saved is UNSEEN:
+            return True
+        return ending.saved is not NOT_SAVED and ending.saved == self._host.fingerprint(session)
 
     def _gave_up(self) -> bool:
         return self._host.drain is not None and self._host.drain.gave_up
