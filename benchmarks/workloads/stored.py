@@ -195,7 +195,7 @@ class Server:
             assert taken is not None
             assert taken[0] is session
             table.acknowledge(session, table.fix(session, tick), now, tick)
-        self.life.autosave._arm()
+        self.life.autosave.arm()
 
     async def save_all(self) -> None:
         """Set the clock forward by an interval, have everybody saved who is due by then, and stop the clock."""

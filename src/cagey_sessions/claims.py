@@ -26,9 +26,9 @@ from .errors import (
 from .gateway import StoreGateway
 from .lifecycle import Lifecycle
 from .options import SECOND
+from .reclaiming import is_sound
 from .stores import Claim, Record
 from .waits import ends_inside
-from .writebehind import is_sound
 
 __all__ = ["CLAIMS_IN_A_CALL", "CLAIM_CALLS", "Claims"]
 

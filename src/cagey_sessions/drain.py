@@ -217,7 +217,7 @@ class _Drain:
                     while life.endings.at_work >= MOST_ENDS_AT_WORK or life.endings.announcing >= MOST_ENDS_ANNOUNCING:
                         self._room.clear()
                         await self._room.wait()
-                    await life.autosave.slice()
+                    await life.autosave.slice.wait()
 
     def _end_one(self, session: SessionCore) -> None:
         life = self._life
@@ -250,7 +250,7 @@ class _Drain:
             self.note(session, ending, None)
             life.table.forget(session)
             self._finish_by_force(session, ending)
-            await life.autosave.slice()
+            await life.autosave.slice.wait()
         for session, ending in list(life.endings.under_way.items()):
             self._finish_by_force(session, ending)
 

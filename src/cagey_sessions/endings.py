@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ._core import SessionCore, SessionTable
-from .autosave import Autosave, Flight
+from .autosave import Autosave
 from .errors import (
     FencedError,
     ListenerCancelledError,
@@ -27,6 +27,7 @@ from .errors import (
     WouldDeadlockError,
 )
 from .events import Listeners, listener_error
+from .flights import Flight
 from .gateway import StoreGateway
 from .records import EndReason
 from .reports import Reports, drop_tracebacks, fresh

@@ -38,7 +38,7 @@ def statistics(life: Lifecycle) -> Statistics:
         store_up=life.gateway is None or not life.gateway.down,
         store_latency=0.0 if life.gateway is None else life.gateway.latency,
         tick_lag=life.autosave.tick_lag / SECOND,
-        slice_overruns=life.autosave.slice_overruns,
+        slice_overruns=life.autosave.slice.overruns,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import orjson
 
 from ._core import SessionCore, SessionTable, check_user_id, is_plain
-from .autosave import Autosave, Flight, ListenerSaver, Outcome, Saver
+from .autosave import Autosave, Saver
 from .clock import Clock, SystemClock
 from .encoding import Encoding
 from .endings import UNSEEN, Drain, Ending, Endings, Releases
@@ -37,7 +37,9 @@ from .errors import (
     WrongLoopError,
 )
 from .events import MANAGER_EVENTS, Listeners, listener_error
+from .flights import Flight, Outcome
 from .gateway import StoreGateway
+from .listener_saver import ListenerSaver
 from .options import Options
 from .records import EndReason, Receipt, SnapshotEntry
 from .reports import Reports, fresh
@@ -123,8 +125,6 @@ class Lifecycle:
                 self.table, self.gateway, self.encoding, clock, options, self, owner, self.sanitizer
             )
         self.autosave: Autosave = Autosave(self.table, clock, options, self, saver)
-        if self.store_saver is not None:
-            self.store_saver.bind(self.autosave.kick)
         self._drain: Drain | None = None
         self.end_wanted: asyncio.Event = asyncio.Event()
         """Set once the end of everybody has begun, or is about to."""
@@ -136,7 +136,7 @@ class Lifecycle:
             now=time.monotonic_ns if type(clock) is SystemClock else clock.now,
             tick=self.autosave.tick,
             interval=options.interval // self.autosave.tick if options.interval else 0,
-            arm=self.autosave._arm,
+            arm=self.autosave.arm,
             waited_for=self.endings.waited_for,
             destroyed=EndReason.DESTROYED,
             user_id_type=options.user_id,

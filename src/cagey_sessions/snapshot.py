@@ -66,7 +66,7 @@ async def take_snapshot(life: Lifecycle, path: str | os.PathLike[str], files: Fi
                 if size >= savefile.CHUNK:
                     await in_thread(new.write, b"".join(chunk))
                     chunk, size = [], 0
-                await life.autosave.slice()
+                await life.autosave.slice.wait()
         saved = len(seen) - len(left_out)
         chunk.append(savefile.last_line(KIND, saved))
         await in_thread(new.write, b"".join(chunk))

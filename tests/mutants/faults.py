@@ -32,37 +32,37 @@ FAULTS = [
     # saves
     Fault(
         "acknowledge before the write",
-        "writebehind.py",
+        "writer.py",
         "            verdicts = await call.answer()\n",
-        "            verdicts = [Verdict(Outcome.SAVED)] * len(rows)\n",
+        "            from .stores import Outcome\n            verdicts = [Verdict(Outcome.SAVED)] * len(records)\n",
         SAVING,
     ),
     Fault(
         "fenced counts as saved",
-        "writebehind.py",
+        "settlement.py",
         "if outcome is Outcome.SAVED or outcome is Outcome.ALREADY:",
         "if outcome in (Outcome.SAVED, Outcome.ALREADY, Outcome.FENCED):",
         SAVING,
     ),
     Fault(
         "a row that could not be written counts as saved",
-        "writebehind.py",
+        "settlement.py",
         "if outcome is Outcome.SAVED or outcome is Outcome.ALREADY:",
         "if outcome in (Outcome.SAVED, Outcome.ALREADY, Outcome.FAILED):",
         SAVING,
     ),
     Fault(
         "a repeat counts as a failure",
-        "writebehind.py",
+        "settlement.py",
         "if outcome is Outcome.SAVED or outcome is Outcome.ALREADY:",
         "if outcome is Outcome.SAVED:",
         SAVING,
     ),
     Fault(
         "a lost row is not claimed again",
-        "writebehind.py",
+        "settlement.py",
         "        elif outcome is Outcome.MISSING:\n            row.unowned = True\n",
-        "        elif outcome is Outcome.MISSING:\n            self._acknowledge(row, autosave, record.saved_at)\n",
+        "        elif outcome is Outcome.MISSING:\n            self.acknowledge(row, record.saved_at)\n",
         SAVING,
     ),
     Fault(
@@ -74,21 +74,21 @@ FAULTS = [
     ),
     Fault(
         "claimed again over what somebody else has saved",
-        "writebehind.py",
+        "reclaiming.py",
         "elif self._is_lost(row) or not self._is_ours(row, claim):",
         "elif self._is_lost(row):",
         SAVING,
     ),
     Fault(
         "who was taken over after a rollback is written over",
-        "writebehind.py",
+        "reclaiming.py",
         "if row.was_fenced and claim.epoch <= self._table.epoch(row.session):",
         "if row.was_fenced:",
         ("tests/test_store_rollbacks.py", *SAVING),
     ),
     Fault(
         "a claim that the engine has lost ends the session",
-        "writebehind.py",
+        "reclaiming.py",
         "return stored is None or stored.version <= acknowledged",
         "return False",
         ("tests/test_store_rollbacks.py",),
@@ -103,13 +103,13 @@ FAULTS = [
     Fault(
         "a save that may have been written is forgotten",
         "writebehind.py",
-        "self._unknown.setdefault(session, set()).add((row.version, fingerprint))",
+        "self._settlement.unknown.setdefault(session, set()).add((row.version, fingerprint))",
         "pass",
         (*SAVING, "tests/test_store_regressions.py"),
     ),
     Fault(
         "the old epoch after a new claim",
-        "writebehind.py",
+        "reclaiming.py",
         "                self._table.own(row.session, claim.epoch)\n"
         "                row.record = row.record._replace(epoch=claim.epoch)\n",
         "",
@@ -131,24 +131,24 @@ FAULTS = [
     ),
     Fault(
         "live data goes to the store",
-        "writebehind.py",
+        "writer.py",
         "        call = self._gateway.write(records)\n",
         "        import asyncio as later; await later.sleep(0)\n"
-        "        live = self._table.active_session\n"
-        "        records = [record._replace(body=self.encoding.dump(live(record.user_id).user_data))\n"
+        "        import orjson; live = self._settlement._table.active_session\n"
+        "        records = [record._replace(body=orjson.dumps(live(record.user_id).user_data))\n"
         "                   for record in records]\n        call = self._gateway.write(records)\n",
         SAVING,
     ),
     Fault(
         "everybody at once after an outage",
         "writebehind.py",
-        "        if not self._recovering:\n            return True\n",
-        "        return True\n",
+        "return not self._pacing.is_active or self._pacing.allows()",
+        "return True",
         SAVING,
     ),
     Fault(
         "one poison row sinks its batch for ever",
-        "writebehind.py",
+        "writer.py",
         "elif len(part) > 1 and not isinstance(error, StoreUnavailableError):",
         "elif len(part) > 999 and not isinstance(error, StoreUnavailableError):",
         SAVING,
@@ -365,8 +365,8 @@ FAULTS = [
     Fault(
         "the rate after an outage has no end",
         "writebehind.py",
-        "if self._recovering and not self._table.has_due():",
-        "if self._recovering and self._allowance >= 1:",
+        "if pacing.is_active and not self._table.has_due():",
+        "if pacing.is_active and pacing._tokens >= 1:",
         ("tests/simulation/test_found.py",),
     ),
     # users
@@ -467,7 +467,7 @@ FAULTS = [
     ),
     Fault(
         "work goes on at a store that has gone down meanwhile",
-        "writebehind.py",
+        "writer.py",
         'return "" if self._gateway.may_call() else "is down"',
         'return ""',
         ("tests/simulation/test_found.py",),
@@ -497,7 +497,7 @@ FAULTS = [
     Fault(
         "a spill forgets the saves that nobody answered",
         "writebehind.py",
-        "        known = set(self._unknown.get(session, ()))\n",
+        "        known = set(self._settlement.unknown.get(session, ()))\n",
         "        known: set[tuple[int, int]] = set()\n",
         ("tests/test_spill.py",),
     ),
@@ -525,8 +525,8 @@ FAULTS = [
     # workers
     Fault(
         "latch not released: a worker that ends is still counted",
-        "autosave.py",
-        "        self._employed -= not worker.released\n",
+        "workers.py",
+        "        self.free += not worker.released\n",
         "",
         SAVING,
     ),

@@ -1,0 +1,111 @@
+"""Claiming users again whose rows are gone, or fenced off, while their sessions live. What lives here: whether a
+session may go on from what the store has. What must not: the first claim of a user (`claims.py`), or the write that
+follows.
+"""
+
+from __future__ import annotations
+
+from ._core import Digest, SessionTable
+from .errors import StoreContractError, StoreUnavailableError
+from .gateway import StoreGateway
+from .settlement import Row, Settlement, StoreHost
+from .stores import MAX_NUMBER, Claim
+
+__all__ = ["Reclaiming", "is_sound"]
+
+MOST_REFUSALS = 8
+"""How many saves in a row may fail because an engine has lost our claim, and so the release before it."""
+
+
+class Reclaiming:
+    """Claims for one owner."""
+
+    def __init__(
+        self,
+        table: SessionTable,
+        gateway: StoreGateway,
+        digest: Digest,
+        owner: str,
+        host: StoreHost,
+        settlement: Settlement,
+    ) -> None:
+        self._table = table
+        self._gateway = gateway
+        self._digest = digest
+        self._owner = owner
+        self._host = host
+        self._settlement = settlement
+
+    async def reclaim(self, rows: list[Row]) -> list[Row]:
+        """Claim the users of these rows: those that may be written now. The others are settled."""
+        settlement = self._settlement
+        for row in list(rows):
+            row.unowned = False
+            row.claims += 1
+            if self._is_lost(row):
+                # by the same owner the claim would be granted, at the expense of a session that has the user by now
+                settlement.fence(row)
+                rows.remove(row)
+        if not rows:
+            return []
+        if not self._gateway.may_call():
+            settlement.fail_all(rows, StoreUnavailableError(f"{self._gateway.name} is down"), report=False)
+            return []
+        call = self._gateway.start(self._gateway.store.claim_many, [row.user_id for row in rows], self._owner)
+        try:
+            answers = {claim.user_id: claim for claim in await call.answer() if is_sound(claim)}
+        except BaseException as error:
+            self._host.doubt([row.user_id for row in rows], call.task)
+            if not isinstance(error, Exception):
+                raise
+            settlement.fail_all(rows, error)
+            return []
+        owned = []
+        for row in rows:
+            assert row.record is not None
+            claim = answers.get(row.user_id)
+            if claim is None:
+                settlement.fail(row, StoreContractError("a claim was not answered"))
+            elif not claim.granted and self._has_lost_ours(row, claim):
+                settlement.fail(row, StoreUnavailableError(f"{claim.owner} has not let go of this user again"))
+            elif not claim.granted:
+                settlement.fence(row)
+            elif self._is_lost(row) or not self._is_ours(row, claim):
+                settlement.fence(row)
+                self._host.disown(claim)
+            else:
+                self._table.own(row.session, claim.epoch)
+                row.record = row.record._replace(epoch=claim.epoch)
+                owned.append(row)
+        return owned
+
+    def _has_lost_ours(self, row: Row, claim: Claim) -> bool:
+        """Whether who has a user had them before us, in an engine that has lost our claim: they let go of them soon."""
+        return 0 < claim.epoch < self._table.epoch(row.session) and self._settlement.failures(row) < MOST_REFUSALS
+
+    def _is_lost(self, row: Row) -> bool:
+        """Whether a session is over, or has no user any more, while its save is under way."""
+        return self._table.state(row.session) == "gone" or self._host.loss_of(row.session) is not None
+
+    def _is_ours(self, row: Row, claim: Claim) -> bool:
+        """Whether what is stored is what this session has saved, or may have, so that it may go on from there."""
+        assert row.record is not None
+        stored = claim.record
+        _, acknowledged = self._table.versions(row.session)
+        if row.was_fenced and claim.epoch <= self._table.epoch(row.session):
+            # epochs never fall, but in an engine that has lost what came after: what it has now is older than ours
+            return stored is None or stored.version <= acknowledged
+        if stored is None:
+            return not (row.was_fenced and acknowledged)  # else it was erased, and is new
+        found = stored.version, self._digest(stored.body)
+        return (
+            found == (row.version, self._digest(row.record.body))
+            or self._table.is_stored(row.session, *found)
+            or found in self._settlement.unknown.get(row.session, ())
+        )
+
+
+def is_sound(claim: Claim) -> bool:
+    """Whether an answer to a claim can be used."""
+    epoch = claim.epoch
+    return type(epoch) is int and (0 < epoch < MAX_NUMBER or not claim.granted)

@@ -1,0 +1,229 @@
+"""How saves to a store come to their end. What lives here: rows, what each verdict means for them, and what is kept of
+a session until the store has acknowledged it. What must not: calls of the store, or the bytes of a row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from ._core import Digest, SessionCore, SessionTable
+from .autosave import Autosave, SaveHost
+from .errors import (
+    CageySessionsError,
+    FencedError,
+    LostRecordError,
+    StoreContractError,
+    StoreUnavailableError,
+    UnsavableError,
+    UserErasedError,
+)
+from .flights import Flight
+from .gateway import StoreGateway
+from .records import Receipt
+from .stores import Claim, Outcome, Record, Verdict
+
+__all__ = ["Row", "Settlement", "StoreHost"]
+
+_OUTCOMES = frozenset(Outcome)
+
+MOST_CLAIMS = 2
+"""How often a user is claimed again for one save."""
+
+
+class StoreHost(SaveHost, Protocol):
+    """What a saver to a store needs of whoever it works for."""
+
+    def is_last_save(self, session: SessionCore) -> bool:
+        """Whether this save is to release the user."""
+        ...
+
+    def unsavable(self, session: SessionCore, error: UnsavableError) -> None:
+        """The data of a session cannot be saved as it is; told once for the same fault."""
+        ...
+
+    def lost(self, session: SessionCore, error: FencedError | UserErasedError) -> None:
+        """The store takes nothing more of a session."""
+        ...
+
+    def loss_of(self, session: SessionCore) -> Exception | None:
+        """Why nothing more of a session is to be written, if so."""
+        ...
+
+    def disown(self, claim: Claim) -> None:
+        """Let go of a claim that turned out not to be wanted."""
+        ...
+
+    def doubt(self, user_ids: list[int | str], call: asyncio.Task[list[Claim]]) -> None:
+        """A claim of these users had no answer, and may be granted all the same."""
+        ...
+
+    def see_loss(self) -> None:
+        """What the store had acknowledged may be gone."""
+        ...
+
+
+class Row:
+    """One save on its way to the store."""
+
+    __slots__ = ("changed", "claims", "flight", "record", "session", "settled", "unowned", "version", "was_fenced")
+
+    def __init__(self, session: SessionCore, version: int, flight: Flight) -> None:
+        self.session = session
+        self.version = version
+        self.flight = flight
+        self.record: Record | None = None
+        self.changed = True
+        self.settled = False
+        self.unowned = False
+        """The store says that it has to be claimed before it is written."""
+        self.was_fenced = False
+        self.claims = 0
+
+    @property
+    def user_id(self) -> int | str:
+        assert self.record is not None
+        return self.record.user_id
+
+
+class Settlement:
+    """Settles rows: tells autosave and the host what became of each."""
+
+    def __init__(
+        self, autosave: Autosave, table: SessionTable, gateway: StoreGateway, digest: Digest, host: StoreHost
+    ) -> None:
+        self._autosave = autosave
+        self._table = table
+        self._gateway = gateway
+        self._digest = digest
+        self._host = host
+        self.fenced: int = 0
+        self.unsavable: dict[SessionCore, str] = {}
+        """Sessions whose data cannot be saved as it is, with the fault that was last told."""
+        self.refused: dict[SessionCore, tuple[int, UnsavableError]] = {}
+        """What the store has refused: the digest, and why."""
+        self.unknown: dict[SessionCore, set[tuple[int, int]]] = {}
+        """Writes that may be stored, or be about to, by version and digest, since the last one acknowledged."""
+
+    def failures(self, row: Row) -> int:
+        """How often in a row the saves of its session have failed."""
+        if self._table.state(row.session) == "gone":
+            return 0
+        return self._table.failures(row.session)
+
+    # Verdicts
+
+    def settle(self, rows: list[Row], verdicts: object) -> Exception | None:
+        """Settle rows as the store has answered, but for those to be claimed again. Returns what is wrong with it."""
+        if (
+            not isinstance(verdicts, list)
+            or len(verdicts) != len(rows)
+            or not all(
+                isinstance(verdict, Verdict) and isinstance(verdict.outcome, str) and verdict.outcome in _OUTCOMES
+                for verdict in verdicts
+            )
+        ):
+            return StoreContractError(f"{self._gateway.name} did not answer with one verdict for each record")
+        for row, verdict in zip(rows, verdicts, strict=True):
+            self._settle_one(row, Outcome(verdict.outcome), verdict.detail)
+        return None
+
+    def _settle_one(self, row: Row, outcome: Outcome, detail: str) -> None:
+        session, record = row.session, row.record
+        assert record is not None
+        user_id = record.user_id
+        if outcome is Outcome.SAVED or outcome is Outcome.ALREADY:
+            self.acknowledge(row, record.saved_at)
+        elif outcome is Outcome.INVALID:
+            reason = detail or "it does not say why"
+            invalid = UnsavableError(f"the store refuses the data of user {user_id!r:.80}: {reason}", user_id=user_id)
+            if session.end_reason is None:
+                self.refused[session] = (self._digest(record.body), invalid)
+            self.refuse(row, invalid)
+        elif outcome is Outcome.FAILED or row.claims >= MOST_CLAIMS:
+            failed = StoreUnavailableError(
+                f"{self._gateway.name} could not save user {user_id!r:.80}: {detail or outcome}"
+            )
+            self.fail(row, failed)
+        elif outcome is Outcome.MISSING:
+            row.unowned = True
+            if not self.failures(row) and not row.claims:
+                lost = f"the store no longer has the record of user {user_id!r:.80}; it is claimed and saved again"
+                self._host.report(LostRecordError(lost, user_id=user_id), session)
+        elif outcome is Outcome.FENCED and not self._gateway.store.fenced:
+            self.fence(row)  # it can only know from somewhere else
+        elif outcome is Outcome.FENCED:
+            # perhaps by ourselves: a claim whose reply came too late, or a last save after which the data has changed
+            row.unowned = True
+            row.was_fenced = True
+        else:
+            self._drop(
+                row, UserErasedError(f"user {user_id!r:.80} was erased while the session lived", user_id=user_id)
+            )
+
+    # Ends
+
+    def acknowledge(self, row: Row, saved_at: float) -> None:
+        """The store has it."""
+        row.settled = True
+        self.forget(row.session)
+        self._autosave.acknowledge(
+            row.session, row.version, row.flight, Receipt(row.version, saved_at, row.changed, self._gateway.name)
+        )
+
+    def fail(self, row: Row, error: Exception) -> None:
+        """It is tried again."""
+        row.settled = True
+        self._autosave.fail(row.session, row.version, row.flight, error)
+
+    def fail_all(self, rows: list[Row], error: Exception, *, report: bool = True) -> None:
+        """They are tried again, and it is told once."""
+        if not isinstance(error, CageySessionsError):
+            raised, error = error, StoreUnavailableError(f"{self._gateway.name} raised {type(error).__name__}")
+            error.__cause__ = raised
+        if report:
+            self.report(rows, error)
+        for row in rows:
+            row.settled = True
+            self._autosave.fail(row.session, row.version, row.flight, error, report=False)
+
+    def report(self, rows: list[Row], error: Exception) -> None:
+        """Tell the host what has failed for all of them."""
+        if len(rows) == 1:
+            self._host.report(error, rows[0].session)
+            return
+        failed = StoreUnavailableError(f"{len(rows)} users were not saved; they are tried again")
+        failed.__cause__ = error
+        self._host.report(failed, None)
+
+    def refuse(self, row: Row, error: UnsavableError) -> None:
+        """Its data cannot be saved as it is."""
+        row.settled = True
+        if self.unsavable.get(row.session) != str(error) and row.session.end_reason is None:
+            self.unsavable[row.session] = str(error)
+            self._host.unsavable(row.session, error)
+        self._autosave.fail(row.session, row.version, row.flight, error, report=False)
+
+    def fence(self, row: Row) -> None:
+        """Somebody else has the user."""
+        self.fenced += 1
+        message = (
+            f"somebody else has taken over user {row.user_id!r:.80}: "
+            "what this session had not saved by then is not saved"
+        )
+        self._drop(row, FencedError(message, user_id=row.user_id))
+
+    def _drop(self, row: Row, error: FencedError | UserErasedError) -> None:
+        row.settled = True
+        self.forget(row.session)
+        self._autosave.drop(row.session, row.version, row.flight, error)
+        self._host.lost(row.session, error)
+
+    def forget(self, session: SessionCore) -> None:
+        """Nothing is wrong with the data of a session any more, or the session is gone."""
+        if self.unsavable:
+            self.unsavable.pop(session, None)
+        if self.refused:
+            self.refused.pop(session, None)
+        if self.unknown:
+            self.unknown.pop(session, None)
