@@ -1,5 +1,5 @@
-"""When to save, and how many at a time. What lives here: the one timer of a manager, the workers that perform saves,
-who waits for which, retries and what is overdue. What must not: how a save is performed, or the end of a session.
+"""When to save, and how many at a time. What lives here: the one timer of a manager, when another worker is
+wanted, what is under way, retries and what is overdue. What must not: how a save is performed, or the end of a session.
 
 A save passes through four hands: the wheel in the core says who is due; `_turn` moves them into the core's lanes, in
 slices; up to `max_in_flight` workers have a `Saver` take from the lanes and save, one session at a time where a
@@ -98,6 +98,8 @@ class Autosave:
         self._clock = clock
         self._host = host
         self._saver = saver
+        self.slice: TimeSlice = TimeSlice(clock)
+        saver.bind(self)
         self._interval = options.interval
         self.tick: int = (
             min(LONGEST_TICK, max(SHORTEST_TICK, options.interval // 100)) if options.interval else LONGEST_TICK
@@ -114,7 +116,6 @@ class Autosave:
         self._timer_due = 0
         self._watch_timer: TimerHandle | None = None
         self._turn_is_queued = False
-        self.slice: TimeSlice = TimeSlice(clock)
         self._flights = Flights(clock, saver.patience)
         self._batches: dict[SaveBatch, int] = {}
         """Batches under way, and when each was begun; their sessions have a flight only if somebody asks for it."""
@@ -125,9 +126,9 @@ class Autosave:
         self._pause: TimerHandle | None = None
         self.gave_up: Exception | None = None
         self._closed = False
-        self.seconds_per_save: float = 0.0  # of listeners, as a moving average
+        self.seconds_per_save: float = 0.0
+        """Of listeners, as a moving average."""
         self.tick_lag: int = 0
-        saver.bind(self)
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Work on this loop from now on."""
@@ -152,7 +153,7 @@ class Autosave:
             return self.gave_up
         self._table.ask(session)
         flights = self._flights
-        outcome = flights.outcome(flights.ask(session), until or flights.patience_ends())
+        outcome = flights.join(flights.ask(session), until or flights.patience_ends())
         self.employ()
         return await outcome
 
@@ -166,7 +167,7 @@ class Autosave:
                 return self.gave_up  # the save may be under way for ever
             if flight.is_resolved:
                 return flight.outcome  # it is known as far as it will be: it is not waited for any longer
-            outcome = await self._flights.outcome(flight, until)
+            outcome = await self._flights.join(flight, until)
             if until is not None and self._clock.now() >= until:
                 break
         return outcome
@@ -180,11 +181,11 @@ class Autosave:
         return flight
 
     def patience_ends(self) -> int | None:
-        """Until when a caller who comes now waits while attempts fail; None if the first failure is the answer."""
+        """See `Flights.patience_ends`."""
         return self._flights.patience_ends()
 
     def forget(self, session: SessionCore) -> None:
-        """A session is past its last save: whoever has asked for another hears of it."""
+        """See `Flights.forget`."""
         self._flights.forget(session)
 
     def ask_later(self, session: SessionCore) -> None:
@@ -198,7 +199,7 @@ class Autosave:
             self._table.ask(session)
 
     def kick(self) -> None:
-        """Look again at what is due: a listener that saves has been registered."""
+        """Look again at what is due: there may be somebody now who saves it."""
         if self._loop is not None and not self._loop.is_closed() and not self._closed:
             self._loop.call_soon(self._employ_unless_paused, context=self._context)
 

@@ -119,8 +119,8 @@ class Flights:
             return None
         return -(-(self._clock.now() + self._patience) // PATIENCE_GRID) * PATIENCE_GRID
 
-    def outcome(self, flight: Flight, until: int | None) -> asyncio.Future[Outcome]:
-        """Wait for a flight: its outcome, or at the end of the caller's patience its lack."""
+    def join(self, flight: Flight, until: int | None) -> asyncio.Future[Outcome]:
+        """Another caller waits: for the outcome, or at the end of their patience its lack."""
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         flight.waiters.append((until, future))
         if until is not None:
