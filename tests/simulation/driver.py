@@ -310,7 +310,7 @@ class Run:
         self.calls = [(owner, task) for owner, task in self.calls if owner is not server]
 
     def call_from_another_loop(self, server: Server, user_id: int | str) -> None:
-        if server.manager._life._loop is None:
+        if server.manager._life.loop is None:
             return  # nobody has used it yet
         other = Server(self.database, self.make_manager)
         before = self.laws.counts(server)
