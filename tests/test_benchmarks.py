@@ -41,6 +41,7 @@ from cagey_sessions import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(cagey_sessions.__file__).resolve().parents[1])}
 
 
 @pytest.fixture(params=["ours", "port"])
@@ -561,12 +562,24 @@ def test_the_pictures_and_tables_show_what_the_files_say(tmp_path):
     assert sizes[4].endswith("| 0.33%; 0.1 s | 3.3%; 1 s | 33%; 10 s |")
 
 
+def test_without_any_cache_installed_the_other_rows_are_there():
+    names = ["cachebox", "cachetools", "moka_py", "theine"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({names}))\nimport benchmarks.workloads as found\n"
+    code += "print(len(found.WORKLOADS), [row.id for row in found.WORKLOADS if 'cache' in row.id])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    count, _, caches = done.stdout.strip().partition(" ")
+    assert int(count) > 20
+    assert caches == "[]"
+
+
 def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
-    package = Path(cagey_sessions.__file__).resolve().parents[1]
     return subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(package)},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=50,
