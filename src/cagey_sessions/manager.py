@@ -59,10 +59,15 @@ class SessionManager(ManagerCore, Generic[T]):
     max_in_flight
         How many saves may be under way at a time: calls of the listener (50), or batches of the store (4). What never
         returns holds one of them; a listener that waits for the save of another session lends its own meanwhile.
-    encode, decode, schema
-        With a store: a function from the data to a JSON value, one back, and the number of the shape they write, for
-        data that is more than JSON values. `dataclass_codec` and `msgspec_codec` make such functions. A `decode` with a
-        parameter ``schema`` is told the number a body was written with; a higher one than `schema` is refused.
+    encode
+        With a store: a plain function from your data to a JSON value, for data that is more than JSON values.
+        `dataclass_codec` and `msgspec_codec` make it and its inverse.
+    decode
+        With a store: the inverse of `encode`. If it has a parameter ``schema`` it is told the number that the body was
+        written with.
+    schema
+        With a store: the number of the shape in which data is written now, 0 by default. A stored body with a higher
+        number is refused, and never saved over.
     max_bytes
         With a store: the most a user's data may take as JSON; 1 MiB by default.
     before_save
@@ -298,7 +303,7 @@ class SessionManager(ManagerCore, Generic[T]):
         """Wait for SIGTERM or SIGINT, then `destroy` the manager: an exit status, 1 if anybody is unsaved, else 0.
 
         Users are saved if `persist_on` has ``"shutdown"``. Returns too once somebody else has destroyed the manager.
-        The report goes to the log, and leaving ``async with`` raises it no more::
+        The report goes to the log, and leaving ``async with`` no longer raises it:
 
             async def main() -> int:
                 async with manager:

@@ -58,6 +58,7 @@ class UnsavedUser:
     """A user whose last save was not acknowledged in time."""
 
     user_id: int | str
+    """Who it is."""
     age: float
     """Seconds since the state last acknowledged; what is lost is at most this much."""
     error: Exception
@@ -154,8 +155,9 @@ class SnapshotEntry:
     """One user of a snapshot or a spill."""
 
     user_id: int | str
+    """Who it is."""
     key: str | None = field(repr=False)
-    """Of the session."""
+    """The session's key, or None; always None in a spill."""
     epoch: int
     """Of the claim under which the user was on that server; 0 without a store."""
     owner: str
@@ -179,6 +181,7 @@ class DamagedEntry:
     raw: bytes = field(repr=False)
     """The line as it is, without the end of the line."""
     reason: str
+    """What is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +195,9 @@ class Snapshot:
     owner: str | None
     """The name of the server that wrote it, empty if it had no store; None if the first line is damaged."""
     entries: tuple[SnapshotEntry, ...]
+    """The users that can be read, in the order of the file."""
     damaged: tuple[DamagedEntry, ...]
-    """Lines that are none of the above, in order."""
+    """The lines that cannot, in order."""
     expected: int | None
     """How many entries were written; None if the last line, which says so, is missing: the file was cut."""
 

@@ -143,9 +143,7 @@ async def everything(store: Store) -> dict[tuple[type, int | str], Record]:
 
 
 class StoreConformance:
-    """The contract, line by line. Subclass it as ``Test…`` and override `make`, and `bury` where the store is shared.
-
-    ::
+    """The contract, line by line. Subclass it as ``Test…`` and override `make`, and `bury` where the store is shared:
 
         class TestMyStore(StoreConformance):
             @pytest.fixture
