@@ -236,6 +236,34 @@ def sizing(figures: Figures) -> str:
     return "\n".join(lines)
 
 
+def short(figures: Figures) -> str:
+    """The answers that most readers come for, of the rows that were run."""
+    rows = figures.rows
+    lines = []
+    if "bytes" in rows:
+        lines.append(f"An idle session takes {rows['bytes']['ours']:.0f} bytes besides its data ([`bytes`](#memory)).")
+    if "save_total" in rows:
+        cost = rows["save_total"]["ours"]
+        lines.append(
+            f"A save takes {cost / 1000:.1f} µs of the event loop, encoding included ([`save_total`](#saves)); a million "
+            f"users take {percent(MILLION / INTERVAL * cost / 1e9)} of a core."
+        )
+    if "lag" in rows:
+        lines.append(
+            f"While {MILLION / INTERVAL:,.0f} users a second are saved to a store that does nothing, the p99 lag of the "
+            f"loop is {amount(rows['lag']['ours'], 'ms')}; idle it is {amount(rows['lag']['base'], 'ms')} ([`lag`](#lag))."
+        )
+    if all(row in rows for row in ENGINES.values()):
+        rates = [f"{1e9 / rows[row]['ours']:,.0f} to {engine}" for engine, row in ENGINES.items()]
+        lines.append(f"One connection writes so many users a second: {', '.join(rates)} ([stores](#stores)).")
+    if "gc" in rows:
+        lines.append(
+            f"A full pass of Python's collector over a million sessions takes {amount(rows['gc']['ours'], 'ms')}, unless "
+            "they are [frozen](gc-and-memory.md)."
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
 PICTURES = {
     "growth": "CPU time of an operation among 10,000, 100,000 and 1,000,000 sessions or timers",
     "lag": "Lag of a 1 ms ticker in an idle loop, and in one that saves",
@@ -254,6 +282,8 @@ def block(figures: Figures, what: str) -> str:
         others = [f"`growth-{size}.json` with `--size {size}`" for size in figures.growth if size != figures.size]
         caption = figures.caption(others if names[1] == "growth" else ())
         return f"![{PICTURES[names[1]]}](plots/{names[1]}.svg)\n\n{caption}\n"
+    if names[0] == "short":
+        return f"\n{short(figures)}\n\n{figures.caption()}\n"
     if names[0] == "sizing":
         return f"{sizing(figures)}\n\n{figures.caption()}\n"
     ids = [row for name in names for row in figures.rows if re.fullmatch(name, row)]

@@ -560,6 +560,9 @@ def test_the_pictures_and_tables_show_what_the_files_say(tmp_path):
     assert sizes[3].endswith("200 B each (`bytes`) | 2.0 MB | 20.0 MB | 200.0 MB |")
     assert sizes[4].startswith("| SQLite, 100,000 rows a second")
     assert sizes[4].endswith("| 0.33%; 0.1 s | 3.3%; 1 s | 33%; 10 s |")
+    short = plots.block(figures, "short").strip().splitlines()
+    assert short[0] == "- An idle session takes 200 bytes besides its data ([`bytes`](#memory))."
+    assert short[1] == "", "nothing is said of rows that were not run"
 
 
 def test_without_any_cache_installed_the_other_rows_are_there():
