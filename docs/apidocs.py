@@ -1,5 +1,5 @@
-"""What the API page needs to know that the sources do not say. What lives here: what compiled classes have at run time or in
-the stub alone, and what is not for a reader. What must not: any text of a docstring.
+"""What the API page needs to know that the sources do not say. What lives here: what compiled classes have at run time
+or in the stub alone, and what is not for a reader. What must not: any text of a docstring.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ STUB = Path(cagey_sessions.__file__).with_name("_core.pyi")
 
 
 class Compiled(griffe.Extension):
-    """Gives what `SessionManager` and `Session` have from the core the docstrings that it has there, and says which calls
-    are awaited."""
+    """Gives what `SessionManager` and `Session` have from the core its docstrings, and says which calls are awaited."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         if pkg.path != "cagey_sessions":
