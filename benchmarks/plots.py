@@ -238,28 +238,31 @@ def sizing(figures: Figures) -> str:
 
 def short(figures: Figures) -> str:
     """The answers that most readers come for, of the rows that were run."""
-    rows = figures.rows
-    lines = []
+    rows, lines = figures.rows, []
+
+    def cost(row: str, side: str = "ours") -> str:
+        return amount(rows[row][side], rows[row]["unit"])
+
     if "bytes" in rows:
-        lines.append(f"An idle session takes {rows['bytes']['ours']:.0f} bytes besides its data ([`bytes`](#memory)).")
+        lines.append(f"An idle session takes {cost('bytes')} besides its data ([`bytes`](#memory)).")
     if "save_total" in rows:
-        cost = rows["save_total"]["ours"]
+        share = percent(MILLION / INTERVAL * rows["save_total"]["ours"] / 1e9)
         lines.append(
-            f"A save takes {cost / 1000:.1f} µs of the event loop, encoding included ([`save_total`](#saves)); a million "
-            f"users take {percent(MILLION / INTERVAL * cost / 1e9)} of a core."
+            f"A save takes {cost('save_total')} of the event loop, encoding included ([`save_total`](#saves)): for a "
+            f"million users {share} of a core."
         )
     if "lag" in rows:
         lines.append(
-            f"While {MILLION / INTERVAL:,.0f} users a second are saved to a store that does nothing, the p99 lag of the "
-            f"loop is {amount(rows['lag']['ours'], 'ms')}; idle it is {amount(rows['lag']['base'], 'ms')} ([`lag`](#lag))."
+            f"The p99 lag of the loop is {cost('lag')} while {MILLION / INTERVAL:,.0f} users a second are saved to a "
+            f"store that does nothing, and {cost('lag', 'base')} in an idle loop ([`lag`](#lag))."
         )
     if all(row in rows for row in ENGINES.values()):
         rates = [f"{1e9 / rows[row]['ours']:,.0f} to {engine}" for engine, row in ENGINES.items()]
-        lines.append(f"One connection writes so many users a second: {', '.join(rates)} ([stores](#stores)).")
+        lines.append(f"Users written a second on one connection: {', '.join(rates)} ([stores](#stores)).")
     if "gc" in rows:
         lines.append(
-            f"A full pass of Python's collector over a million sessions takes {amount(rows['gc']['ours'], 'ms')}, unless "
-            "they are [frozen](gc-and-memory.md)."
+            f"A full pass of Python's collector over a million sessions stops everything for {cost('gc')}, unless they "
+            "are [frozen](gc-and-memory.md)."
         )
     return "\n".join(f"- {line}" for line in lines)
 

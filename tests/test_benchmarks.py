@@ -553,7 +553,7 @@ def test_the_pictures_and_tables_show_what_the_files_say(tmp_path):
     assert "| `tick_idle_growth` |" in shown
     assert "`tick_idle`" not in shown
     assert f"{figures.machine}; `python -m benchmarks --size 2000 " in shown
-    figures.rows = {"bytes": {"ours": 200.0}, "sqlite_batch": {"ours": 10_000.0}}
+    figures.rows = {"bytes": {"ours": 200.0, "unit": "B"}, "sqlite_batch": {"ours": 10_000.0}}
     sizes = plots.block(figures, "sizing").splitlines()
     assert sizes[0] == "| users | 10,000 | 100,000 | 1,000,000 |"
     assert sizes[2].endswith("| 333 | 3,333 | 33,333 |")
@@ -561,7 +561,7 @@ def test_the_pictures_and_tables_show_what_the_files_say(tmp_path):
     assert sizes[4].startswith("| SQLite, 100,000 rows a second")
     assert sizes[4].endswith("| 0.33%; 0.1 s | 3.3%; 1 s | 33%; 10 s |")
     short = plots.block(figures, "short").strip().splitlines()
-    assert short[0] == "- An idle session takes 200 bytes besides its data ([`bytes`](#memory))."
+    assert short[0] == "- An idle session takes 200 B besides its data ([`bytes`](#memory))."
     assert short[1] == "", "nothing is said of rows that were not run"
 
 
