@@ -34,7 +34,7 @@ class EndReason(StrEnum):
     UNSAVED = "unsaved"
     """The manager was destroyed, and its deadline passed before the user's last save was acknowledged."""
     FENCED = "fenced"
-    """Another node has taken the user over; what was not saved by then is not saved."""
+    """Another server has taken the user over; unsaved changes are lost."""
     ERASED = "erased"
     """The user was erased."""
 
@@ -44,9 +44,9 @@ class Receipt:
     """The store has acknowledged a save."""
 
     version: int
-    """Of the user's data as it is stored now; rises by one with each change that is written."""
+    """The version of the stored data; rises by one with each write."""
     saved_at: float
-    """When the bytes were fixed, by this machine's wall clock, in Unix seconds."""
+    """When the data was encoded, by this machine's wall clock, in Unix seconds."""
     changed: bool
     """Whether anything had to be written; False if the store had these very bytes already."""
     store: str
@@ -84,7 +84,7 @@ class Statistics:
     """What a manager is doing at one instant."""
 
     live: int
-    """Sessions in the table, those that are ending included."""
+    """Sessions now, ending ones included."""
     identified: int
     """Those of them that have a user."""
     ending: int
@@ -94,13 +94,13 @@ class Statistics:
     ended: int
     """Sessions that have left the table since the start."""
     pending: int
-    """Saves that are due or asked for and wait for a free slot."""
+    """Saves that are due or asked for, and wait for a free slot."""
     in_flight: int
     """Saves under way."""
     overdue: int
     """Saves under way for longer than the interval."""
     oldest_unsaved: float | None
-    """Age in seconds of the oldest state that is still the last one acknowledged of some user; None without users."""
+    """Seconds since the oldest last-acknowledged state of any user: what a crash costs at most. None without users."""
     saved: int
     """Saves acknowledged since the start, those that found nothing changed included."""
     unchanged: int
@@ -108,17 +108,17 @@ class Statistics:
     failed: int
     """Attempts that failed since the start."""
     fenced: int
-    """Sessions ended since the start because another node had taken the user over."""
+    """Sessions ended since the start because another server had taken the user over."""
     unsavable: int
-    """Users whose data is not saved at present because it cannot be, as it is."""
+    """Users whose data cannot be saved as it is."""
     store: str | None
     """The name of the store; None without one."""
     store_up: bool
-    """Whether the last call that came to an end reached the store; True without one."""
+    """Whether the last completed call reached the store; True without a store."""
     store_latency: float
     """How many seconds a call of the store takes, as a moving average; 0 before the first."""
     tick_lag: float
-    """By how many seconds the last wake-up of the wheel came late."""
+    """How many seconds late the last wake-up of the timing wheel was."""
     slice_overruns: int
     """How often since the start a piece of work held the loop for more than a millisecond."""
 
