@@ -85,4 +85,4 @@ FIGURES = [figure for rival in HERE for figure in figures_of(rival)]
 WORKLOADS: tuple[Workload, ...] = ()
 if FIGURES:
     first, *others = FIGURES
-    WORKLOADS = (Workload(first.id, against_all, first.goal, first.note, more=(*others,)),)
+    WORKLOADS = (Workload(first.id, against_all, first.goal, first.note, more=tuple(others)),)
