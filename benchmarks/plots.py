@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -63,9 +64,10 @@ class Figures:
             self.growth[smaller] = {row["id"]: row for row in json.loads(file.read_text())["rows"]}
         self.growth[size] = self.rows
 
-    def caption(self, file: str = "results.json") -> str:
+    def caption(self, more: Sequence[str] = ()) -> str:
         size = "" if self.size == MILLION else f" --size {self.size}"
-        return f"<sub>{self.machine}; `python -m benchmarks{size} --json docs/plots/{file}`</sub>"
+        command = f"`python -m benchmarks{size} --json docs/plots/results.json`"
+        return f"<sub>{'; '.join([self.machine, command, *more])}</sub>"
 
 
 def save(figures: Figures, figure: Any, name: str) -> None:
@@ -156,14 +158,15 @@ def draw_stores(figures: Figures) -> None:
         ),
         ("ours, one by one", OTHER[1], [("sqlite_batch", "base"), ("pg_batch", "base")]),
     )
-    figure, axes = pyplot.subplots(figsize=(6.4, 3))
+    figure, axes = pyplot.subplots(figsize=(8.4, 3.4))
     for number, (label, colour, sources) in enumerate(bars):
-        rates = [1e9 / rows[row][side] if row in rows else 0 for row, side in sources]
+        rates = [1e9 / rows[row][side] if row in rows else nan for row, side in sources]
         places = [place + number * 0.27 for place in range(len(rates))]
         shown = axes.bar(places, rates, 0.25, color=colour, label=label)
         axes.bar_label(shown, [f"{rate:,.0f}" for rate in rates], size=7)
     axes.set_xticks([place + 0.27 for place in range(len(ENGINES))], list(ENGINES))
-    axes.set_yscale("symlog", linthresh=1000)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=1000)
     axes.set_ylabel("users a second")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     save(figures, figure, "stores")
@@ -180,9 +183,9 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def table(figures: Figures, ids: Sequence[str]) -> str:
-    lines = ["| row | ours | base | ratio | spread | goal | | what |", "|---|--:|--:|--:|--:|---|---|---|"]
+    lines = ["| row | ours | base | ratio | spread | goal | verdict | what |", "|---|--:|--:|--:|--:|---|---|---|"]
     for row in (figures.rows[name] for name in ids if name in figures.rows):
-        ratio = f"{row['ratio']:.2f}x faster" if row["goal"].endswith("faster") else f"{row['ratio']:.2f}"
+        ratio = f"{row['ratio']:.2f}x faster" if "x faster" in row["goal"] else f"{row['ratio']:.2f}"
         lines.append(
             f"| `{row['id']}` | {amount(row['ours'], row['unit'])} | {amount(row['base'], row['unit'])} | {ratio} "
             f"| {row['spread']:.0%} | {row['goal'] or 'none'} | {verdict(row)} | {row['note']} |"
@@ -233,6 +236,45 @@ def sizing(figures: Figures) -> str:
     return "\n".join(lines)
 
 
+def short(figures: Figures) -> str:
+    """The answers that most readers come for, of the rows that were run."""
+    rows, lines = figures.rows, []
+
+    def cost(row: str, side: str = "ours") -> str:
+        return amount(rows[row][side], rows[row]["unit"])
+
+    if "bytes" in rows:
+        lines.append(f"An idle session takes {cost('bytes')} besides its data ([`bytes`](#memory)).")
+    if "save_total" in rows:
+        share = percent(MILLION / INTERVAL * rows["save_total"]["ours"] / 1e9)
+        lines.append(
+            f"A save takes {cost('save_total')} of the event loop, encoding included ([`save_total`](#saves)): for a "
+            f"million users {share} of a core."
+        )
+    if "lag" in rows:
+        lines.append(
+            f"The p99 lag of the loop is {cost('lag')} while {MILLION / INTERVAL:,.0f} users a second are saved to a "
+            f"store that does nothing, and {cost('lag', 'base')} in an idle loop ([`lag`](#lag))."
+        )
+    if all(row in rows for row in ENGINES.values()):
+        rates = [f"{1e9 / rows[row]['ours']:,.0f} to {engine}" for engine, row in ENGINES.items()]
+        lines.append(f"Users written a second on one connection: {', '.join(rates)} ([stores](#stores)).")
+    if "gc" in rows:
+        lines.append(
+            f"A full pass of Python's collector over a million sessions stops everything for {cost('gc')}, unless they "
+            "are [frozen](gc-and-memory.md)."
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+PICTURES = {
+    "growth": "CPU time of an operation among 10,000, 100,000 and 1,000,000 sessions or timers",
+    "lag": "Lag of a 1 ms ticker in an idle loop, and in one that saves",
+    "stores": "Users written a second, in batches and one by one",
+    "bytes": "Resident memory of a session and of a timer",
+    "rivals": "CPU time of a session beside that of an entry of a cache",
+}
+"""What each shows, for whoever cannot see it."""
 BLOCK = re.compile(r"(<!-- figures: ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -241,8 +283,10 @@ def block(figures: Figures, what: str) -> str:
     names = what.split()
     if names[0] == "plot":
         others = [f"`growth-{size}.json` with `--size {size}`" for size in figures.growth if size != figures.size]
-        more = f"<sub>{', '.join(others)}</sub>\n" if names[1] == "growth" and others else ""
-        return f"![{names[1]}](plots/{names[1]}.svg)\n\n{figures.caption()}\n{more}"
+        caption = figures.caption(others if names[1] == "growth" else ())
+        return f"![{PICTURES[names[1]]}](plots/{names[1]}.svg)\n\n{caption}\n"
+    if names[0] == "short":
+        return f"\n{short(figures)}\n\n{figures.caption()}\n"
     if names[0] == "sizing":
         return f"{sizing(figures)}\n\n{figures.caption()}\n"
     ids = [row for name in names for row in figures.rows if re.fullmatch(name, row)]

@@ -1,19 +1,22 @@
-"""What the API page needs to know of the compiled core. What lives here: taking docstrings from compiled classes, where
-the sources only say which types there are. What must not: any text of them.
+"""What the API page needs to know that the sources do not say. What lives here: what compiled classes have at run time
+or in the stub alone, and what is not for a reader. What must not: any text of a docstring.
 """
 
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import griffe
 
 import cagey_sessions
 
+STUB = Path(cagey_sessions.__file__).with_name("_core.pyi")
 
-class CompiledDocstrings(griffe.Extension):
-    """Gives what `SessionManager` and `Session` have from the core the docstrings that it has there."""
+
+class Compiled(griffe.Extension):
+    """Gives what `SessionManager` and `Session` have from the core its docstrings, and says which calls are awaited."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         if pkg.path != "cagey_sessions":
@@ -26,3 +29,18 @@ class CompiledDocstrings(griffe.Extension):
                 text = inspect.getdoc(getattr(compiled, name, None))
                 if member.docstring is None and text and not name.startswith("_"):
                     member.docstring = griffe.Docstring(text, parent=member)
+        core, stub = pkg["_core.SessionCore"], griffe.visit("_core", STUB, STUB.read_text("utf-8"))["SessionCore"]
+        core.members.pop("__init__", None)  # a manager makes sessions
+        for name, member in core.members.items():
+            if name in stub.members and "async" in stub[name].labels:
+                member.labels.add("async")
+            if member.docstring and member.docstring.value.startswith(f"{name}("):
+                member.docstring.value = member.docstring.value.partition("\n")[2].lstrip()  # the signature, once more
+
+
+class Fields(griffe.Extension):
+    """Leaves out how a record declares a field: to a reader `field(repr=False)` looks like a default."""
+
+    def on_attribute(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
+        if str(attr.value).startswith("field("):
+            attr.value = None

@@ -1,4 +1,4 @@
-"""An arena where everybody sees everybody move, with aiohttp. Names are taken at their word here.
+"""An arena where everybody sees everybody move, with aiohttp. Nobody checks who a player is here.
 Run it: python examples/arena_aiohttp.py arena.db, connect to ws://127.0.0.1:8080/play/ann, and send {"dx": 1, "dy": 0}.
 """
 
@@ -24,7 +24,7 @@ class Arena:
         self.picture = "{}"
 
     def copy_position(self, session: Session) -> None:
-        if fighter := session.get("fighter"):  # theirs also when they have left the arena: the last save comes later
+        if fighter := session.get("fighter"):  # still there at the last save
             session.user_data.update(x=fighter.x, y=fighter.y)
 
     async def run(self) -> None:
@@ -36,7 +36,7 @@ class Arena:
 
     async def show(self, socket: web.WebSocketResponse) -> None:
         with suppress(ConnectionError):
-            while True:  # each at their own pace: who is slow sees fewer pictures, and holds up nobody
+            while True:  # at each player's own pace: a slow one gets fewer frames, and holds up nobody
                 await socket.send_str(self.picture)
                 await asyncio.sleep(STEP)
 
@@ -47,7 +47,7 @@ class Arena:
         showing = asyncio.create_task(self.show(socket))
         try:
             async with await self.manager.create() as session:
-                session.on("destroy", socket.close)  # also when the same player is here again elsewhere
+                session.on("destroy", socket.close)  # also when the player logs in elsewhere
                 await session.login(name, default={"x": 0.0, "y": 0.0})
                 fighter = self.fighters[name] = SimpleNamespace(**session.user_data, dx=0.0, dy=0.0)
                 session.set("fighter", fighter)

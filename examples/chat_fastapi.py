@@ -1,4 +1,4 @@
-"""A chat whose members are rows of your own table in PostgreSQL, with FastAPI. Names are taken at their word here.
+"""A chat whose members are rows of your own table in PostgreSQL, with FastAPI. Nobody checks who a member is here.
 
 psql "$DATABASE_URL" -c "CREATE TABLE members (name text PRIMARY KEY, email text, messages int, last text)"
 python examples/chat_fastapi.py     # then connect to ws://127.0.0.1:8000/chat/ann, and look at /members/ann
@@ -31,7 +31,7 @@ app = FastAPI(lifespan=lifespan)
 
 
 async def hang_up(socket: WebSocket, code: int = status.WS_1000_NORMAL_CLOSURE) -> None:
-    with suppress(WebSocketDisconnect, RuntimeError):  # they were faster
+    with suppress(WebSocketDisconnect, RuntimeError):  # already closed
         await socket.close(code)
 
 
@@ -42,14 +42,14 @@ async def chat(socket: WebSocket, name: Name) -> None:
     try:
         async with await manager.create() as session:
             await session.login(name, default={"messages": 0, "last": ""})
-            session.on("destroy", lambda: hang_up(socket))  # also when the member is here again elsewhere
+            session.on("destroy", lambda: hang_up(socket))  # also when the member logs in elsewhere
             await socket.send_json(session.user_data)
             room.add(socket)
             async for text in socket.iter_text():
                 session.user_data["messages"] += 1
                 session.user_data["last"] = text
                 said = [other.send_text(f"{name}: {text}") for other in room]
-                await asyncio.gather(*said, return_exceptions=True)  # who has gone is seen to by their own handler
+                await asyncio.gather(*said, return_exceptions=True)  # each handler sees to its own socket
     except (SessionEndedError, ManagerClosedError, WebSocketDisconnect):
         pass
     except StoreError:
@@ -61,7 +61,7 @@ async def chat(socket: WebSocket, name: Name) -> None:
 @app.get("/members/{name}")
 async def member(request: Request, name: Name) -> Any:
     try:
-        return await request.state.manager.read(name)  # as it is now, whether they are here or not
+        return await request.state.manager.read(name)  # as it is now, connected or not
     except UserNotFoundError:
         raise HTTPException(status.HTTP_404_NOT_FOUND) from None
 
@@ -74,5 +74,5 @@ async def health(request: Request, response: Response) -> Any:
 
 
 if __name__ == "__main__":
-    # who cannot be saved is waited for here and 25 seconds more in the block; Kubernetes kills after 30
+    # 2 seconds for the connections, then up to 25 for the last saves; Kubernetes kills after 30
     uvicorn.run(app, port=int(os.environ.get("PORT", "8000")), timeout_graceful_shutdown=2)

@@ -33,7 +33,7 @@ def make_manager(path):
         (row,) = await asyncio.to_thread(execute, path, LOAD, [(name,)])
         return row and {"gold": row[0], "depth": row[1]}
 
-    async def save_many(records):  # before, in a task, with a crowd at each stroke and an end at the first failure:
+    async def save_many(records):  # before, all at once every minute, and ended by the first failure:
         # while True:
         #     await asyncio.sleep(60)
         #     for name, player in list(players.items()):
@@ -60,7 +60,7 @@ async def play(manager, reader, writer):
                 writer.write(f"{player}\n".encode())
                 await writer.drain()
     except (CageySessionsError, OSError, ValueError) as error:
-        print("a player:", error, flush=True)  # here again elsewhere, the database is down, no name, the end
+        print("a player:", error, flush=True)  # logged in elsewhere, database down, no name, shutdown
     finally:
         writer.close()
 
@@ -70,7 +70,7 @@ async def main(path, port="4000"):
     manager = make_manager(path)
     async with manager:  # before: asyncio.create_task(autosave())
         server = await asyncio.start_server(partial(play, manager), "127.0.0.1", int(port))
-        status = await manager.run_until_signal()  # before: nothing, and up to a minute of everybody was lost
+        status = await manager.run_until_signal()  # before: nothing, and up to a minute was lost
         server.close()
     return status
 

@@ -1,4 +1,4 @@
-"""A gateway for 200,000 users, most of whom only listen: what each of them takes, in one process.
+"""A gateway for 200,000 users, most of whom only listen: the memory each takes, in one process.
 Run it: python examples/gateway.py gateway.db [users] [of them active], and stop it with Ctrl-C.
 """
 
@@ -24,26 +24,26 @@ class User:
 
 
 async def connected(manager: SessionManager[User], key: str) -> Session[User]:
-    """Who connects, or connects again, is a session with a key: no task, no timer, no call of the store."""
+    """A connection is a session with a key: no task, no timer, no call of the store."""
     return manager.find_by_key(key) or await manager.create(key)
 
 
 async def received(manager: SessionManager[User], key: str, text: str) -> None:
-    """The first message has the user's data loaded; from then on it is saved when it has changed."""
+    """The first message loads the user's data; from then on it is saved when it has changed."""
     session = await connected(manager, key)
     if session.user_id is None:
-        await session.login(int(key.partition("-")[0]), default=User)  # whoever your login has given this key
+        await session.login(int(key.partition("-")[0]), default=User)  # your login would know whose key it is
     session.user_data.messages += 1
     session.user_data.last = text
     session.mark_changed()
 
 
 def memory() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # as Linux has it
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # Linux only
 
 
 async def traffic(manager: SessionManager[User], users: int, active: int) -> None:
-    """What comes from outside; a connection of a real gateway takes some kilobytes more."""
+    """Simulated users; a real connection takes some kilobytes more."""
     before, keys = memory(), []
     for user in range(users):
         key = f"{user}-{secrets.token_hex(8)}"
@@ -51,7 +51,7 @@ async def traffic(manager: SessionManager[User], users: int, active: int) -> Non
         if user < active:
             keys.append(key)
     gc.collect()
-    gc.freeze()  # the collector walks over none of them any more
+    gc.freeze()  # the collector no longer walks over them
     print(f"{users:,} users are connected: {(memory() - before) / users:.0f} bytes each", flush=True)
     for first in range(0, active, 500):
         await asyncio.gather(*(received(manager, key, "hello") for key in keys[first : first + 500]))

@@ -1,4 +1,4 @@
-"""Gold for a sword: a trade of two players that no crash and no outage tears apart, tested in virtual time.
+"""Gold for a sword: a trade of two players that survives any crash or outage, tested in virtual time.
 Run it: pytest examples/test_trade.py, or python examples/test_trade.py.
 """
 
@@ -26,7 +26,7 @@ async def buy(manager, buyer, seller, price):
 
 
 async def settle(manager, buyer):
-    """Have all orders of a player carried out, each once; to be called at login, too, for what a crash has left."""
+    """Carry out all orders of a player, each once. Call it at login, too, for what a crash has left."""
     for number, order in list(buyer.user_data["orders"].items()):
         async with manager.edit(order["seller"]) as seller:  # wherever they are; saved when the block is left
             if number not in seller["answers"]:

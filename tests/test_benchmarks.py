@@ -54,6 +54,7 @@ from cagey_sessions import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(cagey_sessions.__file__).resolve().parents[1])}
 
 
 def test_benchmarks_can_be_imported_where_no_cache_is_installed(monkeypatch):
@@ -574,21 +575,36 @@ def test_the_pictures_and_tables_show_what_the_files_say(tmp_path):
     assert "| `tick_idle_growth` |" in shown
     assert "`tick_idle`" not in shown
     assert f"{figures.machine}; `python -m benchmarks --size 2000 " in shown
-    figures.rows = {"bytes": {"ours": 200.0}, "sqlite_batch": {"ours": 10_000.0}}
+    figures.rows = {"bytes": {"ours": 200.0, "unit": "B"}, "sqlite_batch": {"ours": 10_000.0}}
     sizes = plots.block(figures, "sizing").splitlines()
     assert sizes[0] == "| users | 10,000 | 100,000 | 1,000,000 |"
     assert sizes[2].endswith("| 333 | 3,333 | 33,333 |")
     assert sizes[3].endswith("200 B each (`bytes`) | 2.0 MB | 20.0 MB | 200.0 MB |")
     assert sizes[4].startswith("| SQLite, 100,000 rows a second")
     assert sizes[4].endswith("| 0.33%; 0.1 s | 3.3%; 1 s | 33%; 10 s |")
+    short = plots.block(figures, "short").strip().splitlines()
+    assert short[0] == "- An idle session takes 200 B besides its data ([`bytes`](#memory))."
+    assert short[1] == "", "nothing is said of rows that were not run"
+
+
+def test_without_any_cache_installed_the_other_rows_are_there():
+    names = ["cachebox", "cachetools", "moka_py", "theine"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({names}))\nimport benchmarks.workloads as found\n"
+    code += "print(len(found.WORKLOADS), [row.id for row in found.WORKLOADS if 'cache' in row.id])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    count, _, caches = done.stdout.strip().partition(" ")
+    assert int(count) > 20
+    assert caches == "[]"
 
 
 def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
-    package = Path(cagey_sessions.__file__).resolve().parents[1]
     return subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(package)},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=50,

@@ -5,6 +5,7 @@ outage. Virtual time, so they are exact.
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import tracemalloc
 from collections import Counter
@@ -247,4 +248,39 @@ async def test_batches_are_bounded_by_rows_and_by_bytes(clock):
     assert sum(len(batch.records) for batch in store.batches) == 50
     assert max(sum(len(record.body) for record in batch.records) for batch in store.batches) <= 1024 * 1024 + 200_100
     assert store.most_open <= 4
+    await let_time_pass(clock, manager.destroy())
+
+
+async def test_what_is_saved_is_the_data_of_one_moment(clock):
+    """Gold goes between two bags in every step of the loop, while saves that are slow are under way all the time."""
+    store = ScriptedStore(clock, "7ms")
+    manager = SessionManager(store=store, clock=clock, interval="1s")
+    session = await manager.open("ann", default={"bag": list(range(50)), "bank": list(range(50))})
+    for _ in range(300):
+        session.user_data["bank"].append(session.user_data["bag"].pop(0))
+        save = asyncio.ensure_future(session.persist_now())
+        await clock.advance("3ms")
+        session.user_data["bag"].append(session.user_data["bank"].pop(0))
+        await clock.advance("3ms")
+        save.cancel()
+    saved = [record.value() for batch in store.batches for record in batch.records]
+    assert len(saved) > 100
+    assert len({len(data["bag"]) for data in saved}) == 2, "of both moments"
+    assert all(sorted(data["bag"] + data["bank"]) == sorted([*range(50)] * 2) for data in saved)
+    await let_time_pass(clock, manager.destroy())
+
+
+async def test_an_idle_session_has_no_task_no_timer_and_no_dict(clock):
+    manager = SessionManager(store=ScriptedStore(clock), clock=clock, interval="1h")
+    gc.collect()
+    dicts = sum(type(each) is dict for each in gc.get_objects())
+    sessions = await add_users(manager, 1000, 7)
+    await let_time_pass(clock, manager.persist_all_user_data())
+    gc.collect()
+    assert len(manager) == 1000
+    assert len(asyncio.all_tasks()) < 10
+    assert clock.pending < 10
+    assert sum(type(each) is dict for each in gc.get_objects()) < dicts + 100
+    sessions[0].set("bag", 1)
+    assert [number for number in range(1000) if dict in map(type, gc.get_referents(sessions[number]))] == [0]
     await let_time_pass(clock, manager.destroy())

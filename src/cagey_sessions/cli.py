@@ -34,57 +34,55 @@ code with the library compares every player in the database with what the player
 """
 DEMO_ENDS = """\
 The last line of the output is one JSON object: "saves" were written, "skipped" were due and found nothing changed,
-"lost" counts players who were not found as they were promised. Exit status: 0 if nothing acknowledged was lost, 1 if
+"lost" counts players who were not stored as promised. Exit status: 0 if nothing acknowledged was lost, 1 if
 something was, 2 if the demo could not run, 130 if it was interrupted.
 """
 
 STORE = """\
-Tools for the store of a server. They keep to what the servers keep to: a user whom a live server has is neither written
-nor erased. stats, show and export only read, and work while servers run; import and erase need the file of an SQLite
-store to themselves.
+Tools for the store of a server. stats, show and export only read, and work while servers run. import and erase refuse
+users whom a live server has; for an SQLite file its server must be stopped.
 
   cagey-sessions store stats sqlite:///players.db
   cagey-sessions store show sqlite:////var/lib/game/players.db ann
   cagey-sessions store export 'postgresql://game@db/game?schema=players' players.jsonl
   cagey-sessions store import redis://127.0.0.1:6379/0 players.jsonl
 
-A password in a URL can be seen by whoever may list processes: PostgreSQL reads PGPASSWORD and ~/.pgpass, too.
+Anybody who may list processes can see a password in a URL; for PostgreSQL use PGPASSWORD or ~/.pgpass.
 """
 STORE_ENDS = """\
 Exit status: 0 done, 1 something was refused, left out or not found, 2 the arguments are wrong or it could not run,
 130 it was interrupted.
 """
 STATS = """\
-Reads every body. Times are of the servers' clocks. "owned" are the users whom a server has now; null for SQLite, where
-the process that has the file has them all.
+Reads every user. Times are from the servers' clocks. "owned" counts the users whom a server has now; it is null for
+SQLite, where one process has them all.
 
   cagey-sessions store stats sqlite:///players.db
 """
 SHOW = """\
-"owner" is who has the user now, null if nobody; in an SQLite file the process that had them last.
+"owner" is the server that has the user now, or null; in an SQLite file it is the process that had them last.
 
   cagey-sessions store show sqlite:///players.db ann
   cagey-sessions store show sqlite:///players.db 7 --int
 """
 EXPORT = """\
 One line for each user, in no order: {"user_id":"ann","version":3,"schema":0,"saved_at":1767225600.0,"body":{"gold":1}}
-Each user is as saved last; who changes meanwhile is in the file as before or as after. FILE appears when all of it is
-written, readable for its owner only.
+Each user is as last saved when their turn comes. FILE appears when it is complete, and is readable by its owner only.
 
   cagey-sessions store export sqlite:///players.db players.jsonl
   cagey-sessions store export sqlite:///players.db | gzip > players.jsonl.gz
 """
 IMPORT = """\
-The lines are those of export; "user_id" and "body" have to be there. A file is checked as a whole before anything is
-written. What comes from stdin is checked line by line: what was written before a damaged line stays. Refused is who is
-in the store already, unless --replace is given, and whom a live server has.
+The lines are those of export; only "user_id" and "body" are required. A file is checked as a whole before anything is
+written. stdin is checked line by line: users written before a damaged line stay. Users are refused if they are in the
+store already, unless --replace is given, and if a live server has them.
 
   cagey-sessions store import postgresql://game@db/game players.jsonl
   cagey-sessions store export sqlite:///players.db | cagey-sessions store import redis://127.0.0.1:6379/0 -
 """
 ERASE = """\
-What is left is a mark that there was a user of this id. Refused while a live server has the user: let that server do it
-(manager.erase), or end it.
+A mark stays that there was a user with this id. Refused while a live server has the user: call manager.erase there, or
+stop it.
 
   cagey-sessions store erase sqlite:///players.db ann
   cagey-sessions store erase redis://127.0.0.1:6379/0 7 --int --yes
@@ -123,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_demo(commands: Commands) -> None:
     demo = commands.add_parser(
         "demo",
-        help="let bots play, stop and kill their server, and look for losses",
+        help="let bots play, stop and kill their server, and check for losses",
         description=DEMO,
         epilog=DEMO_ENDS,
     )
@@ -134,18 +132,18 @@ def _add_demo(commands: Commands) -> None:
 
     option("--bots", _whole(1, 50_000), "500", "N", "how many bots play (default: 500)")
     option("--seconds", _duration(SECOND), "20s", "TIME", "how long they play in all (default: 20s)")
-    option("--interval", _duration(SHORTEST_INTERVAL), "2s", "TIME", "how old unsaved changes may become (default: 2s)")
+    option("--interval", _duration(SHORTEST_INTERVAL), "2s", "TIME", "the longest a change is unsaved (default: 2s)")
     option("--port", _whole(0, 65_535), "0", "N", "the server's TCP port on 127.0.0.1 (default: any free one)")
     where = demo.add_mutually_exclusive_group()
     help_store = (
-        "have the library keep the players in this new SQLite file, and leave it and what the bots were told beside "
-        "it; or on the server of a postgresql:// or redis:// URL, in a schema or under a prefix of their own, removed "
-        "if nothing was lost (default: in a temporary SQLite file, removed as well)"
+        "keep the players in this new SQLite file, and leave it, with what the bots were told beside it; or in the "
+        "PostgreSQL or Redis of a URL, in a schema or under a prefix of their own, removed if nothing was lost "
+        "(default: a temporary SQLite file, removed as well)"
     )
     where.add_argument("--store", type=_new_place, metavar="FILE|URL", help=help_store)
     help_events = (
-        "no store: let the server load, and save in a listener of persist_user_data, to a temporary SQLite file of its "
-        "own; no save is skipped then"
+        "use no store: the server loads, and saves in a listener of persist_user_data, to a temporary SQLite file; no "
+        "save is skipped then"
     )
     where.add_argument("--events", action="store_true", help=help_events)
 
@@ -170,7 +168,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _add_store(commands: Commands) -> None:
     store = commands.add_parser(
         "store",
-        help="look into a store, bring users in and out, erase one",
+        help="inspect a store, export and import users, erase one",
         description=STORE,
         epilog=STORE_ENDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -190,17 +188,17 @@ def _add_store(commands: Commands) -> None:
         return parser
 
     def user(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("id", metavar="ID", help="the user's id; a text, unless --int is given")
+        parser.add_argument("id", metavar="ID", help="the user's id: text, unless --int is given")
         parser.add_argument("--int", action="store_true", help="the id is a number: 7 and the text 7 are two users")
 
-    tool("stats", _stats, "say how many users there are, how large and of when, as JSON", STATS)
-    user(tool("show", _show, "show one user and who has them, as JSON", SHOW))
+    tool("stats", _stats, "say how many users there are, how large and how old, as JSON", STATS)
+    user(tool("show", _show, "show one user, and which server has them, as JSON", SHOW))
     export = tool("export", _export, "write all users as lines of JSON", EXPORT)
-    export.add_argument("file", metavar="FILE", nargs="?", default="-", help="where to (default: stdout)")
-    export.add_argument("--force", action="store_true", help="replace FILE if it is there")
+    export.add_argument("file", metavar="FILE", nargs="?", default="-", help="the file to write (default: stdout)")
+    export.add_argument("--force", action="store_true", help="replace an existing FILE")
     bring = tool("import", _import, "save users from lines of JSON", IMPORT)
-    bring.add_argument("file", metavar="FILE", help="where from; - is stdin")
-    bring.add_argument("--replace", action="store_true", help="write over users who are in the store already")
+    bring.add_argument("file", metavar="FILE", help="the file to read; - is stdin")
+    bring.add_argument("--replace", action="store_true", help="overwrite users who are in the store already")
     erase = tool("erase", _erase, "erase a user for good", ERASE)
     user(erase)
     erase.add_argument("--yes", action="store_true", help="do not ask; needed where stdin is not a terminal")

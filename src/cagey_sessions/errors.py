@@ -25,26 +25,26 @@
     |-- StoreError                   the store's: what it could not do, or will not
     |   |-- StoreUnavailableError    it failed, hangs or cannot be reached; what was asked for may have been done or not
     |   |-- StoreInUseError          another process has it; `.pid`
-    |   |-- StoreLayoutError         what is there is not ours, or made by a newer version; left untouched
-    |   |-- StoreContractError       an adapter, or a function handed to `CallbackStore`, does not keep its contract
+    |   |-- StoreLayoutError         what is there is not ours, or made by a newer version; not touched
+    |   |-- StoreContractError       a store, or a function given to `CallbackStore`, does not keep its contract
     |   `-- RecordError              about one user, `.user_id`
-    |       |-- OwnedElsewhereError  another live node has the user; `.owner`
-    |       |-- FencedError          another node has taken the user over; nothing more of this session is saved
+    |       |-- OwnedElsewhereError  another live server has the user; `.owner`
+    |       |-- FencedError          another server has taken the user over; nothing more of this session is saved
     |       |-- UserErasedError      the user was erased; nothing more of this session is saved
     |       |-- LostRecordError      the store no longer has the record; it is claimed and saved again
     |       |-- CorruptRecordError   a stored body that cannot be read; `.body`
     |       |-- SpillConflictError   the store has something newer than what was spilled; the spill is kept
     |       `-- NewerSchemaError     written by a newer version of the program; `.schema`
-    |-- UnsavableError               data that is not saved as long as it is what it is; `.user_id`, `.path`
-    |-- SnapshotError                a snapshot or a spill cannot be written, or what is there is none
+    |-- UnsavableError               data that cannot be saved as it is; `.user_id`, `.path`
+    |-- SnapshotError                a snapshot or a spill cannot be written, or the file is none
     |-- ListenerError                a group: what the listeners of one event raised
-    |-- UnsavedError                 a group: who could not be saved, in `.user_ids`
-    |   `-- DrainError               the same at the end of a manager, in full in `.report`
+    |-- UnsavedError                 a group: users who could not be saved, in `.user_ids`
+    |   `-- DrainError               the same at the end of a manager, with a `.report`
     |-- SaveOverdueError             saves take longer than they should; reported, never raised
     |-- ListenerCancelledError       a listener was cancelled from outside: it failed like one that raises
     `-- DrainDeadlineError           the time of a drain was over before a user was saved
 
-What is also something of Python's own can be caught as that, too.
+Those named with an exception of Python's own can be caught as that, too.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ class RecordError(StoreError):
 
 
 class OwnedElsewhereError(RecordError):
-    """Another live node has the user: `owner`."""
+    """Another live server has the user: `owner`."""
 
     def __init__(self, message: str, *, user_id: int | str, owner: str) -> None:
         super().__init__(message, user_id=user_id)
@@ -249,7 +249,7 @@ class OwnedElsewhereError(RecordError):
 
 
 class FencedError(RecordError):
-    """Another node has taken the user over: nothing more of this session is saved."""
+    """Another server has taken the user over: nothing more of this session is saved."""
 
 
 class UserErasedError(RecordError):
@@ -285,7 +285,7 @@ class SnapshotError(CageySessionsError):
 
 
 class UnsavableError(CageySessionsError):
-    """Data that is not saved as long as it is what it is: not JSON, too large, or refused by the store for good.
+    """Data that cannot be saved as it is: not JSON, too large, or refused by the store for good.
 
     `user_id` says whose; `path` where in the data, or None where that is not known. What was saved last is untouched.
     """

@@ -38,7 +38,7 @@ AnyListener = TypeVar("AnyListener", bound=Listener)
 
 @direct
 class SessionManager(ManagerCore, Generic[T]):
-    """Every human on this server, and the saving of their data: by a store, or by the program's own listeners.
+    """Everybody on this server, and the saving of their data: by a store, or by the program's own listeners.
 
     Parameters
     ----------
@@ -54,40 +54,45 @@ class SessionManager(ManagerCore, Generic[T]):
         Seconds, a `timedelta`, or text (``"30s"``, ``"1h30m"``, ``"500ms"``); from 10 ms to 100 years. With a store
         30 seconds by default; without one and without this nothing is saved by itself.
     persist_on
-        At which moments the program wants to save besides: any of ``"disconnect"`` and ``"shutdown"``; with a store
-        both by default. The program asks with `will_persist_user_data_on`; leaving ``async with`` asks for
-        ``"shutdown"``, and for ``"disconnect"`` where it is a session's.
+        When to save besides: any of ``"disconnect"`` and ``"shutdown"``; with a store both by default. Leaving
+        ``async with session`` acts on ``"disconnect"``, leaving ``async with manager`` on ``"shutdown"``; the program
+        can ask with `will_persist_user_data_on`.
     max_in_flight
-        How many saves may be under way at a time: calls of the listener (50), or batches of the store (4). What never
-        returns holds one of them; a listener that waits for the save of another session lends its own meanwhile.
-    encode, decode, schema
-        With a store: a function from the data to a JSON value, one back, and the number of the shape they write, for
-        data that is more than JSON values. `dataclass_codec` and `msgspec_codec` make such functions. A `decode` with a
-        parameter ``schema`` is told the number a body was written with; a higher one than `schema` is refused.
+        How many saves may be under way at a time: calls of the listener (50), or batches for the store (4). A call that
+        never returns keeps its slot; a listener that waits for the save of another session lends its slot meanwhile.
+    encode
+        With a store: a plain function from your data to a JSON value, for data that is more than JSON values.
+        `dataclass_codec` and `msgspec_codec` make it and its inverse.
+    decode
+        With a store: the inverse of `encode`. If it has a parameter ``schema`` it is told the number that the body was
+        written with.
+    schema
+        With a store: the number of the shape in which data is written now, 0 by default. A stored body with a higher
+        number is refused, and never saved over.
     max_bytes
-        With a store: the most a user's data may take as JSON; 1 MiB by default.
+        With a store: the largest size of a user's data, in bytes of JSON; 1 MiB by default.
     before_save
-        With a store: a plain function that is given the session right before the bytes of its data are fixed, for
-        copying live state into `user_data`.
+        With a store: a plain function that is called with the session right before its data is encoded, to copy live
+        state into `user_data`.
     save_timeout
         With a store: how long `persist_now`, `destroy`, `login`, `open`, `read`, `edit`, `erase` and a single call of
         the store may take; 10 seconds by default.
     tracking
-        With a store: how a change is noticed. ``"content"`` encodes each user once an interval and compares;
-        ``"marked"`` passes over users for whom nobody has called `Session.mark_changed`, or assigned `user_data`, since
-        the bytes last saved were fixed. `persist_now`, `destroy` and `persist_all_user_data` compare in either case.
+        With a store: how a change is noticed. ``"content"`` encodes each user once per interval and compares;
+        ``"marked"`` skips users for whom nobody has called `Session.mark_changed`, or assigned `user_data`, since
+        their last save. `persist_now`, `destroy` and `persist_all_user_data` compare in either case.
     user_id
         ``int`` or ``str`` to accept user ids of that type only.
     spill
-        With a store: the path of a file for what is not saved when the deadline of `destroy` has passed, or when the
-        interpreter exits without `destroy`. It is saved at the next start with the same path, where nobody has saved
-        the user since; see `spill_report`. Only one manager at a time may have it.
+        With a store: the path of a file for data that is still unsaved at the deadline of `destroy`, or when the
+        interpreter exits without `destroy`. The next start with the same path saves it, unless the user has been saved
+        since; see `spill_report`. Only one manager at a time may use the file.
     log
-        A logger; ``logging.getLogger("cagey_sessions")`` by default. It is given ids and counts, never data or keys.
+        A logger; ``logging.getLogger("cagey_sessions")`` by default. It gets ids and counts, never data or keys.
     debug
-        True to look for mistakes with user data, each a `UserDataWarning`: objects that two users share, changes after
-        the end or without a mark, values that are others after `encode` and `decode`, listeners that hold the loop. It
-        walks all data at each save, so it is for development and tests.
+        True to report mistakes with user data, each as a `UserDataWarning`: objects that two users share, changes after
+        the end or without a mark, values that `encode` and `decode` change, listeners that block the loop. It walks all
+        data at each save, so it is for development and tests.
     clock
         Where time comes from; for tests.
 
@@ -169,8 +174,8 @@ class SessionManager(ManagerCore, Generic[T]):
     ) -> Session[T]:
         """The live session of a user, or a new one, without a key, with the data the store has.
 
-        Calls for one user that come while it is loaded share the load and get the same session. ``when_active`` says
-        what becomes of a live session: ``"join"`` returns it, ``"replace"`` saves and ends it, ``"refuse"`` raises
+        Calls for a user who is being loaded share the load and get the same session. ``when_active`` says what happens
+        to a live session: ``"join"`` returns it, ``"replace"`` saves and ends it, ``"refuse"`` raises
         `UserActiveError`. Otherwise like `create` and `Session.login`, and raises what they raise. Cancelling the call
         ends the session if nobody else waits for it.
         """
@@ -189,18 +194,18 @@ class SessionManager(ManagerCore, Generic[T]):
         """Change a user's data in place, wherever they are: ``async with manager.edit("alice") as data: ...``.
 
         For a user on this server `data` is the live object, and leaving the block saves it like `persist_now`. Anybody
-        else is claimed and loaded, and when the block is left written and let go of; a login of the same user waits for
-        that. If the block raises nothing is written, but what it has changed in live data stays changed. `default` is
+        else is claimed and loaded, and when the block is left written and released; a login of the same user waits for
+        that. If the block raises nothing is written, but its changes to live data stay. `default` is
         as in `Session.login`. Raises what `Session.login` and `Session.persist_now` raise.
         """
         return self._ownership.edit(user_id, default)
 
     async def erase(self, user_id: int | str) -> bool:
-        """Remove a user's data from the store for good, and end their session unsaved: whether there was any data.
+        """Remove a user's data from the store for good, and end their session unsaved. Returns whether there was any.
 
-        A tombstone stays, so that nothing late is written (with `CallbackStore` what its `erase` leaves); who logs in
-        again is new. Raises `OwnedElsewhereError` while
-        the user is on another server; `InvalidUserIdError`, `StoreUnavailableError`, `StoreModeError` without a store.
+        A tombstone stays, so that no late write brings the data back (with `CallbackStore` only what its `erase`
+        leaves); at the next login the user is new. Raises `OwnedElsewhereError` while the user is on another server;
+        `InvalidUserIdError`, `StoreUnavailableError`, `StoreModeError` without a store.
         """
         return await self._ownership.erase(user_id)
 
@@ -209,7 +214,7 @@ class SessionManager(ManagerCore, Generic[T]):
         return cast("Session[T] | None", self._life.table.find_by_user(user_id))
 
     def sessions(self) -> list[Session[T]]:
-        """All sessions, those that are ending included, in no order. O(n): not for every message."""
+        """All sessions, ending ones included, in no order. O(n), so do not call it for every message."""
         return cast("list[Session[T]]", self._life.table.sessions_now())
 
     def __len__(self) -> int:
@@ -221,39 +226,39 @@ class SessionManager(ManagerCore, Generic[T]):
         return True
 
     def will_persist_user_data_on(self, name: str) -> bool:
-        """Whether the settings say to save at that moment: ``"disconnect"`` or ``"shutdown"``.
+        """Whether `persist_on` has that moment: ``"disconnect"`` or ``"shutdown"``.
 
-        The program asks before it ends a session or the manager:
+        For a program that ends sessions or the manager itself:
         ``await session.destroy(manager.will_persist_user_data_on("disconnect"))``. Raises `UnknownEventError`.
         """
         return known_event(name, PERSIST_EVENTS) in self._life.options.persist_on
 
     async def persist_all_user_data(self) -> None:
-        """Save every user who is there now, each once, oldest save first; with a store in batches.
+        """Save every user who is on this server now, each once, oldest save first; with a store in batches.
 
-        Who joins meanwhile is not waited for; who is leaving is saved by their own `destroy`. Raises `UnsavedError`
-        with the `user_ids` that could not be saved when all others are, and `NothingSavesError` without a listener.
-        O(users), in slices.
+        Users who join meanwhile are not included; users who are leaving are saved by their own `destroy`. When all
+        others are saved raises `UnsavedError` with the `user_ids` that could not be, and `NothingSavesError` without a
+        listener. O(users), in slices.
         """
         await self._life.persist_all()
 
     async def snapshot(self, path: str | os.PathLike[str]) -> SnapshotReport:
-        """Write everybody who is here now to a file, for a backup or a look; `read_snapshot` reads it.
+        """Write everybody on this server to a file, for a backup or for inspection; `read_snapshot` reads it.
 
-        Each user's data is as at one moment, encoded as for a save; users later in the file are of a later moment. Who
-        leaves meanwhile is not in it, who joins may be. Users whose data cannot be encoded are left out and named in
-        the report. The file is for its owner only (mode 0600), and holds all data as readable JSON. It takes the place
-        of an earlier one as a whole, when it is safe on the disk; if it cannot, or the call is cancelled, the earlier
-        one stays.
+        Each user's data is of one moment, encoded as for a save; users later in the file are of a later moment. Users
+        who leave meanwhile are not in it, users who join may be. Users whose data cannot be encoded are left out and
+        named in the report. The file is readable by its owner only (mode 0600), and holds all data as JSON. It replaces
+        an earlier file as a whole, once it is safe on the disk; if that fails, or the call is cancelled, the earlier
+        file stays.
 
-        Raises `SnapshotError` if the disk does not take it, `ManagerClosedError` after the end. O(users), in slices; a
+        Raises `SnapshotError` if it cannot be written, `ManagerClosedError` after the end. O(users), in slices; a
         thread waits for the disk.
         """
         return await take_snapshot(self._life, path)
 
     @property
     def spill_report(self) -> SpillReport | None:
-        """What became of the users that an earlier process has spilled, as it stands now. O(those users).
+        """What has become so far of the users that an earlier process has spilled. O(those users).
 
         None without `spill`, and before the store was opened for the first time.
         """
@@ -276,11 +281,11 @@ class SessionManager(ManagerCore, Generic[T]):
     async def destroy(self, persist: bool | None = None, *, deadline: Duration = "25s") -> DrainReport:
         """End all sessions and the manager itself, and return how it went.
 
-        Nobody new is admitted from now on; what is under way is awaited; with `persist` (unless given: True with a
-        store, False without) every user's last save is made, oldest first, and tried again when it fails; then the
-        store is closed. Whoever is not saved when `deadline` has passed is ended unsaved and named in the `DrainError`
-        that is raised then: its ``report`` is the `DrainReport`. With `spill` their data is kept in that file.
-        Listeners of ``destroy`` may run for one second more. A save that is under way by then is left to itself.
+        From now on nobody new is admitted; calls under way are awaited; with `persist` (by default True with a store,
+        False without) every user's last save is made, oldest first, and retried when it fails; then the store is
+        closed. Users who are not saved by the `deadline` are ended unsaved and named in the `DrainError` that is raised
+        then: its ``report`` is the `DrainReport`. With `spill` their data is kept in that file. Listeners of
+        ``destroy`` may run for one second more. A save that is still under way by then is abandoned.
 
         Calls that come later join the first. Inside a listener that this end waits for, or in a task that such a
         listener has started, the call returns at once.
@@ -299,7 +304,7 @@ class SessionManager(ManagerCore, Generic[T]):
         """Wait for SIGTERM or SIGINT, then `destroy` the manager: an exit status, 1 if anybody is unsaved, else 0.
 
         Users are saved if `persist_on` has ``"shutdown"``. Returns too once somebody else has destroyed the manager.
-        The report goes to the log, and leaving ``async with`` raises it no more::
+        The report goes to the log, and leaving ``async with`` no longer raises it:
 
             async def main() -> int:
                 async with manager:
@@ -308,10 +313,10 @@ class SessionManager(ManagerCore, Generic[T]):
 
             raise SystemExit(asyncio.run(main()))
 
-        The handlers are there from the call to its return. One that the program has set with `signal.signal` is called
-        as well, one of `loop.add_signal_handler` too; Python's own, `asyncio.run`'s and an ignored signal are not. All
-        are back in place afterwards, unless somebody has set others meanwhile. Further signals are logged, and abort
-        nothing. Cancelling the call stops the waiting, not an end that has begun.
+        The handlers are installed from the call to its return. Handlers that the program has set before, with
+        `signal.signal` or `loop.add_signal_handler`, are called as well; Python's own and `asyncio.run`'s are not, and
+        an ignored signal has none. All are restored afterwards, unless others were set meanwhile. Further signals are
+        logged, and abort nothing. Cancelling the call stops the waiting, not an end that has begun.
 
         Raises `UsageError` outside the main thread, `DurationError`, before anything changes.
         """
@@ -327,10 +332,10 @@ class SessionManager(ManagerCore, Generic[T]):
     def estimate_drain_seconds(self) -> float:
         """About how many seconds `destroy(persist=True)` would take now; 0.0 with nobody to save.
 
-        Users present, in full batches, as many at a time as `max_in_flight` says, each as long as a call of the store
-        takes on average; without a store one save for each, as long as the listeners have taken on average; and 0.1 ms
-        of the event loop's own work for each. An estimate: before anything was measured it is that work alone, and it
-        knows nothing of a store that is down, of large data, of failed attempts and of what your listeners do. O(1).
+        It assumes full batches, `max_in_flight` of them at a time, at the average time of a call of the store (without
+        a store one save for each user, at the average time of the listeners), plus 0.1 ms of work on the event loop for
+        each user. Before anything was measured it is that work alone. It does not allow for a store that is down, large
+        data, failed attempts, or what your listeners do. O(1).
         """
         return health.drain_seconds(self._life)
 

@@ -34,7 +34,7 @@ class EndReason(StrEnum):
     UNSAVED = "unsaved"
     """The manager was destroyed, and its deadline passed before the user's last save was acknowledged."""
     FENCED = "fenced"
-    """Another node has taken the user over; what was not saved by then is not saved."""
+    """Another server has taken the user over; unsaved changes are lost."""
     ERASED = "erased"
     """The user was erased."""
 
@@ -44,9 +44,9 @@ class Receipt:
     """The store has acknowledged a save."""
 
     version: int
-    """Of the user's data as it is stored now; rises by one with each change that is written."""
+    """The version of the stored data; rises by one with each write."""
     saved_at: float
-    """When the bytes were fixed, by this machine's wall clock, in Unix seconds."""
+    """When the data was encoded, by this machine's wall clock, in Unix seconds."""
     changed: bool
     """Whether anything had to be written; False if the store had these very bytes already."""
     store: str
@@ -58,6 +58,7 @@ class UnsavedUser:
     """A user whose last save was not acknowledged in time."""
 
     user_id: int | str
+    """Who it is."""
     age: float
     """Seconds since the state last acknowledged; what is lost is at most this much."""
     error: Exception
@@ -83,7 +84,7 @@ class Statistics:
     """What a manager is doing at one instant."""
 
     live: int
-    """Sessions in the table, those that are ending included."""
+    """Sessions now, ending ones included."""
     identified: int
     """Those of them that have a user."""
     ending: int
@@ -93,13 +94,13 @@ class Statistics:
     ended: int
     """Sessions that have left the table since the start."""
     pending: int
-    """Saves that are due or asked for and wait for a free slot."""
+    """Saves that are due or asked for, and wait for a free slot."""
     in_flight: int
     """Saves under way."""
     overdue: int
     """Saves under way for longer than the interval."""
     oldest_unsaved: float | None
-    """Age in seconds of the oldest state that is still the last one acknowledged of some user; None without users."""
+    """Seconds since the oldest last-acknowledged state of any user: what a crash costs at most. None without users."""
     saved: int
     """Saves acknowledged since the start, those that found nothing changed included."""
     unchanged: int
@@ -107,17 +108,17 @@ class Statistics:
     failed: int
     """Attempts that failed since the start."""
     fenced: int
-    """Sessions ended since the start because another node had taken the user over."""
+    """Sessions ended since the start because another server had taken the user over."""
     unsavable: int
-    """Users whose data is not saved at present because it cannot be, as it is."""
+    """Users whose data cannot be saved as it is."""
     store: str | None
     """The name of the store; None without one."""
     store_up: bool
-    """Whether the last call that came to an end reached the store; True without one."""
+    """Whether the last completed call reached the store; True without a store."""
     store_latency: float
     """How many seconds a call of the store takes, as a moving average; 0 before the first."""
     tick_lag: float
-    """By how many seconds the last wake-up of the wheel came late."""
+    """How many seconds late the last wake-up of the timing wheel was."""
     slice_overruns: int
     """How often since the start a piece of work held the loop for more than a millisecond."""
 
@@ -154,8 +155,9 @@ class SnapshotEntry:
     """One user of a snapshot or a spill."""
 
     user_id: int | str
+    """Who it is."""
     key: str | None = field(repr=False)
-    """Of the session."""
+    """The session's key, or None; always None in a spill."""
     epoch: int
     """Of the claim under which the user was on that server; 0 without a store."""
     owner: str
@@ -179,6 +181,7 @@ class DamagedEntry:
     raw: bytes = field(repr=False)
     """The line as it is, without the end of the line."""
     reason: str
+    """What is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +195,9 @@ class Snapshot:
     owner: str | None
     """The name of the server that wrote it, empty if it had no store; None if the first line is damaged."""
     entries: tuple[SnapshotEntry, ...]
+    """The users that can be read, in the order of the file."""
     damaged: tuple[DamagedEntry, ...]
-    """Lines that are none of the above, in order."""
+    """The lines that cannot, in order."""
     expected: int | None
     """How many entries were written; None if the last line, which says so, is missing: the file was cut."""
 

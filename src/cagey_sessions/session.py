@@ -28,7 +28,7 @@ AnyListener = TypeVar("AnyListener", bound=Listener)
 
 @direct
 class Session(SessionCore, Generic[T]):
-    """One human on this server, from `SessionManager.create` to `destroy`.
+    """One user on this server, from `SessionManager.create` to `destroy`.
 
     `key` is what the session can be found by, or None; `user_id` and `user_data` are set by `login`, or without a store
     by `set_user`. `set` and `get` keep live objects beside them that are never saved. In an ``async with`` it ends with
@@ -50,10 +50,10 @@ class Session(SessionCore, Generic[T]):
     ) -> None:
         """Say who this human is, and have the store load their data; from now on it is saved. Emits ``identified``.
 
-        The store is asked for the user, so that no other node has them; the data is decoded; then `user_id` and
+        The user is claimed in the store, so that no other server has them; the data is decoded; then `user_id` and
         `user_data` are set in one step. `default` is the data of a user the store does not know: a value, of which each
-        user gets a copy, or a plain function that makes one. A user who has a live session on this server gets this
-        one in its place once the older one is saved (``when_active="replace"``), or the call raises (``"refuse"``).
+        user gets a copy, or a plain function that makes one. If the user has a live session on this server it is
+        saved and ended first (``when_active="replace"``), or the call raises (``"refuse"``).
         While the store is down the call waits for `save_timeout`. Cancelling it identifies nobody.
 
         Raises before anything changes: `InvalidUserIdError`, `OptionError`, `AlreadyIdentifiedError`,

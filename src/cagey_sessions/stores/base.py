@@ -7,14 +7,11 @@ epoch the `version` counts the writes, so that one that is repeated, or comes la
 
 The words *new*, *released*, *owned* and *erased* below are the four states of a row:
 
-=========  ==========================================================  =============
-state      what is stored                                              who may claim
-=========  ==========================================================  =============
-new        nothing, or a row that was claimed and never saved          everybody
-released   body and version, no owner                                  everybody
-owned      the owner; body and version unless it was never saved       the same owner; anybody, if the owner is dead
-erased     a tombstone with the epoch; no body                         everybody; it is new again
-=========  ==========================================================  =============
+    state      what is stored                                          who may claim
+    new        nothing, or a row that was claimed and never saved      everybody
+    released   body and version, no owner                              everybody
+    owned      the owner; body and version unless never saved          the same owner; anybody, if the owner is dead
+    erased     a tombstone with the epoch; no body                     everybody; it is new again
 """
 
 from __future__ import annotations
@@ -40,6 +37,7 @@ class Record(NamedTuple):
     """
 
     user_id: int | str
+    """Whose it is."""
     epoch: int
     """Of the claim under which it is written."""
     owner: str
@@ -83,6 +81,7 @@ class Verdict(NamedTuple):
     """The outcome for one record, with the reason where there is one."""
 
     outcome: Outcome
+    """What became of it."""
     detail: str = ""
     """For `INVALID` and `FAILED`: why, in words without the body."""
 
@@ -91,6 +90,7 @@ class Claim(NamedTuple):
     """The answer to a claim of one user."""
 
     user_id: int | str
+    """Who was asked for."""
     epoch: int
     """The new epoch if granted; the current one if not."""
     record: Record | None

@@ -108,10 +108,11 @@ class PostgresStore(PostgresEngine):
 
     `dsn` says where it is, as asyncpg and libpq understand it; without it, and without `pool`, the environment does
     (``PGHOST``, ``PGUSER``, ...). With `pool`, an ``asyncpg.Pool`` of yours, calls go through that, and it stays open.
-    `schema` is the schema of the table ``cagey_sessions``, which is made at `open` unless `create` is false: then make
-    it yourself, by what `ddl` gives. The connection of a call that takes longer than `timeout` (seconds, or a text such
-    as "10s") is closed, with an unknown outcome. A server that stops without its users being released keeps them from
-    others for `lease`, and a third more from when one asks; shorter, and one that is held up for a moment loses them.
+    `schema` is the schema of the table ``cagey_sessions``, which is created at `open` unless `create` is false: then
+    create it yourself, with the statements of `ddl`. The connection of a call that takes longer than `timeout`
+    (seconds, or a text such as "10s") is closed, with an unknown outcome. A server that dies keeps its users from
+    others until `lease` has run out, and for a third of it after another server first asks; with a shorter lease a
+    server that stalls loses them sooner.
 
     Raises `MissingExtraError` without asyncpg, and `OptionError`. `open` raises `StoreUnavailableError` if the server
     cannot be reached, or refuses the user, and `StoreLayoutError` for a table of another shape, one made by a newer
@@ -137,7 +138,7 @@ class PostgresStore(PostgresEngine):
         self._users = self._names["users"] = f"{quoted(schema)}.cagey_sessions"
 
     def ddl(self) -> str:
-        """The statements that make what `open` makes, for whoever keeps their schema with a tool of their own."""
+        """The statements that create what `open` creates, for your own migrations."""
         return (DDL + NODES).format(layout=LAYOUT, **self._names)
 
     async def _prepare(self, connection: Any) -> None:

@@ -64,11 +64,11 @@ class PostgresTable(PostgresEngine):
     and unique by itself. The data is either in `columns`, a dict with a member for each of them, or as a whole in the
     one column `body`, of type json, jsonb or text.
 
-    `fence` says where it is kept who has a user: in a ``"side_table"`` in `schema`, which is made at `open` unless
-    `create` is false; in ``"columns"`` that you have added to the table; or nowhere, ``"none"``, for one process
-    alone. `ddl` gives the statements. ``await insert(connection, user_id, value)`` makes the row of a new user, where
-    it takes more than the columns given here; what it has not set of those is set after it, in the same transaction.
-    `timeout` and `lease` are as with `PostgresStore`.
+    `fence` says where claims are kept: in a ``"side_table"`` in `schema`, which is created at `open` unless `create` is
+    false; in ``"columns"`` that you have added to the table; or nowhere, ``"none"``, for one process alone. `ddl` gives
+    the statements. ``await insert(connection, user_id, value)`` makes the row of a new user, where it takes more than
+    the columns given here; what it has not set of those is set after it, in the same transaction. `timeout` and `lease`
+    are as with `PostgresStore`.
 
     Raises `MissingExtraError` without asyncpg, and `OptionError`. `open` raises `StoreUnavailableError`, and
     `StoreLayoutError` for a table that cannot be used. An id that the key column cannot hold is a `RecordError`. Costs
@@ -127,7 +127,7 @@ class PostgresTable(PostgresEngine):
         """Without a fence: users who had no row when they were claimed."""
 
     def ddl(self) -> str:
-        """The statements that make what the fence needs; with ``fence="columns"`` you are the one who runs them."""
+        """The statements that create what the fence needs; with ``fence="columns"`` you run them yourself."""
         if not self.uses_leases:
             return ""
         return f"CREATE SCHEMA IF NOT EXISTS {quoted(self._schema)};\n{self._fence_ddl()}{NODES.format(**self._names)}"
@@ -413,7 +413,7 @@ class PostgresTable(PostgresEngine):
         return await self._run(release)
 
     async def erase(self, user_id: int | str, owner: str = "") -> bool:
-        """Delete the user's row, the columns that are none of ours included: whether there was one.
+        """Delete the user's row, with all its columns. Returns whether there was one.
 
         What is left is the fence: the id, and that it was erased.
         """
@@ -470,7 +470,7 @@ class PostgresTable(PostgresEngine):
         return ("", 0) if row is None else (row["holder"], row["epoch"])
 
     async def scan(self) -> AsyncIterator[Record]:
-        """All users with data; users who have never been saved by us, too."""
+        """All users with data, including those never saved from here."""
         statement = self._load_sql + sql.FIRST_PAGE
         last: list[Any] = []
 

@@ -76,8 +76,8 @@ class RedisStore(Store):
     `url` says where it is: ``redis://``, ``rediss://`` (TLS) or ``unix://``, as redis-py understands them, or
     ``redis+sentinel://host:port,host:port/service/database``, where the Sentinels say which server is the primary. All
     keys begin with `prefix`. The connection of a call that takes longer than `timeout` (seconds, or a text such as
-    "10s") is closed, with an unknown outcome. A server that stops without its users being released keeps them from
-    others for `lease`, and a third more from when one asks; shorter, and one that is held up for a moment loses them.
+    "10s") is closed, with an unknown outcome. A server that dies keeps its users from others until `lease` has run out,
+    and for a third of it after another server first asks; with a shorter lease a server that stalls loses them sooner.
 
     Raises `MissingExtraError` without redis-py and hiredis, and `OptionError`. `open` raises `StoreUnavailableError` if
     the engine cannot be reached, refuses the user, or is a replica, and `StoreLayoutError` for Redis Cluster, for an

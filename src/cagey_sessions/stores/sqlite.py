@@ -70,15 +70,15 @@ class _Job(NamedTuple):
 class SQLiteStore(Store):
     """Users in one SQLite file, for one process: no server, nothing to set up.
 
-    `path` is the file; it is made if there is none. `synchronous` is SQLite's: under ``"FULL"`` what is acknowledged
-    survives a crash of the machine; under ``"NORMAL"`` it survives the death of the process, and a crash of the machine
+    `path` is the file; it is created if there is none. `synchronous` is SQLite's: with ``"FULL"`` acknowledged data
+    survives a crash of the machine; with ``"NORMAL"`` it survives the death of the process, but a crash of the machine
     may cost the last transactions. The file is in WAL mode: others may read it meanwhile, with any SQLite tool; `body`
-    is JSON text. With `read_only` the file has to be there, nothing in it is changed, and no process is kept out
-    or has to end: `load`, `holder` and `scan` work beside a running server, and a manager can only `read`.
+    is JSON text. With `read_only` the file has to exist, is not changed and not locked: `load`, `holder` and `scan`
+    work beside a running server, and a manager can only `read`.
 
     Raises `OptionError`. `open` raises `StoreInUseError` while another process, or another store of this one, has the
     file; `StoreLayoutError` for a file that is not ours or was made by a newer version; `StoreUnavailableError` for one
-    that cannot be opened. Costs a thread, and one sync of the disk for all that is saved at the same time.
+    that cannot be opened. Costs a thread, and one sync of the disk for all saves made at the same time.
     """
 
     def __init__(

@@ -28,9 +28,7 @@ __all__ = [
 
 
 class StoreConformance(Claims, Saves, Endings, Values, Calls):
-    """The contract, line by line. Subclass it as ``Test…`` and override `make`, and `bury` where the store is shared.
-
-    ::
+    """The contract, line by line. Subclass it as ``Test…`` and override `make`, and `bury` where the store is shared:
 
         class TestMyStore(StoreConformance):
             @pytest.fixture
