@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
-from cagey_sessions import DrainError, OptionError, SessionManager
+from cagey_sessions import DrainError, OptionError, SessionManager, SnapshotError, read_snapshot
+from cagey_sessions.savefile import Files
+from cagey_sessions.spill import Spill, SpillEntry
 from cagey_sessions.stores import CallbackStore, MemoryStore
+from support import ScriptedStore, let_time_pass
+
+ENTRY = SpillEntry("ann", None, 3, "node", 0, 0, b"{}", 0.0, bytes(16), frozenset())
 
 
 class Program:
@@ -96,3 +105,53 @@ async def test_spilled_data_of_a_newer_schema_is_kept(program):
     assert program.stored == {"ann": {"gold": 1}}
     await second.destroy()
     assert program.has_file()
+
+
+async def test_who_is_erased_while_the_drain_gives_up_is_in_no_file(clock, tmp_path):
+    store = ScriptedStore(clock)
+    manager = SessionManager(store=store, spill=tmp_path / "spill", clock=clock)
+    await manager.__aenter__()
+    for user_id in ("ann", "bob"):
+        await manager.open(user_id, default={})
+    bob = manager.find_by_user("bob")
+    bob.on("destroy", asyncio.Event().wait)  # holds the drain up once the deadline has passed
+    store.down = True
+    drain = asyncio.ensure_future(manager.destroy(deadline="1s"))
+    await clock.advance("1.1s")
+    store.down = False
+    erased = asyncio.ensure_future(manager.erase("ann"))
+    with pytest.raises(DrainError):
+        await let_time_pass(clock, drain)
+    await erased
+    assert [entry.user_id for entry in read_snapshot(tmp_path / "spill").entries] == ["bob"]
+
+
+def test_two_processes_that_write_at_the_same_time_both_keep_their_users(tmp_path, monkeypatch):
+    one, other = Spill(tmp_path / "spill"), Spill(tmp_path / "spill")
+    one.collect(ENTRY)
+    other.collect(replace(ENTRY, user_id="bob"))
+
+    class Disk(Files):
+        def replace(self, source, target):
+            """The other comes between what `one` has read and what it writes."""
+            monkeypatch.setattr("cagey_sessions.spill.LONGEST_WRITE", 0)
+            with suppress(SnapshotError):
+                other.write()
+            super().replace(source, target)
+
+    one._files = Disk()
+    one.write()
+    if other.is_stale:  # it was refused, and tries again
+        other.write()
+    assert {entry.user_id for entry in read_snapshot(tmp_path / "spill").entries} == {"ann", "bob"}
+
+
+def test_a_disk_without_locks_is_written_all_the_same(tmp_path, monkeypatch):
+    def refuse(file):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("cagey_sessions.stores.file_lock._lock", refuse)
+    spill = Spill(tmp_path / "spill")
+    spill.collect(ENTRY)
+    spill.write()
+    assert read_snapshot(tmp_path / "spill").complete
