@@ -23,6 +23,7 @@ from cagey_sessions import (
     StoreModeError,
     StoreUnavailableError,
     UnknownEventError,
+    UsageError,
     UserActiveError,
     UserErasedError,
     UserNotFoundError,
@@ -513,6 +514,19 @@ async def test_an_edit_that_raises_writes_nothing(clock, store, manager):
     await turns()
     assert store.stored(1) == {"n": 0}
     assert store.owner_of(1) == ""
+    await end(clock, manager)
+
+
+async def test_an_edit_of_data_that_is_the_users_no_more_says_so(clock, store, manager):
+    store.put(1, b'{"gold":1}')
+    session = await manager.open(1)
+    with pytest.raises(UsageError, match="user_data was assigned"):
+        async with manager.edit(1) as data:
+            session.user_data = {"gold": 5}
+            data["gold"] += 100
+    async with manager.edit(1) as data:
+        session.user_data = data | {"gold": data["gold"] + 1}  # nothing is lost: the block has changed what there is
+    assert store.stored(1) == {"gold": 6}
     await end(clock, manager)
 
 

@@ -190,7 +190,8 @@ class SessionManager(ManagerCore, Generic[T]):
         For a user on this server `data` is the live object, and leaving the block saves it like `persist_now`. Anybody
         else is claimed and loaded, and when the block is left written and let go of; a login of the same user waits for
         that. If the block raises nothing is written, but what it has changed in live data stays changed. `default` is
-        as in `Session.login`. Raises what `Session.login` and `Session.persist_now` raise.
+        as in `Session.login`. Raises what `Session.login` and `Session.persist_now` raise, and `UsageError` if the
+        program has assigned another `user_data` meanwhile, so that the block has changed what is the user's no more.
         """
         return self._ownership.edit(user_id, default)
 

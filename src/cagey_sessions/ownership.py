@@ -30,6 +30,7 @@ from .errors import (
     StoreModeError,
     StoreUnavailableError,
     UnsavableError,
+    UsageError,
     UserActiveError,
     UserErasedError,
     UserNotFoundError,
@@ -301,11 +302,18 @@ class Ownership:
     @asynccontextmanager
     async def _edit_live(self, session: SessionCore) -> AsyncIterator[Any]:
         session.mark_changed()
+        data = session.user_data
+        before = self._saver.fingerprint(data)
         try:
-            yield session.user_data
+            yield data
         finally:
             with suppress(SessionEndedError):
                 session.mark_changed()  # what a block that raises has changed stays changed
+        if session.user_data is not data and self._saver.fingerprint(data) != before:
+            raise UsageError(
+                f"user_data was assigned while user {session.user_id!r:.80} was being edited: what this edit has changed "
+                "is not in it; edit again"
+            )
         await self._life.persist(session)
 
     async def _write(self, loaded: _Loaded, body: bytes) -> None:
