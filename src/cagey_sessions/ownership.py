@@ -311,8 +311,8 @@ class Ownership:
                 session.mark_changed()  # what a block that raises has changed stays changed
         if session.user_data is not data and self._saver.fingerprint(data) != before:
             raise UsageError(
-                f"user_data was assigned while user {session.user_id!r:.80} was being edited: what this edit has changed "
-                "is not in it; edit again"
+                f"user_data was assigned while user {session.user_id!r:.80} was being edited: what this edit has "
+                "changed is not in it; edit again"
             )
         await self._life.persist(session)
 
