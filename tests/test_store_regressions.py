@@ -16,7 +16,7 @@ from cagey_sessions import (
     UserNotFoundError,
     WouldDeadlockError,
 )
-from cagey_sessions.stores import CallbackStore, Outcome, Verdict
+from cagey_sessions.stores import CallbackStore, MemoryStore, Outcome, Verdict
 from support import ManualClock, ScriptedStore, let_time_pass, turns
 
 
@@ -998,6 +998,26 @@ async def test_f20_an_edit_is_not_fenced_by_our_own_late_claim(clock, store, man
 
     await let_time_pass(clock, edit())
     assert store.stored(1) == {"n": 1}
+    await end(clock, manager)
+
+
+async def test_f20b_an_edit_that_was_written_is_saved_whatever_claim_of_ours_comes_after_it(clock, store, manager):
+    """The reply to the write is lost, and before the repeat a claim is granted that we had given up."""
+
+    async def claim_late(_: Any) -> None:
+        await MemoryStore.claim_many(store, [1], manager._life.owner)
+
+    store.put(1, b'{"n":0}')
+    store.script = ["lose", claim_late]
+
+    async def edit() -> None:
+        async with manager.edit(1) as data:
+            data["n"] = 1
+
+    await let_time_pass(clock, edit())
+    assert store.stored(1) == {"n": 1}
+    await clock.advance("1s")
+    assert store.owner_of(1) == ""
     await end(clock, manager)
 
 

@@ -320,7 +320,6 @@ class Ownership:
         """Save a user who has no session, and let go of them."""
         gateway = self._gateway
         user_id = loaded.user_id
-        epochs = [loaded.epoch]
         record = Record(
             user_id,
             loaded.epoch,
@@ -334,17 +333,18 @@ class Ownership:
 
         async def save(_: int) -> None:
             nonlocal record
-            record = record._replace(epoch=epochs[-1])
             verdicts = await gateway.write([record]).answer()
             if not isinstance(verdicts, list) or len(verdicts) != 1:
                 raise StoreContractError(f"{gateway.name} did not answer with one verdict for each record")
             outcome, detail = verdicts[0]
-            if outcome == Outcome.FENCED and gateway.store.fenced and await self._owns_again(loaded, epochs):
+            if outcome == Outcome.FENCED and gateway.store.fenced and record.epoch == loaded.epoch:
+                epoch = await self._claim_again(loaded, record)
+                if epoch is None:
+                    return
+                record = record._replace(epoch=epoch)
                 raise StoreUnavailableError(f"user {user_id!r:.80} had to be claimed again")
             if outcome == Outcome.FENCED:
-                raise FencedError(
-                    f"another node has taken over user {user_id!r:.80}; nothing was written", user_id=user_id
-                )
+                raise _taken_over(user_id)
             if outcome == Outcome.ERASED:
                 raise UserErasedError(f"user {user_id!r:.80} was erased meanwhile", user_id=user_id)
             if outcome == Outcome.INVALID:
@@ -355,21 +355,23 @@ class Ownership:
         try:
             await self._claims.persistently(save)
         except BaseException:
-            if len(epochs) > 1:
-                self._claims.let_go(user_id, epochs[-1])
+            if record.epoch != loaded.epoch:
+                self._claims.let_go(user_id, record.epoch)
             raise
 
-    async def _owns_again(self, loaded: _Loaded, epochs: list[int]) -> bool:
-        """After a refusal by the fence: whether it was our own late claim, and nobody else has written since."""
-        if len(epochs) > 1:
-            return False
+    async def _claim_again(self, loaded: _Loaded, record: Record) -> int | None:
+        """After a refusal by the fence, perhaps because of a late claim of our own: the epoch to write under.
+
+        None if an attempt that had no answer has written the record. Raises `FencedError` if somebody else has written.
+        """
         claim = await self._claims.claim(loaded.user_id)
         found = (0, 0) if claim.record is None else (claim.record.version, self._saver.digest(claim.record.body))
-        if found != (loaded.version, loaded.stored):
-            self._claims.let_go(loaded.user_id, claim.epoch)
-            return False
-        epochs.append(claim.epoch)
-        return True
+        if found == (loaded.version, loaded.stored):
+            return claim.epoch
+        self._claims.let_go(loaded.user_id, claim.epoch)
+        if found != (record.version, self._saver.digest(record.body)):
+            raise _taken_over(loaded.user_id)
+        return None
 
     async def erase(self, user_id: int | str) -> bool:
         """See `SessionManager.erase`."""
@@ -466,6 +468,10 @@ def _made(default: Callable[[], Any]) -> Any:
             "default is a value, or a plain function that makes one; this one returned something to await"
         )
     return data
+
+
+def _taken_over(user_id: int | str) -> FencedError:
+    return FencedError(f"another node has taken over user {user_id!r:.80}; nothing was written", user_id=user_id)
 
 
 def _not_found(user_id: int | str) -> UserNotFoundError:
