@@ -409,6 +409,28 @@ async def test_one_bad_load_does_not_fail_the_others_of_its_call(clock, store, m
     await end(clock, manager)
 
 
+async def test_a_claim_whose_task_is_cancelled_by_somebody_is_let_go_of_when_it_is_granted(clock, store, manager):
+    gate = asyncio.Event()
+
+    async def hang(_: Any) -> None:
+        await gate.wait()
+
+    await manager.__aenter__()
+    store.claim_script = [hang]
+    opening = asyncio.ensure_future(manager.open(1, default={}))
+    await turns()
+    for task in asyncio.all_tasks():
+        if task.get_name() == "cagey-sessions claims":
+            task.cancel()
+    await turns()
+    assert opening.done(), "nobody asks for this claim any more, so nobody need wait for it"
+    assert isinstance(opening.exception(), StoreUnavailableError)
+    gate.set()
+    await let_time_pass(clock, clock.sleep("1s"))
+    assert 1 in store.backing.rows and store.owner_of(1) == ""
+    await end(clock, manager)
+
+
 async def test_an_open_of_which_everybody_is_cancelled_leaves_nobody_behind(clock, store, manager):
     store.claim_script = ["20ms"]
     tasks = [asyncio.ensure_future(manager.open(1, default={})) for _ in range(3)]

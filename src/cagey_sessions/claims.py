@@ -203,6 +203,11 @@ class Claims:
             answers = {claim.user_id: claim for claim in claims}
             if answers.keys() != wanted.keys() or not all(is_sound(claim) for claim in claims):
                 raise StoreContractError(f"{gateway.name} did not answer with one claim for each user")
+        except asyncio.CancelledError:
+            self.doubt(wanted, call.task)
+            for future in wanted.values():
+                future.cancel()
+            raise
         except Exception as error:
             self.doubt(wanted, call.task)
             if isinstance(error, StoreError):
