@@ -13,7 +13,7 @@ import pytest
 from cagey_sessions import DrainError, OptionError, SessionManager, SnapshotError, read_snapshot
 from cagey_sessions.savefile import Files
 from cagey_sessions.spill import Spill, SpillEntry
-from cagey_sessions.stores import CallbackStore, MemoryStore
+from cagey_sessions.stores import CallbackStore, MemoryStore, Outcome, Verdict
 from support import ScriptedStore, let_time_pass
 
 ENTRY = SpillEntry("ann", None, 3, "node", 0, 0, b"{}", 0.0, bytes(16), frozenset())
@@ -155,3 +155,26 @@ def test_a_disk_without_locks_is_written_all_the_same(tmp_path, monkeypatch):
     spill.collect(ENTRY)
     spill.write()
     assert read_snapshot(tmp_path / "spill").complete
+
+
+async def test_a_row_that_is_not_taken_now_keeps_nobody_else_from_the_replay(clock, tmp_path, monkeypatch):
+    monkeypatch.setattr("cagey_sessions.replay.REPLAYED_AT_A_TIME", 2)
+    users = ["ann", "bob", "cid", "dan", "eve"]
+    store = ScriptedStore(clock)
+    manager = SessionManager(store=store, spill=tmp_path / "spill", clock=clock)
+    await manager.__aenter__()
+    for user_id in users:
+        await manager.open(user_id, default={})
+    store.down = True
+    with pytest.raises(DrainError):
+        await let_time_pass(clock, manager.destroy(deadline="1s"))
+    store.backing.dead |= {row.owner for row in store.backing.rows.values()}
+    store = ScriptedStore(clock, backing=store.backing)
+    first = read_snapshot(tmp_path / "spill").entries[0].user_id
+    store.verdict_of[first] = Verdict(Outcome.FAILED, "locked")
+    manager = SessionManager(store=store, spill=tmp_path / "spill", clock=clock)
+    await manager.__aenter__()
+    assert manager.spill_report.pending == (first,)
+    assert set(manager.spill_report.replayed) == {*users} - {first}
+    store.verdict_of.clear()
+    await let_time_pass(clock, manager.destroy())

@@ -104,8 +104,7 @@ class Replay:
             for plan in plans:
                 if plan.write is None or plan.error is not None:  # else the write has let go of them
                     self._claims.let_go(plan.claim.user_id, plan.claim.epoch)
-        errors = (*answers, *(plan.error for plan in plans))
-        return not any(isinstance(error, StoreUnavailableError) for error in errors)
+        return not self._gateway.down
 
     async def _apply_spill(self, claims: list[Claim], *, release: bool) -> list[Plan]:
         """Save what was spilled of users who are claimed, where nobody has written since: what became of it."""
@@ -123,7 +122,7 @@ class Replay:
                 spill.settle(plan.saved)
         writes = [plan for plan in plans if plan.write is not None]
         while writes:
-            part = [writes.pop()]
+            part: list[Plan] = []
             size = 0
             while writes and len(part) < MOST_ROWS and size < MOST_BYTES:
                 part.append(writes.pop())
