@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context
-from typing import Any
+from typing import Any, TypeVar
 
 from ._core import SessionCore
 from .errors import (
@@ -31,6 +31,8 @@ from .waits import ends_inside
 from .writebehind import is_sound
 
 __all__ = ["CLAIMS_IN_A_CALL", "CLAIM_CALLS", "Claims"]
+
+T = TypeVar("T")
 
 CLAIMS_IN_A_CALL = 64
 CLAIM_CALLS = 4
@@ -108,6 +110,7 @@ class Claims:
         return user_id in self._turns
 
     def refuse_inside(self, user_id: int | str) -> None:
+        """Raise `WouldDeadlockError` where whoever has the turn waits for this very code."""
         turn = self._turns.get(user_id)
         if turn is None or turn.holder is None:
             return
@@ -132,7 +135,7 @@ class Claims:
 
         Raises `OwnedElsewhereError`, and `StoreUnavailableError` after as long as callers are made to wait.
         """
-        claim: Claim = await self.persistently(lambda until: self._wait_for_claim(user_id, until))
+        claim = await self.persistently(lambda until: self._wait_for_claim(user_id, until))
         if not claim.granted:
             raise OwnedElsewhereError(
                 f"user {user_id!r:.80} is on another node ({claim.owner})", user_id=user_id, owner=claim.owner
@@ -400,10 +403,10 @@ class Claims:
             if task is not None:
                 task.cancel()
 
-    async def persistently(self, work: Callable[[int], Any]) -> Any:
+    async def persistently(self, work: Callable[[int], Awaitable[T]]) -> T:
         """Do something with the store, again while it is unavailable, for as long as callers are made to wait.
 
-        `work` is told until when that is.
+        `work` is told until when that is, in nanoseconds of the clock.
         """
         life = self._life
         until = life.clock.now() + life.options.save_timeout
@@ -427,6 +430,7 @@ class Claims:
             delay = min(2 * delay, LONGEST_RETRY)
 
     async def _pause(self, delay: int) -> None:
+        """Wait for so many nanoseconds of the clock."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def wake() -> None:

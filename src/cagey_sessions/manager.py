@@ -199,8 +199,9 @@ class SessionManager(ManagerCore, Generic[T]):
         """Remove a user's data from the store for good, and end their session unsaved: whether there was any data.
 
         A tombstone stays, so that nothing late is written (with `CallbackStore` what its `erase` leaves); who logs in
-        again is new. Raises `OwnedElsewhereError` while
-        the user is on another server; `InvalidUserIdError`, `StoreUnavailableError`, `StoreModeError` without a store.
+        again is new. Raises `OwnedElsewhereError` while the user is on another server; `InvalidUserIdError`,
+        `StoreUnavailableError`, `StoreModeError` without a store, or with one that cannot erase, and
+        `WouldDeadlockError` inside a listener of the end of their session. A call of the store.
         """
         return await self._ownership.erase(user_id)
 
@@ -282,10 +283,11 @@ class SessionManager(ManagerCore, Generic[T]):
         that is raised then: its ``report`` is the `DrainReport`. With `spill` their data is kept in that file.
         Listeners of ``destroy`` may run for one second more. A save that is under way by then is left to itself.
 
-        Calls that come later join the first. Inside a listener that this end waits for, or in a task that such a
-        listener has started, the call returns at once.
+        Calls that come later join the first, and its `deadline`; one that asks for saves still gets those that are
+        possible, and raises `ManagerClosedError` if somebody had ended without one by then. Inside a listener that this
+        end waits for, or in a task that such a listener has started, the call returns at once, with the report so far.
         Cancelling the call stops the waiting, not the end. Raises `NothingSavesError`, `DurationError` before anything
-        changes.
+        changes. O(users), in slices.
         """
         longest = parse_duration(deadline, "deadline", shortest=0)
         if persist is None:

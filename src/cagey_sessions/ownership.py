@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context
 from typing import Any, NamedTuple
@@ -87,13 +87,17 @@ class Ownership:
 
     # The parts of Lifecycle that are there because there is a store
 
-    @property
-    def _gateway(self) -> StoreGateway:
+    def _require_store(self) -> StoreGateway:
         if self._life.gateway is None:
             raise StoreModeError(
                 "this call needs a store: SessionManager(store=...); without one the program loads the data itself and "
                 "hands it over with `await session.set_user(user_id, user_data)`"
             )
+        return self._life.gateway
+
+    @property
+    def _gateway(self) -> StoreGateway:
+        assert self._life.gateway is not None
         return self._life.gateway
 
     @property
@@ -107,7 +111,7 @@ class Ownership:
         """See `Session.login`."""
         life = self._life
         life.enter()
-        self._gateway  # noqa: B018 - raises without a store
+        self._require_store()
         life.refuse_if_ending(session)
         self._check(user_id, default, when_active, ("replace", "refuse"))
         if session.user_id is not None or session in self._identifying:
@@ -133,7 +137,7 @@ class Ownership:
         """See `SessionManager.open`."""
         life = self._life
         life.enter()
-        self._gateway  # noqa: B018 - raises without a store
+        self._require_store()
         self._check(user_id, default, when_active, WHEN_ACTIVE)
         life.refuse_if_closed()
         opening = self._opening.get(user_id) if when_active == "join" else None
@@ -239,9 +243,9 @@ class Ownership:
                     f"the last save of the earlier session of user {user_id!r:.80} is not acknowledged; try again later"
                 )
 
-    async def _within_patience(self, waiting: Any) -> bool:
+    async def _within_patience(self, waiting: Coroutine[Any, Any, object]) -> bool:
         """Await something for as long as callers are made to wait: whether it came to its end."""
-        task = self._life.spawn(waiting, "wait", None)
+        task = self._life.spawn(waiting, "wait")
         try:
             await self._gateway.wait_for(task, self._gateway.timeout)
             if task.done():
@@ -257,7 +261,7 @@ class Ownership:
         """See `SessionManager.read`."""
         life = self._life
         life.enter()
-        gateway = self._gateway
+        gateway = self._require_store()
         check_user_id(user_id, life.options.user_id)
         session = life.table.active_session(user_id)
         if session is not None and session.end_reason is None:
@@ -272,7 +276,7 @@ class Ownership:
         """See `SessionManager.edit`."""
         life = self._life
         life.enter()
-        self._gateway  # noqa: B018 - raises without a store
+        self._require_store()
         self._check(user_id, default, "join", WHEN_ACTIVE)
         life.refuse_if_closed()
         live = life.table.find_by_user(user_id)
@@ -377,7 +381,7 @@ class Ownership:
         """See `SessionManager.erase`."""
         life = self._life
         life.enter()
-        gateway = self._gateway
+        gateway = self._require_store()
         check_user_id(user_id, life.options.user_id)
         if not gateway.store.can_erase:
             raise StoreModeError(
@@ -397,7 +401,7 @@ class Ownership:
                 await self._claims.outlast(user_id)
                 return await gateway.erase(user_id, life.owner).answer()
 
-            erased: bool = await self._claims.persistently(erase)
+            erased = await self._claims.persistently(erase)
             await self._end_erased(user_id)
             if life.spill is not None and life.spill.drop(user_id):
                 await self._replay.write_spill()
