@@ -509,6 +509,27 @@ FAULTS = [
         ("tests/test_spill.py",),
     ),
     Fault(
+        "who is erased before the spill is written stays in it",
+        "spill.py",
+        "        dropped += [entry for entry in self._collected if entry.user_id == user_id]",
+        "        dropped += [entry for entry in self._collected if entry.user_id is None]",
+        ("tests/test_spill_found.py",),
+    ),
+    Fault(
+        "two processes write one spill at the same time",
+        "spill.py",
+        '                    lock.acquire(f"{self.path}.lock")\n',
+        "                    pass\n",
+        ("tests/test_spill_found.py",),
+    ),
+    Fault(
+        "one spilled user who is not taken now stops the replay",
+        "replay.py",
+        "        return not self._gateway.down\n",
+        "        return not any(plan.error for plan in plans)\n",
+        ("tests/test_spill_found.py",),
+    ),
+    Fault(
         "the exit status pretends that all is saved",
         "signals.py",
         "                name_some(unsaved),\n            )\n            return 1\n",
