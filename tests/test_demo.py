@@ -209,9 +209,9 @@ def test_a_kill_may_take_the_youngest_changes_only() -> None:
     """What is missing is counted, and what is older than allowed a second time."""
     told = ledger((10.0, state(1)), (12.0, state(2)), (14.0, state(3)))
     found = verify.after_kill(stored_as(2), told, killed_at=15.0, allowed_age=2.5)
-    assert found == verify.AfterKill(lost=set(), older_than_allowed=0, changes=1, players=1, oldest=1.0)
+    assert found == verify.AfterKill(lost=set(), older_than_allowed=0, changes=1, oldest=1.0)
     found = verify.after_kill(stored_as(1), told, killed_at=15.0, allowed_age=2.5)
-    assert found == verify.AfterKill(lost=set(), older_than_allowed=1, changes=2, players=1, oldest=3.0)
+    assert found == verify.AfterKill(lost=set(), older_than_allowed=1, changes=2, oldest=3.0)
     found = verify.after_kill(stored_as(3), told, killed_at=15.0, allowed_age=2.5)
     assert found == verify.AfterKill()
 

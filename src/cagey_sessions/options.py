@@ -17,7 +17,18 @@ from typing import Any, TypeAlias
 
 from .errors import DurationError, OptionError, UnknownEventError
 
-__all__ = ["PERSIST_EVENTS", "Duration", "Options", "parse_duration", "suggest"]
+__all__ = [
+    "PERSIST_EVENTS",
+    "SECOND",
+    "SHORTEST_INTERVAL",
+    "Duration",
+    "Options",
+    "known_event",
+    "parse_duration",
+    "quote",
+    "read_options",
+    "suggest",
+]
 
 Duration: TypeAlias = int | float | str | timedelta
 """Seconds as a number, a `timedelta`, or text such as ``"30s"``, ``"1h30m"``, ``"500ms"``."""

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-__all__ = ["MAX_NUMBER", "Claim", "Outcome", "Record", "Store", "Verdict"]
+__all__ = ["MAX_NUMBER", "Claim", "Outcome", "Record", "Store", "Verdict", "latest_of", "text_of"]
 
 MAX_NUMBER = 2**53
 """Epochs and versions stay below it, so that any engine and any JSON reader keeps them exact."""

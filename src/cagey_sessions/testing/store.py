@@ -18,7 +18,7 @@ from ..stores import Claim, MemoryStore, Outcome, Record, Verdict
 from ..stores.memory import MemoryBacking, Row
 from .universe import Universe
 
-__all__ = ["Applied", "Faults", "SimulatedDatabase", "SimulatedStore"]
+__all__ = ["MILLISECOND", "Applied", "Faults", "SimulatedDatabase", "SimulatedStore"]
 
 T = TypeVar("T")
 

@@ -25,7 +25,7 @@ from ..stores.memory import Row
 from .store import SimulatedDatabase, SimulatedStore
 from .universe import Universe, VirtualClock, VirtualLoop
 
-__all__ = ["MakeManager", "Server", "World", "WorldError", "world"]
+__all__ = ["LIMIT", "MakeManager", "Server", "World", "WorldError", "world"]
 
 T = TypeVar("T")
 
