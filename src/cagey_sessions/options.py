@@ -23,6 +23,7 @@ __all__ = [
     "SHORTEST_INTERVAL",
     "Duration",
     "Options",
+    "duration_of",
     "known_event",
     "parse_duration",
     "quote",
@@ -115,6 +116,14 @@ def parse_duration(value: object, name: str, *, shortest: int = 1, longest: int 
         years = longest / (365 * 86_400 * SECOND)
         raise DurationError(f"{name}: {quote(value)} is too long; the longest is {years:g} years")
     return nanoseconds
+
+
+def duration_of(text: str) -> Duration:
+    """A duration given where all is text, in a URL or on a command line: a bare number stands for seconds."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def known_event(name: object, known: Collection[str]) -> str:
