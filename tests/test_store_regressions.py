@@ -13,6 +13,7 @@ from cagey_sessions import (
     FencedError,
     SessionManager,
     StoreUnavailableError,
+    UnsavableError,
     UserNotFoundError,
     WouldDeadlockError,
 )
@@ -1016,6 +1017,47 @@ async def test_f20b_an_edit_that_was_written_is_saved_whatever_claim_of_ours_com
 
     await let_time_pass(clock, edit())
     assert store.stored(1) == {"n": 1}
+    await clock.advance("1s")
+    assert store.owner_of(1) == ""
+    await end(clock, manager)
+
+
+async def test_f20c_an_edit_writes_over_nobody_who_has_taken_over_and_saved_meanwhile(clock, store, manager):
+    """Not even once they have let go of the user, so that the claim made again is granted."""
+    store.put(1, b'{"n":0}')
+    other = MemoryStore(store.backing)
+    await other.open()
+
+    async def edit() -> None:
+        async with manager.edit(1) as data:
+            store.bury(manager._life.owner)
+            (claim,) = await other.claim_many([1], "b")
+            await other.save_many([claim.record._replace(version=2, body=b'{"n":7}', release=True)])
+            data["n"] = 1
+
+    with pytest.raises(FencedError):
+        await let_time_pass(clock, edit())
+    assert store.stored(1) == {"n": 7}
+    await clock.advance("1s")
+    assert store.owner_of(1) == ""
+    await end(clock, manager)
+
+
+async def test_f20d_an_edit_that_is_refused_after_a_claim_made_again_lets_go_of_that(clock, store, manager):
+    async def claim_late(_: Any) -> None:
+        await MemoryStore.claim_many(store, [1], manager._life.owner)
+
+    async def refuse(_: Any) -> None:
+        store.verdict_of[1] = Verdict(Outcome.INVALID, "too odd")
+
+    async def edit() -> None:
+        async with manager.edit(1) as data:
+            data["n"] = 1
+
+    store.put(1, b'{"n":0}')
+    store.script = [claim_late, refuse]
+    with pytest.raises(UnsavableError, match="too odd"):
+        await let_time_pass(clock, edit())
     await clock.advance("1s")
     assert store.owner_of(1) == ""
     await end(clock, manager)

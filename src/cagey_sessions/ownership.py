@@ -356,12 +356,7 @@ class Ownership:
             if outcome not in (Outcome.SAVED, Outcome.ALREADY):
                 raise StoreUnavailableError(f"{gateway.name} could not save user {user_id!r:.80}: {detail or outcome}")
 
-        try:
-            await self._claims.persistently(save)
-        except BaseException:
-            if record.epoch != loaded.epoch:
-                self._claims.let_go(user_id, record.epoch)
-            raise
+        await self._claims.persistently(save)
 
     async def _claim_again(self, loaded: _Loaded, record: Record) -> int | None:
         """After a refusal by the fence, perhaps because of a late claim of our own: the epoch to write under.
