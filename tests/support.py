@@ -83,12 +83,6 @@ def server_answers(url: str) -> bool:
     return True
 
 
-def skip_without(url: str) -> None:
-    """The same from within a test or a fixture."""
-    if not server_answers(url):
-        pytest.skip(f"no server at {url}")
-
-
 async def drop_schema(name: str) -> None:
     """Remove a schema of a test. One that has failed may have left a transaction open, which would hold that up."""
     connection = await asyncpg.connect(POSTGRES)
@@ -106,6 +100,12 @@ async def drop_schema(name: str) -> None:
 def needs_server(url: str) -> pytest.MarkDecorator:
     """For tests that are skipped where a server is not there; CAGEY_TEST_POSTGRES and CAGEY_TEST_REDIS say where."""
     return pytest.mark.skipif(not server_answers(url), reason=f"no server at {url}")
+
+
+def skip_without(url: str) -> None:
+    """The same from within a test or a fixture."""
+    if not server_answers(url):
+        pytest.skip(f"no server at {url}")
 
 
 async def turns(count: int = 25) -> None:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeAlias
 
 from .errors import DurationError, OptionError, UnknownEventError
@@ -25,6 +26,7 @@ __all__ = [
     "Options",
     "duration_of",
     "known_event",
+    "name_of",
     "parse_duration",
     "quote",
     "read_options",
@@ -79,6 +81,13 @@ def quote(value: object) -> str:
         return f"{value!r:.80}"
     except Exception:  # an int of more digits than Python writes, or a repr that raises
         return f"a {type(value).__name__}"
+
+
+def name_of(function: Callable[..., object]) -> str:
+    """A function or another callable, as messages name it."""
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__qualname__", None) or type(function).__qualname__
 
 
 def parse_duration(value: object, name: str, *, shortest: int = 1, longest: int = LONGEST) -> int:

@@ -17,7 +17,7 @@ import orjson
 from ..clock import Clock
 from ..errors import UsageError
 from ..manager import SessionManager
-from ..options import Duration, parse_duration
+from ..options import SECOND, Duration, parse_duration
 from ..records import DrainReport
 from ..session import Session
 from ..stores import Record, Store
@@ -32,7 +32,7 @@ T = TypeVar("T")
 MakeManager = Callable[..., SessionManager[Any]]
 """``make_manager(store=..., clock=...)``: builds the program's manager on the store and the clock it is given."""
 
-LIMIT = 3600 * 1_000_000_000
+LIMIT = 3600 * SECOND
 """How much virtual time a call may take before it counts as stuck."""
 ROUNDS_AT_THE_END = 20
 
