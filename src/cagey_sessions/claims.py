@@ -8,10 +8,11 @@ who is kept by nobody is kept from everybody: the other servers wait until this 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context
+from itertools import islice
 from typing import Any, TypeVar
 
 from ._core import SessionCore
@@ -65,7 +66,7 @@ class Claims:
         self._turns: dict[int | str, _Turn] = {}
         self._wanted: dict[int | str, asyncio.Future[Claim]] = {}
         self._claimers = 0
-        self._to_release: dict[tuple[int | str, int], int] = {}
+        self._to_release: OrderedDict[tuple[int | str, int], int] = OrderedDict()
         """Whom to let go of, by the epoch of the claim, and how often that failed for another reason than an outage."""
         self._releasers: set[asyncio.Task[None]] = set()
         self._releasing = 0
@@ -182,7 +183,7 @@ class Claims:
                     _refuse(future, StoreUnavailableError(f"{self._gateway.name} is down"))
                 self._wanted.clear()
                 return
-            wanted = {user_id: self._wanted.pop(user_id) for user_id in list(self._wanted)[:CLAIMS_IN_A_CALL]}
+            wanted = {user_id: self._wanted.pop(user_id) for user_id in list(islice(self._wanted, CLAIMS_IN_A_CALL))}
             if not wanted:
                 return
             error = await self._claim_some(wanted)
@@ -352,8 +353,7 @@ class Claims:
             if gateway.down and not (gateway.may_call() and not life.table.has_due()):
                 await self._pause(LONGEST_RETRY)  # saves come first
                 continue
-            user_id, epoch = next(iter(self._to_release))
-            attempts = self._to_release.pop((user_id, epoch))
+            (user_id, epoch), attempts = self._to_release.popitem(last=False)
             self._releasing += 1
             again: int | None = epoch
             try:
