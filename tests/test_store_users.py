@@ -28,6 +28,7 @@ from cagey_sessions import (
     UserErasedError,
     UserNotFoundError,
 )
+from cagey_sessions.claims import CLAIM_CALLS
 from support import ManualClock, ScriptedStore, let_time_pass, turns
 
 
@@ -406,6 +407,30 @@ async def test_one_bad_load_does_not_fail_the_others_of_its_call(clock, store, m
     )
     assert [isinstance(each, StoreUnavailableError) for each in opened] == [number == 7 for number in range(20)]
     assert manager.statistics().store_up, "one row is not the store"
+    await end(clock, manager)
+
+
+async def test_a_login_that_comes_as_all_claims_under_way_are_answered_does_not_wait_for_another(clock, store, manager):
+    gate = asyncio.Event()
+
+    async def hang(_: Any) -> None:
+        await gate.wait()
+
+    async def visit(*users: int) -> None:
+        for user in users:
+            await (await manager.create()).login(user, default={})
+
+    await manager.__aenter__()
+    store.claim_script = [hang] * CLAIM_CALLS
+    visits = []
+    for user in range(CLAIM_CALLS):
+        visits.append(asyncio.ensure_future(visit(user, user + 100) if not user else visit(user)))
+        await turns()
+    assert len(store.claims) == CLAIM_CALLS
+    gate.set()
+    await turns()
+    assert all(task.done() for task in visits)
+    await asyncio.gather(*visits)
     await end(clock, manager)
 
 

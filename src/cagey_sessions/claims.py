@@ -65,7 +65,7 @@ class Claims:
         """How the store is opened; a spill has to be known before anybody is claimed."""
         self._turns: dict[int | str, _Turn] = {}
         self._wanted: dict[int | str, asyncio.Future[Claim]] = {}
-        self._claimers = 0
+        self._claimers: set[asyncio.Task[None]] = set()
         self._to_release: OrderedDict[tuple[int | str, int], int] = OrderedDict()
         """Whom to let go of, by the epoch of the claim, and how often that failed for another reason than an outage."""
         self._releasers: set[asyncio.Task[None]] = set()
@@ -146,9 +146,9 @@ class Claims:
     async def _wait_for_claim(self, user_id: int | str, until: int) -> Claim:
         future: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
         self._wanted[user_id] = future
-        if self._claimers < CLAIM_CALLS:
-            self._claimers += 1
+        if len(self._claimers) < CLAIM_CALLS:
             task = self._life.spawn(self._claim_all(), "claims", Context())
+            self._claimers.add(task)
             task.add_done_callback(self._see_claimer_gone)
 
         def lose_patience() -> None:
@@ -168,7 +168,7 @@ class Claims:
                 del self._wanted[user_id]  # nobody waits any more, and nothing has been asked
 
     def _see_claimer_gone(self, task: asyncio.Task[None]) -> None:
-        self._claimers -= 1
+        self._claimers.discard(task)
         if task.cancelled():
             for future in self._wanted.values():
                 future.cancel()
@@ -176,26 +176,36 @@ class Claims:
 
     async def _claim_all(self) -> None:
         """Claim whoever is wanted, until nobody is."""
-        while self._wanted:
-            await self._gateway.admission()
-            if not self._gateway.may_call():  # the store is to be closed
-                for future in self._wanted.values():
-                    _refuse(future, StoreUnavailableError(f"{self._gateway.name} is down"))
-                self._wanted.clear()
-                return
-            wanted = {user_id: self._wanted.pop(user_id) for user_id in list(islice(self._wanted, CLAIMS_IN_A_CALL))}
-            if not wanted:
-                return
-            error = await self._claim_some(wanted)
+        try:
+            while self._wanted:
+                await self._claim_next()
+        finally:
+            _leave(self._claimers)
+
+    async def _claim_next(self) -> None:
+        """Claim those who have waited longest, in one call; each alone if it fails and it may be the fault of one."""
+        await self._gateway.admission()
+        if not self._gateway.may_call():  # the store is to be closed
+            for future in self._wanted.values():
+                _refuse(future, StoreUnavailableError(f"{self._gateway.name} is down"))
+            self._wanted.clear()
+            return
+        wanted = {user_id: self._wanted.pop(user_id) for user_id in list(islice(self._wanted, CLAIMS_IN_A_CALL))}
+        try:
+            error = await self._claim_some(wanted) if wanted else None
             if error is None:
-                continue
+                return
             if len(wanted) > 1 and not isinstance(error, StoreUnavailableError):
-                for user_id, future in wanted.items():  # it may be the fault of one of them
+                for user_id, future in wanted.items():
                     if error := await self._claim_some({user_id: future}):
                         _refuse(future, error)
             else:
                 for future in wanted.values():
                     _refuse(future, error)
+        except asyncio.CancelledError:
+            for future in wanted.values():
+                future.cancel()
+            raise
 
     async def _claim_some(self, wanted: dict[int | str, asyncio.Future[Claim]]) -> Exception | None:
         gateway = self._gateway
@@ -209,8 +219,6 @@ class Claims:
                 raise StoreContractError(f"{gateway.name} did not answer with one claim for each user")
         except asyncio.CancelledError:
             self.doubt(wanted, call.task)
-            for future in wanted.values():
-                future.cancel()
             raise
         except Exception as error:
             self.doubt(wanted, call.task)
@@ -347,6 +355,12 @@ class Claims:
 
     async def _release_all(self) -> None:
         """Let go of whoever is to be let go of; after a failure it is the others' turn first."""
+        try:
+            await self._release_each()
+        finally:
+            _leave(self._releasers)
+
+    async def _release_each(self) -> None:
         gateway, life = self._gateway, self._life
         delay = FIRST_RETRY
         while self._to_release and not gateway.closed and not life.closed:
@@ -447,3 +461,9 @@ class Claims:
 def _refuse(future: asyncio.Future[Claim], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
+
+
+def _leave(tasks: set[asyncio.Task[None]]) -> None:
+    """Here, and not when the task is seen to be done: whoever comes in between must find its place free."""
+    if (task := asyncio.current_task()) is not None:
+        tasks.discard(task)
