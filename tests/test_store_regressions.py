@@ -186,6 +186,37 @@ async def test_f1c_a_cancelled_edit_whose_write_is_under_way_holds_the_user(cloc
     await end(clock, manager)
 
 
+async def test_f1h_a_login_in_the_very_turn_in_which_a_write_returns_holds_up_nobody(clock):
+    """Unfenced: the write counts as under way until the loop has seen that it is done."""
+    gate, landed = asyncio.Event(), asyncio.Event()
+
+    async def save_many(_: Any) -> None:
+        await gate.wait()
+        landed.set()
+
+    async def log_in_at_once() -> Any:
+        session = await manager.create()
+        await landed.wait()
+        await session.login(1)
+        return session
+
+    async def edit() -> None:
+        async with manager.edit(1) as data:
+            data["n"] = 1
+
+    manager = SessionManager(store=CallbackStore(lambda _: {"n": 0}, save_many), clock=clock)
+    editing = asyncio.ensure_future(edit())
+    await turns()
+    editing.cancel()
+    coming = asyncio.ensure_future(log_in_at_once())
+    await turns()
+    gate.set()
+    session = await let_time_pass(clock, coming)
+    assert session.user_id == 1
+    await asyncio.gather(editing, return_exceptions=True)
+    await end(clock, manager)
+
+
 async def test_f1d_an_erased_user_is_not_brought_back_by_a_save_under_way(clock):
     """Unfenced: erase waits for the save under way, and no other of that session begins."""
     table = Table()

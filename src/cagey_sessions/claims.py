@@ -124,7 +124,7 @@ class Claims:
 
     async def outlast(self, user_id: int | str) -> None:
         """Where nothing fences off a late write, wait for the end of any before the user is read."""
-        while (write := self._gateway.writes.get(user_id)) is not None:
+        while (write := self._gateway.writes.get(user_id)) is not None and not write.done():
             await self._gateway.wait_for(write, self._gateway.timeout)
             if not write.done():
                 raise StoreUnavailableError(
