@@ -336,6 +336,22 @@ async def test_f2b_an_open_cancelled_as_it_comes_to_its_end_leaves_nobody_behind
     await end(clock, manager)
 
 
+@pytest.mark.parametrize("later", range(3))
+async def test_f2d_who_opens_a_user_as_another_open_is_cancelled_has_a_live_session(clock, store, manager, later):
+    """At any turn of the loop: never the session that is ended because nobody waits for it any more."""
+    for count in range(30):
+        first = asyncio.ensure_future(manager.open(count, default={"n": 0}))
+        await turns(count)
+        first.cancel()
+        await turns(later)
+        second = asyncio.ensure_future(manager.open(count, default={"n": 0}))
+        session = await let_time_pass(clock, second)
+        await turns()
+        assert session.alive, f"cancelled after {count} turns"
+        assert manager.find_by_user(count) is session
+    await end(clock, manager)
+
+
 @pytest.mark.parametrize("when_active", ["replace", "refuse"])
 async def test_f2c_the_same_for_an_open_that_does_not_join(clock, store, manager, when_active):
     """Cancelling `open` ends the session if nobody else waits for it, also while `identified` listeners run."""

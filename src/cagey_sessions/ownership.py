@@ -13,7 +13,6 @@ import inspect
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
-from contextvars import Context
 from typing import Any, NamedTuple
 
 from ._core import SessionCore, check_user_id
@@ -39,6 +38,7 @@ from .errors import (
 from .gateway import StoreGateway
 from .lifecycle import Lifecycle
 from .options import quote, suggest
+from .records import EndReason
 from .replay import Replay
 from .stores import Claim, Outcome, Record
 from .waits import Wait, would_deadlock
@@ -174,14 +174,20 @@ class Ownership:
         task = opening.task
         if opening.waiting or opening.is_taken or task is None:
             return
+        for user_id in [user_id for user_id, other in self._opening.items() if other is opening]:
+            del self._opening[user_id]  # nobody is to join it
         if not task.done():
-            for user_id in [user_id for user_id, other in self._opening.items() if other is opening]:
-                del self._opening[user_id]
             opening.is_given_up = True
             task.cancel()
         elif not task.cancelled() and task.exception() is None and opening.is_new:
             opening.is_taken = True
-            self._life.spawn(self._end_quietly(task.result()), "end of session", Context())
+            self._abandon(task.result())
+
+    def _abandon(self, session: SessionCore) -> None:
+        """Begin the end of a session that nobody has: at once, so that nobody finds it any more."""
+        life = self._life
+        if not life.table.is_ending(session) and not life.end_at_once(session, EndReason.DESTROYED):
+            life.begin_end(session, False, EndReason.DESTROYED)
 
     async def _end_quietly(self, session: SessionCore) -> None:
         with suppress(Exception):  # it has been reported where it was raised
@@ -211,7 +217,7 @@ class Ownership:
             await life.emit_identified(session, user_id, session.user_data)
         except asyncio.CancelledError:
             if opening.is_given_up:  # else the loop is being shut down, and takes no new tasks
-                life.spawn(self._end_quietly(session), "end of session", Context())
+                self._abandon(session)
             raise
         return session
 
