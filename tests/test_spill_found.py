@@ -10,11 +10,12 @@ from dataclasses import replace
 
 import pytest
 
-from cagey_sessions import DrainError, OptionError, SessionManager, SnapshotError, read_snapshot
+from cagey_sessions import DrainError, OptionError, SessionManager, SnapshotError, StoreContractError, read_snapshot
 from cagey_sessions.savefile import Files
 from cagey_sessions.spill import Spill, SpillEntry
 from cagey_sessions.stores import CallbackStore, MemoryStore, Outcome, Verdict
-from support import ScriptedStore, let_time_pass
+from cagey_sessions.stores.memory import Row
+from support import ScriptedStore, let_time_pass, turns
 
 ENTRY = SpillEntry("ann", None, 3, "node", 0, 0, b"{}", 0.0, bytes(16), frozenset())
 
@@ -178,3 +179,30 @@ async def test_a_row_that_is_not_taken_now_keeps_nobody_else_from_the_replay(clo
     assert set(manager.spill_report.replayed) == {*users} - {first}
     store.verdict_of.clear()
     await let_time_pass(clock, manager.destroy())
+
+
+@pytest.mark.parametrize("answer", [None, [], ["saved"], [Verdict("odd")], [Verdict([])]], ids=repr)
+async def test_a_replay_that_is_answered_with_nonsense_leaves_them_pending(clock, tmp_path, answer):
+    spill = Spill(tmp_path / "spill")
+    spill.collect(ENTRY)
+    spill.write()
+    store = ScriptedStore(clock)
+    store.backing.rows["ann"] = Row(ENTRY.epoch)
+    save_many = store.save_many
+
+    async def answer_nonsense(records):
+        return answer
+
+    store.save_many = answer_nonsense
+    errors = []
+    manager = SessionManager(store=store, spill=tmp_path / "spill", clock=clock)
+    manager.on("error", lambda error, session: errors.append(error))
+    await manager.__aenter__()
+    await turns()
+    assert (manager.spill_report.pending, errors) == (("ann",), [])
+    with pytest.raises(StoreContractError):
+        await manager.open("ann", default={"new": True})
+    await clock.advance("1s")
+    assert store.owner_of("ann") == ""
+    store.save_many = save_many
+    await manager.destroy()

@@ -25,7 +25,6 @@ from .errors import (
     FencedError,
     OptionError,
     SessionEndedError,
-    StoreContractError,
     StoreModeError,
     StoreUnavailableError,
     UnsavableError,
@@ -41,6 +40,7 @@ from .options import quote, suggest
 from .records import EndReason
 from .replay import Replay
 from .stores import Claim, Outcome, Record
+from .stores.base import verdicts_of
 from .waits import Wait, would_deadlock
 from .writebehind import StoreSaver
 
@@ -343,10 +343,7 @@ class Ownership:
 
         async def save(_: int) -> None:
             nonlocal record
-            verdicts = await gateway.write([record]).answer()
-            if not isinstance(verdicts, list) or len(verdicts) != 1:
-                raise StoreContractError(f"{gateway.name} did not answer with one verdict for each record")
-            outcome, detail = verdicts[0]
+            ((outcome, detail),) = verdicts_of(gateway.store, await gateway.write([record]).answer(), 1)
             if outcome == Outcome.FENCED and gateway.store.fenced and record.epoch == loaded.epoch:
                 epoch = await self._claim_again(loaded, record)
                 if epoch is None:

@@ -23,6 +23,7 @@ from .lifecycle import Lifecycle
 from .savefile import in_thread
 from .spill import Plan
 from .stores import Claim, Outcome, Verdict
+from .stores.base import verdicts_of
 from .writebehind import MOST_BYTES, MOST_ROWS
 
 __all__ = ["Replay"]
@@ -141,9 +142,8 @@ class Replay:
         try:
             if not gateway.may_call():
                 raise StoreUnavailableError(f"{gateway.name} is down")
-            verdicts = await gateway.write([plan.write for plan in plans if plan.write is not None]).answer()
-            if not isinstance(verdicts, list) or len(verdicts) != len(plans):
-                raise StoreContractError(f"{gateway.name} did not answer with one verdict for each record")
+            answer = await gateway.write([plan.write for plan in plans if plan.write is not None]).answer()
+            verdicts = verdicts_of(gateway.store, answer, len(plans))
         except Exception as raised:
             error: Exception = raised
             if not isinstance(error, StoreError):
