@@ -465,5 +465,6 @@ def _refuse(future: asyncio.Future[Claim], error: Exception) -> None:
 
 def _leave(tasks: set[asyncio.Task[None]]) -> None:
     """Here, and not when the task is seen to be done: whoever comes in between must find its place free."""
-    if (task := asyncio.current_task()) is not None:
-        tasks.discard(task)
+    with suppress(RuntimeError):  # no loop runs when a task that was forgotten is thrown away
+        if (task := asyncio.current_task()) is not None:
+            tasks.discard(task)
