@@ -16,7 +16,7 @@ import pytest
 from cagey_sessions import SessionManager
 from cagey_sessions._core import living
 from cagey_sessions.testing.plugin import cagey_world  # noqa: F401 - as pytest finds it where the package is installed
-from support import Db, ManualClock
+from support import Db, ManualClock, ScriptedStore
 
 
 def _eager_loop() -> asyncio.AbstractEventLoop:
@@ -101,6 +101,17 @@ def clock() -> ManualClock:
 @pytest.fixture
 def db(clock: ManualClock) -> Db:
     return Db(clock)
+
+
+@pytest.fixture
+def store(clock: ManualClock) -> ScriptedStore:
+    return ScriptedStore(clock)
+
+
+@pytest.fixture
+def manager(clock: ManualClock, store: ScriptedStore) -> SessionManager:
+    """A manager on the hand-turned clock, and on the store of the test's module if it has one of its own."""
+    return SessionManager(store=store, clock=clock)
 
 
 @pytest.fixture

@@ -151,21 +151,11 @@ class PostgresEngine(Engine):
         return subprocess.run(command, check=False).returncode == 0
 
 
-class RedisEngine(Engine):
-    """Redis behind a Unix socket, or at a port where others are to find it, that forgets nothing."""
-
-    def __init__(self, *settings: str, port: int = 0) -> None:
-        super().__init__()
-        server = program("redis-server")
-        assert server is not None
-        self.socket = self.folder / "redis.sock"
-        self.port = port
-        self.url = f"redis://127.0.0.1:{port}/0" if port else f"unix://{self.socket}"
-        self.command = [server, "--port", str(port), "--unixsocket", str(self.socket), "--dir", str(self.folder)]
-        self.command += ["--save", "", "--appendonly", "yes", "--appendfsync", "always", *settings]
+class RedisProcess(Engine):
+    """A process that is asked as Redis is."""
 
     def client(self) -> redis.Redis:
-        return redis.Redis(unix_socket_path=str(self.socket), retry=Retry(NoBackoff(), 0))
+        raise NotImplementedError
 
     def ask(self, *command: str) -> Any:
         """One command, by a connection of its own."""
@@ -181,7 +171,24 @@ class RedisEngine(Engine):
             return False
 
 
-class SentinelEngine(Engine):
+class RedisEngine(RedisProcess):
+    """Redis behind a Unix socket, or at a port where others are to find it, that forgets nothing."""
+
+    def __init__(self, *settings: str, port: int = 0) -> None:
+        super().__init__()
+        server = program("redis-server")
+        assert server is not None
+        self.socket = self.folder / "redis.sock"
+        self.port = port
+        self.url = f"redis://127.0.0.1:{port}/0" if port else f"unix://{self.socket}"
+        self.command = [server, "--port", str(port), "--unixsocket", str(self.socket), "--dir", str(self.folder)]
+        self.command += ["--save", "", "--appendonly", "yes", "--appendfsync", "always", *settings]
+
+    def client(self) -> redis.Redis:
+        return redis.Redis(unix_socket_path=str(self.socket), retry=Retry(NoBackoff(), 0))
+
+
+class SentinelEngine(RedisProcess):
     """A Sentinel that watches one primary, alone, so that its own word is enough."""
 
     def __init__(self, primary: RedisEngine, service: str = "mymaster") -> None:
@@ -199,13 +206,3 @@ class SentinelEngine(Engine):
 
     def client(self) -> redis.Redis:
         return redis.Redis(port=self.port, protocol=2, retry=Retry(NoBackoff(), 0))
-
-    def ask(self, *command: str) -> Any:
-        with self.client() as client:
-            return client.execute_command(*command)
-
-    def is_ready(self) -> bool:
-        try:
-            return bool(self.ask("PING"))
-        except redis.RedisError:
-            return False

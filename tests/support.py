@@ -9,11 +9,13 @@ import heapq
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from contextvars import Context
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +83,38 @@ def server_answers(url: str) -> bool:
             raise RuntimeError(f"CI needs the server at {url}") from error
         return False
     return True
+
+
+async def execute(*statements: str) -> None:
+    """On the PostgreSQL of the tests, by a connection of its own."""
+    connection = await asyncpg.connect(POSTGRES)
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+@asynccontextmanager
+async def new_role(schema: str) -> AsyncIterator[tuple[str, str]]:
+    """A user of the server who may do nothing yet, for one schema of a test: the name, and a DSN for it."""
+    role = f"role_{schema[-12:]}"
+    try:
+        await execute(f"CREATE ROLE {role} LOGIN")
+    except asyncpg.InsufficientPrivilegeError:
+        # only a second user can have fewer rights, and whose server this is may not let us make one
+        pytest.skip("this user may not make roles")
+    try:
+        yield role, re.sub("//[^@]*@", f"//{role}@", POSTGRES)
+    finally:
+        await execute(f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+
+
+async def until_a_lock_is_waited_for(connection: Any) -> None:
+    async with asyncio.timeout(10):
+        # the server sets no event
+        while not await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 async def drop_schema(name: str) -> None:
@@ -367,6 +401,22 @@ class ScriptedStore(MemoryStore):
     def versions(self, user_id: int | str) -> list[int]:
         """The versions of a user's saves, in the order they were sent."""
         return [record.version for batch in self.batches for record in batch.records if record.user_id == user_id]
+
+
+async def end(clock: ManualClock, *managers: Any) -> None:
+    for manager in managers:
+        await let_time_pass(clock, manager.destroy())
+        statistics = manager.statistics()
+        assert (statistics.live, statistics.in_flight, statistics.pending) == (0, 0, 0)
+    assert clock.pending == 0, "no timer is left"
+
+
+async def changed(manager: Any, user_id: int | str = 1) -> Any:
+    """A session with a change that is not saved."""
+    session = await manager.open(user_id, default={"n": 0})
+    await session.persist_now()
+    session.user_data["n"] = 1
+    return session
 
 
 class Crash(BaseException):

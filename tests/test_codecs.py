@@ -27,8 +27,10 @@ from cagey_sessions import (
     EncodingError,
     MissingExtraError,
     OptionError,
+    dataclass_codec,
+    msgspec_codec,
 )
-from cagey_sessions.encoding import Encoding, dataclass_codec, msgspec_codec
+from cagey_sessions.encoding import Encoding
 from cagey_sessions.stores.base import Record
 
 UTC = timezone.utc  # noqa: UP017 - the same object; its type is what counts here
@@ -693,6 +695,6 @@ def test_without_msgspec_the_extra_is_named(monkeypatch):
 
 
 def test_the_module_imports_without_msgspec():
-    script = "import sys, cagey_sessions.encoding; print('msgspec' in sys.modules)"
+    script = "import sys, cagey_sessions.codecs; print('msgspec' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

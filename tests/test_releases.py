@@ -54,11 +54,6 @@ def store(clock):
     return Watched(clock)
 
 
-@pytest.fixture
-def manager(clock, store):
-    return SessionManager(store=store, clock=clock)
-
-
 async def assert_all_is_quiet(clock: Any, store: Watched) -> None:
     """The manager has been destroyed: whatever comes late, no call is made any more, and nobody waits to make one."""
     calls = store.calls

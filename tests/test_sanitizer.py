@@ -17,11 +17,6 @@ from support import ManualClock, ScriptedStore, let_time_pass, turns
 
 
 @pytest.fixture
-def store(clock: ManualClock) -> ScriptedStore:
-    return ScriptedStore(clock)
-
-
-@pytest.fixture
 def make(clock: ManualClock, store: ScriptedStore) -> Any:
     return functools.partial(SessionManager, store=store, clock=clock, debug=True)
 

@@ -161,12 +161,12 @@ def test_a_second_signal_is_logged_and_aborts_nothing(script, second):
         f"""
         async def main():
             store = Slow(backing)
-            store.delay = 0.5
+            store.delay = 1
             async with SessionManager(store=store) as manager:
                 await fill(manager, 10)
                 shot(signal.SIGINT)
-                shot(signal.{second}, 0.2)
                 shot(signal.{second}, 0.3)
+                shot(signal.{second}, 0.6)  # later: two that wait for a busy process become one
                 return await manager.run_until_signal()
         status = run(main())
         print(stored())

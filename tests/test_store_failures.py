@@ -22,34 +22,7 @@ from cagey_sessions import (
     WouldDeadlockError,
 )
 from cagey_sessions.stores import Outcome, Verdict
-from support import ManualClock, ScriptedStore, let_time_pass, turns
-
-
-@pytest.fixture
-def store(clock: ManualClock) -> ScriptedStore:
-    return ScriptedStore(clock)
-
-
-@pytest.fixture
-def manager(clock: ManualClock, store: ScriptedStore) -> Any:
-    return SessionManager(store=store, clock=clock)
-
-
-async def end(clock: ManualClock, *managers: Any) -> None:
-    for manager in managers:
-        await let_time_pass(clock, manager.destroy())
-        statistics = manager.statistics()
-        assert (statistics.live, statistics.in_flight, statistics.pending) == (0, 0, 0)
-    assert clock.pending == 0, "no timer is left"
-
-
-async def changed(manager: Any, user_id: int | str = 1) -> Any:
-    """A session with a change that is not saved."""
-    session = await manager.open(user_id, default={"n": 0})
-    await session.persist_now()
-    session.user_data["n"] = 1
-    return session
-
+from support import ScriptedStore, changed, end, let_time_pass, turns
 
 # Outcomes that are not known
 

@@ -18,7 +18,7 @@ from cagey_sessions import (
     WouldDeadlockError,
 )
 from cagey_sessions.stores import CallbackStore, MemoryStore, Outcome, Verdict
-from support import ManualClock, ScriptedStore, let_time_pass, turns
+from support import ManualClock, ScriptedStore, changed, end, let_time_pass, turns
 
 
 class Losing(ScriptedStore):
@@ -49,22 +49,16 @@ def store(clock: ManualClock) -> Losing:
     return Losing(clock)
 
 
-@pytest.fixture
-def manager(clock: ManualClock, store: ScriptedStore) -> Any:
-    return SessionManager(store=store, clock=clock)
+async def edit(manager: Any, user_id: int = 1) -> None:
+    async with manager.edit(user_id, default={"n": 0}) as data:
+        data["n"] = 1
 
 
-async def end(clock: ManualClock, *managers: Any) -> None:
-    for manager in managers:
-        await let_time_pass(clock, manager.destroy())
-    assert clock.pending == 0, "no timer is left"
-
-
-async def changed(manager: Any, user_id: int | str = 1) -> Any:
-    session = await manager.open(user_id, default={"n": 0})
-    await session.persist_now()
-    session.user_data["n"] = 1
-    return session
+async def play(clock: ManualClock, opening: asyncio.Task[Any]) -> None:
+    """Whoever has been let in by now has something saved, and acknowledged."""
+    if opening.done() and opening.exception() is None:
+        opening.result().user_data["n"] = 100
+        await let_time_pass(clock, opening.result().persist_now())
 
 
 class Table:
@@ -119,9 +113,7 @@ async def test_f1a_a_late_write_of_a_session_let_go_of_never_lands_on_the_next_o
     await turns()
     again = asyncio.ensure_future(manager.open(1))
     await clock.advance("1s")
-    if again.done() and again.exception() is None:
-        again.result().user_data["n"] = 100
-        await let_time_pass(clock, again.result().persist_now())  # acknowledged
+    await play(clock, again)
     gate.set()
     await turns()
     await let_time_pass(clock, asyncio.gather(leaving, again, return_exceptions=True))
@@ -139,17 +131,11 @@ async def test_f1b_a_late_write_of_an_edit_never_lands_on_a_newer_save(clock):
     manager = SessionManager(store=table.store(), clock=clock)
     table.gates = [gate := asyncio.Event()]
 
-    async def edit() -> None:
-        async with manager.edit(1) as data:
-            data["n"] = 1
-
     with pytest.raises(StoreUnavailableError):
-        await let_time_pass(clock, edit())
+        await let_time_pass(clock, edit(manager))
     opening = asyncio.ensure_future(manager.open(1))
     await clock.advance("100ms")
-    if opening.done():
-        opening.result().user_data["n"] = 100
-        await let_time_pass(clock, opening.result().persist_now())
+    await play(clock, opening)
     gate.set()
     session = await let_time_pass(clock, opening)
     if session.user_data["n"] == 100:
@@ -165,19 +151,13 @@ async def test_f1c_a_cancelled_edit_whose_write_is_under_way_holds_the_user(cloc
     manager = SessionManager(store=table.store(), clock=clock)
     table.gates = [gate := asyncio.Event()]
 
-    async def edit() -> None:
-        async with manager.edit(1) as data:
-            data["n"] = 1
-
-    task = asyncio.ensure_future(edit())
+    task = asyncio.ensure_future(edit(manager))
     await turns()
     assert table.open[1] == 1
     task.cancel()
     opening = asyncio.ensure_future(manager.open(1))
     await turns()
-    if opening.done():
-        opening.result().user_data["n"] = 100
-        await let_time_pass(clock, opening.result().persist_now())
+    await play(clock, opening)
     gate.set()
     session = await let_time_pass(clock, opening)
     if session.user_data["n"] == 100:
@@ -267,9 +247,7 @@ async def test_f1f_a_late_erasure_never_lands_on_a_newer_save(clock, end_of_call
             await let_time_pass(clock, erasing)
     opening = asyncio.ensure_future(manager.open(1, default={"n": 1}))
     await clock.advance("100ms")
-    if opening.done():
-        opening.result().user_data["n"] = 100
-        await let_time_pass(clock, opening.result().persist_now())
+    await play(clock, opening)
     gate.set()
     session = await let_time_pass(clock, opening)
     assert session.user_data["n"] == 1, "what is to be erased was loaded"
@@ -390,12 +368,7 @@ async def test_f3_a_login_cancelled_at_any_turn_lets_go_of_its_claim(clock, stor
 
 async def test_f3b_an_edit_cancelled_at_any_turn_lets_go_of_its_claim(clock, store, manager):
     for count in range(40):
-
-        async def edit(user_id: int = count) -> None:
-            async with manager.edit(user_id, default={"n": 0}) as data:
-                data["n"] = 1
-
-        task = asyncio.ensure_future(edit())
+        task = asyncio.ensure_future(edit(manager, count))
         await turns(count)
         task.cancel()
         await turns()
@@ -490,14 +463,20 @@ async def test_f4d_a_callback_that_answers_fenced_ends_the_session(clock):
 # F5: rows of a batch that are not in the call that hangs
 
 
-async def test_f5a_a_call_that_hangs_does_not_hold_rows_it_has_not_got(clock, store, manager):
-    """Fenced: who failed before shares no call with who did not, and does not wait for a call that hangs either."""
+async def one_that_failed(clock: ManualClock, store: Losing, manager: Any) -> tuple[Any, Any]:
+    """Two users with a change; the last save of the first has failed, that of the other has not."""
     bad, good = await changed(manager, 1), await changed(manager, 2)
     store.verdict_of[1] = Verdict(Outcome.FAILED, "locked")
     await clock.advance("31s")
     store.verdict_of.clear()
-    store.batches.clear()
     good.user_data["n"] = bad.user_data["n"] = 2
+    return bad, good
+
+
+async def test_f5a_a_call_that_hangs_does_not_hold_rows_it_has_not_got(clock, store, manager):
+    """Fenced: who failed before shares no call with who did not, and does not wait for a call that hangs either."""
+    bad, good = await one_that_failed(clock, store, manager)
+    store.batches.clear()
     store.lose(1)
     tasks = [asyncio.ensure_future(session.persist_now()) for session in (bad, good)]
     await clock.advance("60s")
@@ -522,11 +501,7 @@ async def test_f5b_a_half_does_not_wait_for_another_half_that_hangs(clock, store
 
 async def test_f5c_destroy_does_not_hang_with_a_call_of_others(clock, store, manager):
     """`destroy` raises after `save_timeout` at the latest, also for a row whose batch waits for another call."""
-    bad, good = await changed(manager, 1), await changed(manager, 2)
-    store.verdict_of[1] = Verdict(Outcome.FAILED, "locked")
-    await clock.advance("31s")
-    store.verdict_of.clear()
-    good.user_data["n"] = bad.user_data["n"] = 2
+    bad, good = await one_that_failed(clock, store, manager)
     store.lose(1)
     for session in (bad, good):
         manager._life.autosave._table.ask(session)  # nobody waits
@@ -937,16 +912,12 @@ async def test_f17_a_drain_leaves_no_claim_behind(clock, call):
         manager = SessionManager(store=store, clock=clock)
         session = await manager.create()
 
-        async def edit(manager: Any = manager) -> None:
-            async with manager.edit(1, default={"n": 0}) as data:
-                data["n"] = 1
-
         if call == "login":
             task = asyncio.ensure_future(session.login(1, default={"n": 0}))
         elif call == "open":
             task = asyncio.ensure_future(manager.open(1, default={"n": 0}))
         else:
-            task = asyncio.ensure_future(edit())
+            task = asyncio.ensure_future(edit(manager))
         await turns(count)
         leaving = asyncio.ensure_future(manager.destroy())
         await let_time_pass(clock, asyncio.gather(leaving, task, return_exceptions=True))
@@ -1172,14 +1143,10 @@ def test_f23_a_loop_that_ends_in_the_middle_of_anything_is_quiet(capfd, clock, c
             else:
                 store.script = ["hang"]
 
-            async def edit() -> None:
-                async with manager.edit(2, default={"n": 0}) as data:
-                    data["n"] = 1
-
             work = {
                 "login": lambda: manager._life.ownership.login(manager._life.table.create(), 2, {"n": 0}, "replace"),
                 "open": lambda: manager.open(2, default={"n": 0}),
-                "edit": edit,
+                "edit": lambda: edit(manager, 2),
                 "erase": lambda: manager.erase(1),
                 "destroy": session.destroy,
                 "read": lambda: manager.read(1),

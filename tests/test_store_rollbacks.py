@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cagey_sessions import EndReason, SessionManager
-from support import ManualClock, ScriptedStore, let_time_pass, turns
+from support import ManualClock, ScriptedStore, end, turns
 
 
 class Engine(ScriptedStore):
@@ -38,17 +38,26 @@ def store(clock: ManualClock) -> Engine:
     return Engine(clock)
 
 
-async def end(clock: ManualClock, *managers: Any) -> None:
-    for manager in managers:
-        await let_time_pass(clock, manager.destroy())
-    assert clock.pending == 0, "no timer is left"
-
-
 async def opened(manager: Any, *users: int) -> list[Any]:
     sessions = [await manager.open(user, default={"n": 0}) for user in users]
     for session in sessions:
         await session.persist_now()
     return sessions
+
+
+async def save(session: Any, n: int) -> None:
+    session.user_data["n"] = n
+    await session.persist_now()
+
+
+async def returned(manager: Any, store: Engine) -> tuple[Any, Any]:
+    """Somebody who was here before and has changed since, and how the engine was in between."""
+    (first,) = await opened(manager, 1)
+    await first.destroy()
+    mark = store.mark()
+    (session,) = await opened(manager, 1)
+    await save(session, 5)
+    return session, mark
 
 
 @pytest.mark.parametrize("options", [{}, {"tracking": "marked"}, {"before_save": lambda session: None}], ids=str)
@@ -71,33 +80,24 @@ async def test_after_a_restart_everybody_is_written_again_within_an_interval(clo
     await end(clock, manager)
 
 
-async def test_a_claim_that_was_lost_is_made_again_and_what_is_in_memory_wins(clock, store):
-    manager = SessionManager(store=store, clock=clock)
-    (session,) = await opened(manager, 1)
-    await session.destroy()
-    mark = store.mark()
-    (session,) = await opened(manager, 1)
-    session.user_data["n"] = 5
-    await session.persist_now()
+async def test_a_claim_that_was_lost_is_made_again_and_what_is_in_memory_wins(clock, store, manager):
+    session, mark = await returned(manager, store)
     store.throw_back(mark)
     await opened(manager, 2)
     await clock.advance("31s")
     assert session.end_reason is None
     assert store.stored(1) == {"n": 5}
-    session.user_data["n"] = 6
-    await session.persist_now()
+    await save(session, 6)
     assert store.stored(1) == {"n": 6}
     await end(clock, manager)
 
 
-async def test_a_user_whose_row_is_from_before_the_first_save_is_written_again(clock, store):
-    manager = SessionManager(store=store, clock=clock)
+async def test_a_user_whose_row_is_from_before_the_first_save_is_written_again(clock, store, manager):
     first = await manager.open(1, default={"n": 0})
     mark = store.mark()
     await first.destroy()
     (session,) = await opened(manager, 1)
-    session.user_data["n"] = 5
-    await session.persist_now()
+    await save(session, 5)
     store.throw_back(mark)
     await opened(manager, 2)
     await clock.advance("31s")
@@ -105,36 +105,22 @@ async def test_a_user_whose_row_is_from_before_the_first_save_is_written_again(c
     await end(clock, manager)
 
 
-async def test_a_rollback_that_nobody_notices_is_healed_by_the_next_change(clock, store):
-    manager = SessionManager(store=store, clock=clock)
-    (session,) = await opened(manager, 1)
-    await session.destroy()
-    mark = store.mark()
-    (session,) = await opened(manager, 1)
-    session.user_data["n"] = 5
-    await session.persist_now()
+async def test_a_rollback_that_nobody_notices_is_healed_by_the_next_change(clock, store, manager):
+    session, mark = await returned(manager, store)
     store.throw_back(mark, is_noticed=False)
-    session.user_data["n"] = 6
-    await session.persist_now()
+    await save(session, 6)
     assert store.stored(1) == {"n": 6}
     await end(clock, manager)
 
 
-async def test_who_was_taken_over_after_the_rollback_is_fenced(clock, store):
+async def test_who_was_taken_over_after_the_rollback_is_fenced(clock, store, manager):
     """Two histories follow the same point by then, and both were acknowledged; ours is the one that ends."""
-    manager = SessionManager(store=store, clock=clock)
-    (session,) = await opened(manager, 1)
-    await session.destroy()
-    mark = store.mark()
-    (session,) = await opened(manager, 1)
-    session.user_data["n"] = 5
-    await session.persist_now()
+    session, mark = await returned(manager, store)
     store.throw_back(mark)
     other_store = Engine(clock, backing=store.backing)
     other = SessionManager(store=other_store, clock=clock)
     theirs = await other.open(1)
-    theirs.user_data["n"] = 100
-    await theirs.persist_now()
+    await save(theirs, 100)
     await opened(manager, 2)
     await clock.advance("31s")
     assert session.end_reason == EndReason.FENCED
@@ -156,9 +142,8 @@ async def test_an_engine_that_only_says_who_it_is_later_is_no_new_one(clock, sto
     await end(clock, manager)
 
 
-async def test_a_user_whose_release_was_lost_is_not_kept_from_others(clock, store):
+async def test_a_user_whose_release_was_lost_is_not_kept_from_others(clock, store, manager):
     """The engine has them as owned by a server that has let go of them, and lives."""
-    manager = SessionManager(store=store, clock=clock)
     (session,) = await opened(manager, 1)
     mark = store.mark()
     await session.destroy()
@@ -171,16 +156,14 @@ async def test_a_user_whose_release_was_lost_is_not_kept_from_others(clock, stor
     await end(clock, manager, other)
 
 
-async def test_a_user_who_moved_just_before_the_loss_stays_where_they_are(clock, store):
-    manager = SessionManager(store=store, clock=clock)
+async def test_a_user_who_moved_just_before_the_loss_stays_where_they_are(clock, store, manager):
     there = Engine(clock, backing=store.backing)
     other = SessionManager(store=there, clock=clock)
     (session,) = await opened(manager, 1)
     mark = store.mark()
     await session.destroy()
     (theirs,) = await opened(other, 1)
-    theirs.user_data["n"] = 5
-    await theirs.persist_now()
+    await save(theirs, 5)
     store.throw_back(mark)
     there.incarnation += "+"
     theirs.user_data["n"] = 6
@@ -193,8 +176,7 @@ async def test_a_user_who_moved_just_before_the_loss_stays_where_they_are(clock,
     await end(clock, manager, other)
 
 
-async def test_who_is_not_let_go_of_after_the_loss_is_given_up_in_the_end(clock, store):
-    manager = SessionManager(store=store, clock=clock)
+async def test_who_is_not_let_go_of_after_the_loss_is_given_up_in_the_end(clock, store, manager):
     there = Engine(clock, backing=store.backing)
     other = SessionManager(store=there, clock=clock)
     (session,) = await opened(manager, 1)
@@ -209,14 +191,12 @@ async def test_who_is_not_let_go_of_after_the_loss_is_given_up_in_the_end(clock,
     await end(clock, manager, other)
 
 
-async def test_no_timer_is_left_of_a_walk_that_the_end_of_the_manager_has_cut_short(clock, store):
-    manager = SessionManager(store=store, clock=clock)
+async def test_no_timer_is_left_of_a_walk_that_the_end_of_the_manager_has_cut_short(clock, store, manager):
     for _ in range(5000):
         await manager.create()
     (session,) = await opened(manager, 1)
     store.incarnation += "+"
-    session.user_data["n"] = 1
-    await session.persist_now()
+    await save(session, 1)
     await end(clock, manager)
 
 

@@ -32,16 +32,6 @@ from cagey_sessions.claims import CLAIM_CALLS
 from support import ManualClock, ScriptedStore, let_time_pass, turns
 
 
-@pytest.fixture
-def store(clock: ManualClock) -> ScriptedStore:
-    return ScriptedStore(clock)
-
-
-@pytest.fixture
-def manager(clock: ManualClock, store: ScriptedStore) -> Any:
-    return SessionManager(store=store, clock=clock)
-
-
 async def end(clock: ManualClock, manager: Any) -> None:
     report = await let_time_pass(clock, manager.destroy())
     assert not report.unsaved

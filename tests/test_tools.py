@@ -29,7 +29,8 @@ import redis
 import cagey_sessions
 from cagey_sessions import SessionManager, cli
 from cagey_sessions.stores import SQLiteStore, open_store
-from cagey_sessions.testing.store_conformance import ODD_IDS, claim, opened, record, save
+from cagey_sessions.testing.conformance.values import ODD_IDS
+from cagey_sessions.testing.store_conformance import claim, opened, record, save
 from support import POSTGRES, REDIS, drop_schema, skip_without
 
 with suppress(ImportError):

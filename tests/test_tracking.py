@@ -34,11 +34,6 @@ class Encodes:
 
 
 @pytest.fixture
-def store(clock: ManualClock) -> ScriptedStore:
-    return ScriptedStore(clock)
-
-
-@pytest.fixture
 def encode() -> Encodes:
     return Encodes()
 

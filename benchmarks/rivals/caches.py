@@ -20,7 +20,24 @@ __all__ = ["RIVALS", "Cachebox", "Cachetools", "Moka", "Theine"]
 TTL = 3600
 
 
-class Cachebox:
+class Cache:
+    """What all of them say alike."""
+
+    _cache: Any
+
+    def get(self, keys: Sequence[str]) -> None:
+        get = self._cache.get
+        for key in keys:
+            get(key)
+
+    def before_expire(self, keys: Sequence[str], value: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        assert len(self._cache) == 0
+
+
+class Cachebox(Cache):
     def __init__(self, count: int) -> None:
         from cachebox import TTLCache  # noqa: PLC0415 - each is there or not
 
@@ -32,11 +49,6 @@ class Cachebox:
         for key in keys:
             insert(key, value)
 
-    def get(self, keys: Sequence[str]) -> None:
-        get = self._cache.get
-        for key in keys:
-            get(key)
-
     def before_expire(self, keys: Sequence[str], value: Any) -> None:
         """It goes by the wall clock: the same entries with a short time to live."""
         self._cache = self._make(len(keys), 0.5)
@@ -46,11 +58,8 @@ class Cachebox:
     def expire(self, keys: Sequence[str]) -> None:
         self._cache.expire()
 
-    def close(self) -> None:
-        assert len(self._cache) == 0
 
-
-class Cachetools:
+class Cachetools(Cache):
     def __init__(self, count: int) -> None:
         from cachetools import TTLCache  # noqa: PLC0415
 
@@ -61,39 +70,20 @@ class Cachetools:
         for key in keys:
             cache[key] = value
 
-    def get(self, keys: Sequence[str]) -> None:
-        get = self._cache.get
-        for key in keys:
-            get(key)
-
-    def before_expire(self, keys: Sequence[str], value: Any) -> None:
-        pass
-
     def expire(self, keys: Sequence[str]) -> None:
         self._cache.expire(time.monotonic() + 2 * TTL)
 
-    def close(self) -> None:
-        assert len(self._cache) == 0
 
-
-class Moka:
+class Moka(Cache):
     def __init__(self, count: int) -> None:
-        from moka_py import Moka as Cache  # noqa: PLC0415
+        from moka_py import Moka as MokaCache  # noqa: PLC0415
 
-        self._cache = Cache(2 * count, ttl=TTL)
+        self._cache = MokaCache(2 * count, ttl=TTL)
 
     def put(self, keys: Sequence[str], value: Any) -> None:
         put = self._cache.set
         for key in keys:
             put(key, value)
-
-    def get(self, keys: Sequence[str]) -> None:
-        get = self._cache.get
-        for key in keys:
-            get(key)
-
-    def before_expire(self, keys: Sequence[str], value: Any) -> None:
-        pass
 
     def expire(self, keys: Sequence[str]) -> None:
         remove = self._cache.remove
@@ -104,26 +94,18 @@ class Moka:
         pass
 
 
-class Theine:
+class Theine(Cache):
     """A part of its work is done in a thread of its own, which is not counted."""
 
     def __init__(self, count: int) -> None:
-        from theine import Cache  # noqa: PLC0415
+        from theine import Cache as TheineCache  # noqa: PLC0415
 
-        self._cache = Cache(2 * count)
+        self._cache = TheineCache(2 * count)
 
     def put(self, keys: Sequence[str], value: Any) -> None:
         put, ttl = self._cache.set, timedelta(seconds=TTL)
         for key in keys:
             put(key, value, ttl)
-
-    def get(self, keys: Sequence[str]) -> None:
-        get = self._cache.get
-        for key in keys:
-            get(key)
-
-    def before_expire(self, keys: Sequence[str], value: Any) -> None:
-        pass
 
     def expire(self, keys: Sequence[str]) -> None:
         delete = self._cache.delete

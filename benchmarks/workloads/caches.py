@@ -82,6 +82,7 @@ def figures_of(rival: str) -> tuple[Figure, ...]:
 
 FIGURES = [figure for rival in HERE for figure in figures_of(rival)]
 
-WORKLOADS = tuple(
-    Workload(first.id, against_all, first.goal, first.note, more=(*others,)) for first, *others in [FIGURES] if FIGURES
-)
+WORKLOADS: tuple[Workload, ...] = ()
+if FIGURES:
+    first, *others = FIGURES
+    WORKLOADS = (Workload(first.id, against_all, first.goal, first.note, more=tuple(others)),)

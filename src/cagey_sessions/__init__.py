@@ -29,7 +29,7 @@ except ImportError as _error:  # a checkout that was never built, or a wheel for
 from . import errors
 from ._version import __version__
 from .clock import Clock, TimerHandle
-from .encoding import Codec, dataclass_codec, msgspec_codec
+from .codecs import Codec, dataclass_codec, msgspec_codec
 from .errors import *  # noqa: F403 - its __all__ is ours, see below
 from .manager import SessionManager, create
 from .options import Duration

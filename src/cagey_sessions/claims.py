@@ -377,7 +377,7 @@ class Claims:
                 attempts += not isinstance(error, StoreUnavailableError)
                 if attempts == MOST_ATTEMPTS:
                     again = None
-                    life.say("error", "user %r stays with this process until it ends: %r", user_id, error)
+                    life.reports.say("error", "user %r stays with this process until it ends: %r", user_id, error)
             finally:
                 self._releasing -= 1
             if again is None:

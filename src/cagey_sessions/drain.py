@@ -15,8 +15,9 @@ from contextvars import Context
 from dataclasses import replace
 
 from ._core import SessionCore
+from .endings import Ending
 from .errors import DrainDeadlineError, DrainError, ListenerError, ManagerClosedError, SnapshotError
-from .lifecycle import Ending, Lifecycle, name_some
+from .lifecycle import Lifecycle, name_some
 from .options import SECOND
 from .records import DrainReport, EndReason, UnsavedUser
 from .savefile import in_thread
@@ -97,7 +98,7 @@ class _Drain:
     def save_after_all(self) -> None:
         """Somebody has asked for the saves that the first caller did not want: all that are still possible."""
         self.persist = True
-        for session, ending in self._life.endings.items():
+        for session, ending in self._life.endings.under_way.items():
             self._upgrade(session, ending)
 
     def _upgrade(self, session: SessionCore, ending: Ending) -> None:
@@ -109,7 +110,7 @@ class _Drain:
             if len(self.errors) < MOST_ERRORS:
                 self.errors.append(error)
             else:
-                self._life.say("error", "user %r: %s", session.user_id, error.message)
+                self._life.reports.say("error", "user %r: %s", session.user_id, error.message)
         elif ending.reason in (EndReason.UNSAVED, EndReason.FENCED) and session.user_id is not None:
             age = self._life.autosave.age(self._life.table.saved_at(session))
             assert ending.last_error is not None
@@ -124,7 +125,7 @@ class _Drain:
         self._room.set()
         if self._quiet is not None and not self._quiet.done():
             swept = self._sweep is not None and self._sweep.done()
-            if swept and not self._life.endings:
+            if swept and not self._life.endings.under_way:
                 self._quiet.set_result(True)
 
     def report(self) -> DrainReport:
@@ -140,7 +141,9 @@ class _Drain:
         self._start_sweep()
         if not await self._wait_quiet(deadline):
             self.gave_up = True
-            life.say("error", "%d sessions had not ended when the deadline of the drain passed", len(life.table))
+            life.reports.say(
+                "error", "%d sessions had not ended when the deadline of the drain passed", len(life.table)
+            )
             life.autosave.give_up(DrainDeadlineError("the save had not come to its end when the deadline passed"))
             self._start_sweep()
             await self._wait_quiet(AFTER_DEADLINE)
@@ -157,8 +160,7 @@ class _Drain:
             life.claims.close()
         if life.spill is not None and not life.spill.is_stale:  # else the exit tries once more
             atexit.unregister(life.spill_at_exit)
-        life.listeners.clear()
-        life.closed = True
+        life.close()
         self.outcome.set_result(self.report())
 
     def _see_stopped(self, _: object) -> None:
@@ -212,24 +214,24 @@ class _Drain:
             for walk in (identified, anonymous):
                 for session in walk:
                     self._end_one(session)
-                    while life.ends_at_work >= MOST_ENDS_AT_WORK or life.ends_announcing >= MOST_ENDS_ANNOUNCING:
+                    while life.endings.at_work >= MOST_ENDS_AT_WORK or life.endings.announcing >= MOST_ENDS_ANNOUNCING:
                         self._room.clear()
                         await self._room.wait()
                     await life.autosave.slice()
 
     def _end_one(self, session: SessionCore) -> None:
         life = self._life
-        ending = life.endings.get(session)
+        ending = life.endings.under_way.get(session)
         if ending is not None:
             self._upgrade(session, ending)
             if ending.parked:
-                life.resume(session, ending)
+                life.endings.resume(session, ending)
             return
         persist = self.persist and session.user_id is not None
-        if not persist and life.end_at_once(session, EndReason.DRAINED):
+        if not persist and life.endings.end_at_once(session, EndReason.DRAINED):
             self.passed_over += session.user_id is not None
         else:
-            life.begin_end(session, persist, EndReason.DRAINED)
+            life.endings.begin_end(session, persist, EndReason.DRAINED)
 
     async def _end_the_rest_by_force(self) -> None:
         """Listeners do not return: end what is left without them."""
@@ -237,9 +239,9 @@ class _Drain:
         for session in life.table.sessions_now():
             if life.table.state(session) == "gone":
                 continue
-            ending = life.endings.get(session)
+            ending = life.endings.under_way.get(session)
             if ending is None:
-                ending = life.begin_end(session, self.persist, EndReason.DRAINED, parked=True)
+                ending = life.endings.begin_end(session, self.persist, EndReason.DRAINED, parked=True)
             if ending.persist and session.user_id is not None:
                 ending.reason = EndReason.UNSAVED
                 ending.last_error = ending.last_error or DrainDeadlineError(
@@ -249,7 +251,7 @@ class _Drain:
             life.table.forget(session)
             self._finish_by_force(session, ending)
             await life.autosave.slice()
-        for session, ending in list(life.endings.items()):
+        for session, ending in list(life.endings.under_way.items()):
             self._finish_by_force(session, ending)
 
     async def _write_spill(self) -> None:
@@ -264,10 +266,10 @@ class _Drain:
                 writing.result()
                 self._spill_is_written = True
         except Exception as error:  # whatever it is, everybody is to hear how it went
-            self._life.say("error", "what was not saved could not be spilled: %s", error)
+            self._life.reports.say("error", "what was not saved could not be spilled: %s", error)
             self.errors.append(error)
 
     def _finish_by_force(self, session: SessionCore, ending: Ending) -> None:
-        self._life.finish(session, ending)
+        self._life.endings.finish(session, ending)
         if ending.task is not None:
             ending.task.cancel()

@@ -113,6 +113,17 @@ class Listeners:
                 errors.append(_with_name(error, name, registration))
         return passed_over
 
+    async def emit(self, name: str, session: SessionCore, *args: object, errors: list[Exception]) -> None:
+        """Emit on the manager these are of, with the session first, then on the session itself, unless it has ended."""
+        if self.has(name):
+            await self.call(name, (session, *args), errors, session)
+        if session._listeners is not None:
+            await session._listeners.call(name, args, errors, session)
+
+    def is_heard(self, name: str, session: SessionCore) -> bool:
+        """Whether anybody would hear that: a listener of the manager these are of, or of the session."""
+        return self.has(name) or (session._listeners is not None and session._listeners.has(name))
+
     def _discard(self, name: str, registration: _Registration) -> None:
         registration.removed = True
         registrations = self._by_name.get(name)

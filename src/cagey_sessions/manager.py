@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast, overload
 
+from . import health
 from ._core import Counters, ManagerCore, direct
 from .claims import Claims
 from .clock import Clock, SystemClock
@@ -263,7 +264,7 @@ class SessionManager(ManagerCore, Generic[T]):
 
     def statistics(self) -> Statistics:
         """What the manager is doing at this instant. O(1), plus one step for each save under way."""
-        return self._life.statistics()
+        return health.statistics(self._life)
 
     def health(self) -> Health:
         """Whether users are being saved as they should: ``"ok"``, ``"degraded"`` or ``"down"``, and why.
@@ -272,7 +273,7 @@ class SessionManager(ManagerCore, Generic[T]):
         destroyed. Degraded: something unsaved is older than two intervals, saves take longer than the interval, or some
         data cannot be saved as it is. O(1), plus one step for each save under way.
         """
-        return self._life.health()
+        return health.health(self._life)
 
     async def destroy(self, persist: bool | None = None, *, deadline: Duration = "25s") -> DrainReport:
         """End all sessions and the manager itself, and return how it went.
@@ -334,7 +335,7 @@ class SessionManager(ManagerCore, Generic[T]):
         of the event loop's own work for each. An estimate: before anything was measured it is that work alone, and it
         knows nothing of a store that is down, of large data, of failed attempts and of what your listeners do. O(1).
         """
-        return self._life.drain_seconds()
+        return health.drain_seconds(self._life)
 
     async def __aenter__(self) -> Self:
         """Bind the loop and open the store; raises what `Store.open` raises."""

@@ -185,13 +185,13 @@ class Ownership:
 
     def _abandon(self, session: SessionCore) -> None:
         """Begin the end of a session that nobody has: at once, so that nobody finds it any more."""
-        life = self._life
-        if not life.table.is_ending(session) and not life.end_at_once(session, EndReason.DESTROYED):
-            life.begin_end(session, False, EndReason.DESTROYED)
+        endings = self._life.endings
+        if not self._life.table.is_ending(session) and not endings.end_at_once(session, EndReason.DESTROYED):
+            endings.begin_end(session, False, EndReason.DESTROYED)
 
     async def _end_quietly(self, session: SessionCore) -> None:
         with suppress(Exception):  # it has been reported where it was raised
-            await self._life.end(session, False)
+            await self._life.endings.end(session, False)
 
     async def _open(self, user_id: int | str, default: Any, when_active: str, opening: _Opening) -> SessionCore:
         life = self._life
@@ -241,10 +241,10 @@ class Ownership:
                     raise UserActiveError(f"user {user_id!r:.80} has a live session", session=older)
                 await life.replace(older)
                 continue
-            ending = life.endings.get(older)
+            ending = life.endings.under_way.get(older)
             if ending is not None and ending.parked:
-                life.resume(older, ending)  # somebody waits now
-            if not await self._within_patience(life.wait_ended(older)):
+                life.endings.resume(older, ending)  # somebody waits now
+            if not await self._within_patience(life.endings.wait_ended(older)):
                 raise StoreUnavailableError(
                     f"the last save of the earlier session of user {user_id!r:.80} is not acknowledged; try again later"
                 )
@@ -407,8 +407,10 @@ class Ownership:
 
     async def _end_erased(self, user_id: int | str) -> None:
         while (session := self._life.table.active_session(user_id)) is not None:
-            self._life.end_unsaved(session, UserErasedError(f"user {user_id!r:.80} was erased", user_id=user_id))
-            await self._life.wait_ended(session)
+            self._life.endings.end_unsaved(
+                session, UserErasedError(f"user {user_id!r:.80} was erased", user_id=user_id)
+            )
+            await self._life.endings.wait_ended(session)
 
     def _check(self, user_id: int | str, default: Any, when_active: str, known: tuple[str, ...]) -> None:
         """Bad input gets its error before anything changes."""

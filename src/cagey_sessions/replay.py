@@ -74,11 +74,11 @@ class Replay:
                 if life.drain is not None or not await self._replay_some(user_ids[start : start + REPLAYED_AT_A_TIME]):
                     break
         except Exception as error:  # what is left is pending, and no reason not to begin
-            life.report(error, None)
+            life.reports.error(error, None)
         await self.write_spill()
         report = spill.report()
         if report.pending or report.conflicts or not report.complete:
-            life.say(
+            life.reports.say(
                 "warning",
                 "of the spilled users %d are saved; in %s remain %d pending, %d in conflict, %d damaged%s",
                 len(report.replayed),
@@ -89,7 +89,7 @@ class Replay:
                 "" if report.complete else ", and the file was not complete",
             )
         elif report.replayed:
-            life.say("info", "all spilled users are saved: %d", len(report.replayed))
+            life.reports.say("info", "all spilled users are saved: %d", len(report.replayed))
 
     async def _replay_some(self, user_ids: list[int | str]) -> bool:
         """Save some users who were spilled: whether it is worth going on."""
@@ -118,7 +118,7 @@ class Replay:
         for plan in plans:
             spill.set_aside(plan.conflicts)
             if plan.conflicts:
-                self._life.report(_conflict(plan.claim, spill.path), None)
+                self._life.reports.error(_conflict(plan.claim, spill.path), None)
             if plan.write is None:
                 spill.settle(plan.saved)
         writes = [plan for plan in plans if plan.write is not None]
@@ -166,7 +166,7 @@ class Replay:
             spill.set_aside(plan.saved)
             plan.write = None
             refusal = f"the store refuses what was spilled of user {user_id!r:.80}: {verdict.detail}"
-            self._life.report(UnsavableError(f"{refusal}; it stays in {spill.path}", user_id=user_id), None)
+            self._life.reports.error(UnsavableError(f"{refusal}; it stays in {spill.path}", user_id=user_id), None)
         else:
             plan.error = StoreUnavailableError(
                 f"what was spilled of user {user_id!r:.80} could not be saved: {verdict.detail or verdict.outcome}"
@@ -181,7 +181,7 @@ class Replay:
                 if spill.is_stale:
                     await in_thread(spill.write)
         except SnapshotError as error:
-            self._life.report(error, None)
+            self._life.reports.error(error, None)
 
     async def see(self, claim: Claim) -> Claim:
         """Save what was spilled of a user who logs in, so that they see it. Raises if the store does not take it."""

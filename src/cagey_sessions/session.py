@@ -88,7 +88,7 @@ class Session(SessionCore, Generic[T]):
     async def wait_ended(self) -> EndReason:
         """Wait until the session has ended; returns why. Raises `WouldDeadlockError` inside a listener of its end."""
         host: Lifecycle = self._host
-        return await host.wait_ended(self)
+        return await host.endings.wait_ended(self)
 
     async def __aenter__(self) -> Self:
         """The session itself. Raises `SessionEndedError` if its end has begun."""

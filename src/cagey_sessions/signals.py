@@ -90,9 +90,11 @@ async def run_until_signal(
     def see(number: int) -> None:
         name = signal.Signals(number).name
         if life.end_wanted.is_set():
-            life.say("warning", "%s while the manager is being destroyed: it goes on, users are being saved", name)
+            life.reports.say(
+                "warning", "%s while the manager is being destroyed: it goes on, users are being saved", name
+            )
         else:
-            life.say("info", "%s: the manager is being destroyed", name)
+            life.reports.say("info", "%s: the manager is being destroyed", name)
             life.end_wanted.set()
 
     def tell(number: int) -> None:
@@ -109,14 +111,14 @@ async def run_until_signal(
             report = error.report
             errors = error.exceptions[len(report.unsaved) :]
         except NothingSavesError as error:
-            life.say("error", "%d users are not saved: %s", users, error)
+            life.reports.say("error", "%d users are not saved: %s", users, error)
             await destroy(False)
             return 1
         for raised in errors:
-            life.say("error", "at the end of the manager: %s", raised)
+            life.reports.say("error", "at the end of the manager: %s", raised)
         unsaved = [user.user_id for user in report.unsaved]
         if unsaved:
-            life.say(
+            life.reports.say(
                 "error",
                 "the manager has ended after %.1f s: %d users saved, %d not: %s",
                 report.seconds,
@@ -125,5 +127,5 @@ async def run_until_signal(
                 name_some(unsaved),
             )
             return 1
-        life.say("info", "the manager has ended after %.1f s: %d users saved", report.seconds, report.saved)
+        life.reports.say("info", "the manager has ended after %.1f s: %d users saved", report.seconds, report.saved)
         return 0

@@ -301,28 +301,28 @@ FAULTS = [
     # ends
     Fault(
         "destroy does not wait for the save under way",
-        "lifecycle.py",
-        "        outcome = await self.autosave.settle(session, until)\n        if",
+        "endings.py",
+        "        outcome = await self._autosave.settle(session, until)\n        if",
         "        outcome = None\n        if",
         ENDING,
     ),
     Fault(
         "a failed last save ends the session all the same",
-        "lifecycle.py",
+        "endings.py",
         "                if not self._is_hopeless(error):\n",
         "                if error is None:\n",
         ENDING,
     ),
     Fault(
         "what a last listener changes is not saved",
-        "lifecycle.py",
-        "ending.saved == self.fingerprint(session))",
-        "True)",
+        "endings.py",
+        "ending.saved == self._host.fingerprint(session)",
+        "True",
         ENDING,
     ),
     Fault(
         "cancel-through: who stops waiting stops the end",
-        "lifecycle.py",
+        "endings.py",
         "                return await asyncio.shield(ending.attempt)\n",
         "                return await ending.attempt\n",
         ENDING,
@@ -336,9 +336,9 @@ FAULTS = [
     ),
     Fault(
         "a failed release is not tried again",
-        "lifecycle.py",
-        "            self.report(error, session)\n            self.claims.release_later(session.user_id, epoch)\n",
-        "            self.report(error, session)\n",
+        "endings.py",
+        "            self._reports.error(error, session)\n            self._host.claims.release_later(session.user_id, epoch)\n",
+        "            self._reports.error(error, session)\n",
         USERS,
     ),
     Fault(

@@ -7,8 +7,8 @@ import pytest
 from cagey_sessions import StoreContractError
 from cagey_sessions.stores import MemoryStore
 from cagey_sessions.stores.memory import MemoryBacking
+from cagey_sessions.testing.conformance.base import SAVED
 from cagey_sessions.testing.store_conformance import (
-    SAVED,
     StoreConformance,
     StoreMachine,
     claim,

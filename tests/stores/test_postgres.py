@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import re
+import functools
 import uuid
 
 import asyncpg
@@ -11,40 +11,18 @@ import pytest
 
 from cagey_sessions import (
     OptionError,
-    OwnedElsewhereError,
-    SessionManager,
     StoreError,
     StoreLayoutError,
     StoreUnavailableError,
 )
 from cagey_sessions.stores import PostgresStore
-from cagey_sessions.testing.store_conformance import (
-    ALREADY,
-    FENCED,
-    INVALID,
-    SAVED,
-    StoreConformance,
-    claim,
-    opened,
-    record,
-    save,
-)
+from cagey_sessions.testing.conformance.base import ALREADY, FENCED, INVALID, SAVED
+from cagey_sessions.testing.store_conformance import claim, opened, record, save
+from shared_stores import SharedStoreConformance
 from support import POSTGRES as DSN
-from support import drop_schema, needs_server
-
-WAITING = "SELECT count(*) FROM pg_locks WHERE NOT granted"
-
+from support import drop_schema, execute, needs_server, new_role, until_a_lock_is_waited_for
 
 pytestmark = needs_server(DSN)
-
-
-async def execute(*statements: str) -> None:
-    connection = await asyncpg.connect(DSN)
-    try:
-        for statement in statements:
-            await connection.execute(statement)
-    finally:
-        await connection.close()
 
 
 async def fetch(query: str):
@@ -63,16 +41,50 @@ def schema():
     asyncio.run(drop_schema(name))
 
 
-class TestPostgresStore(StoreConformance):
+class TestPostgresStore(SharedStoreConformance):
     @pytest.fixture
     def make(self, schema):
-        return lambda: PostgresStore(DSN, schema=schema)
+        self.nodes = f"{schema}.cagey_sessions_nodes"
+        return functools.partial(PostgresStore, DSN, schema=schema)
+
+    async def expire(self):
+        await execute(f"UPDATE {self.nodes} SET alive_until = now() - interval '1 ms'")
+
+    async def lose_leases(self):
+        await execute(f"DELETE FROM {self.nodes}")
+
+    async def alive_until(self):
+        return await fetch(f"SELECT alive_until FROM {self.nodes}")
 
     async def bury(self, store, owner):
         await execute(
             f"UPDATE {store._names['nodes']} SET alive_until = now() - interval '1 s', doubted = true "
             f"WHERE owner = '{owner}'"
         )
+
+    async def test_a_lease_is_renewed_after_whatever_failure(self, make, schema, caplog):
+        async with opened(make(timeout=1, lease=1)) as store:
+            await claim(store, 1, "a")
+            nodes = f"{schema}.cagey_sessions_nodes"
+            await execute(f"ALTER TABLE {nodes} RENAME TO gone")
+            async with asyncio.timeout(20):
+                while "could not be renewed" not in caplog.text:  # noqa: ASYNC110 - a log sets no event
+                    await asyncio.sleep(0.05)
+            await execute(f"ALTER TABLE {schema}.gone RENAME TO cagey_sessions_nodes")
+            await self.renewal()
+
+    async def test_calls_that_wait_for_a_locked_row_hold_up_no_lease(self, make, schema):
+        async with opened(make(timeout=3, lease=3)) as store:
+            epoch = (await claim(store, 1, "a")).epoch
+            blocker = await asyncpg.connect(DSN)
+            try:
+                await blocker.execute(f"BEGIN; SELECT FROM {schema}.cagey_sessions FOR UPDATE")
+                waiting = [asyncio.ensure_future(store.save_many([record(epoch=epoch)])) for _ in range(12)]
+                await self.renewal()
+            finally:
+                await blocker.close()
+            for each in await asyncio.gather(*waiting, return_exceptions=True):
+                assert isinstance(each, (list, StoreError))
 
 
 # Opening
@@ -159,21 +171,13 @@ async def test_a_table_of_another_shape_is_left_alone(schema, change):
 async def test_a_user_who_may_only_read_is_told_so(schema):
     async with opened(PostgresStore(DSN, schema=schema)):
         pass
-    role = f"reader_{schema[-12:]}"
-    try:
-        await execute(f"CREATE ROLE {role} LOGIN")
-    except asyncpg.InsufficientPrivilegeError:
-        # only a second user can have fewer rights, and whose server this is may not let us make one
-        pytest.skip("this user may not make roles")
-    await execute(
-        f"GRANT USAGE ON SCHEMA {schema} TO {role}",
-        f"GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO {role}",
-    )
-    try:
+    async with new_role(schema) as (role, dsn):
+        await execute(
+            f"GRANT USAGE ON SCHEMA {schema} TO {role}",
+            f"GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO {role}",
+        )
         with pytest.raises(StoreLayoutError, match="may not"):
-            await PostgresStore(re.sub("//[^@]*@", f"//{role}@", DSN), schema=schema).open()
-    finally:
-        await execute(f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+            await PostgresStore(dsn, schema=schema).open()
 
 
 async def test_a_server_that_is_read_only_is_unavailable(schema):
@@ -223,96 +227,6 @@ async def test_a_pool_of_yours_is_used_and_left_open(schema):
 # Leases
 
 
-async def expire(schema):
-    """All leases have run out, as after an outage; nobody is in doubt by that."""
-    await execute(f"UPDATE {schema}.cagey_sessions_nodes SET alive_until = now() - interval '1 ms'")
-
-
-async def test_an_owner_who_does_not_renew_an_expired_lease_loses_users_to_whoever_asks(schema):
-    async with opened(PostgresStore(DSN, schema=schema), PostgresStore(DSN, schema=schema)) as (here, there):
-        epoch = (await claim(here, 1, "a")).epoch
-        assert not (await claim(there, 1, "b")).granted
-        await expire(schema)
-        assert not (await claim(there, 1, "b")).granted, "it is put in doubt, no more"
-        assert not (await claim(there, 1, "b")).granted
-        await expire(schema)
-        assert (await claim(there, 1, "b")).granted
-        assert await save(here, record(epoch=epoch)) == [FENCED]
-        with pytest.raises(OwnedElsewhereError):
-            await here.erase(1, "a")
-
-
-async def test_after_an_outage_whoever_comes_back_first_takes_nobodys_users(schema):
-    async with opened(PostgresStore(DSN, schema=schema), PostgresStore(DSN, schema=schema)) as (here, there):
-        epoch = (await claim(here, 1, "a")).epoch
-        await claim(there, 2, "b")
-        await expire(schema)
-        assert not (await claim(there, 1, "b")).granted
-        await here._leases.renew("a")
-        await expire(schema)
-        assert not (await claim(there, 1, "b")).granted, "it has renewed since it was put in doubt"
-        assert await save(here, record(epoch=epoch)) == [SAVED]
-
-
-async def test_an_owner_without_a_lease_is_put_in_doubt_before_it_counts_as_dead(schema):
-    """Its lease may be lost, or not be there yet."""
-    async with opened(PostgresStore(DSN, schema=schema), PostgresStore(DSN, schema=schema)) as (here, there):
-        await claim(here, 1, "a")
-        await execute(f"DELETE FROM {schema}.cagey_sessions_nodes")
-        assert not (await claim(there, 1, "b")).granted
-        assert not (await claim(there, 1, "b")).granted
-        await expire(schema)
-        assert (await claim(there, 1, "b")).granted
-
-
-async def test_a_store_that_is_closed_leaves_its_users_to_others(schema):
-    async with opened(PostgresStore(DSN, schema=schema)) as there:
-        async with opened(PostgresStore(DSN, schema=schema)) as here:
-            await claim(here, 1, "a")
-        assert (await claim(there, 1, "b")).granted
-
-
-async def renewal_after(schema):
-    """Wait until a lease is renewed."""
-    look = f"SELECT alive_until FROM {schema}.cagey_sessions_nodes"
-    first = await fetch(look)
-    async with asyncio.timeout(20):
-        while await fetch(look) <= first:  # noqa: ASYNC110 - the server sets no event
-            await asyncio.sleep(0.05)
-
-
-async def test_a_lease_is_renewed_while_the_store_is_open(schema):
-    async with opened(PostgresStore(DSN, schema=schema, timeout=1, lease=1)) as store:
-        await claim(store, 1, "a")
-        await renewal_after(schema)
-
-
-async def test_a_lease_is_renewed_after_whatever_failure(schema, caplog):
-    async with opened(PostgresStore(DSN, schema=schema, timeout=1, lease=1)) as store:
-        await claim(store, 1, "a")
-        nodes = f"{schema}.cagey_sessions_nodes"
-        await execute(f"ALTER TABLE {nodes} RENAME TO gone")
-        async with asyncio.timeout(20):
-            while "could not be renewed" not in caplog.text:  # noqa: ASYNC110 - a log sets no event
-                await asyncio.sleep(0.05)
-        await execute(f"ALTER TABLE {schema}.gone RENAME TO cagey_sessions_nodes")
-        await renewal_after(schema)
-
-
-async def test_calls_that_wait_for_a_locked_row_hold_up_no_lease(schema):
-    async with opened(PostgresStore(DSN, schema=schema, timeout=3, lease=3)) as store:
-        epoch = (await claim(store, 1, "a")).epoch
-        blocker = await asyncpg.connect(DSN)
-        try:
-            await blocker.execute(f"BEGIN; SELECT FROM {schema}.cagey_sessions FOR UPDATE")
-            waiting = [asyncio.ensure_future(store.save_many([record(epoch=epoch)])) for _ in range(12)]
-            await renewal_after(schema)
-        finally:
-            await blocker.close()
-        for each in await asyncio.gather(*waiting, return_exceptions=True):
-            assert isinstance(each, (list, StoreError))
-
-
 async def test_a_claim_that_has_waited_sees_who_has_renewed_meanwhile(schema):
     """What its statement saw of the leases when it began may be seconds old."""
     async with opened(PostgresStore(DSN, schema=schema), PostgresStore(DSN, schema=schema)) as (here, there):
@@ -322,9 +236,7 @@ async def test_a_claim_that_has_waited_sees_who_has_renewed_meanwhile(schema):
         try:
             await blocker.execute(f"BEGIN; SELECT FROM {schema}.cagey_sessions WHERE user_id = '1' FOR UPDATE")
             claiming = asyncio.ensure_future(there.claim_many([1, 2], "b"))
-            async with asyncio.timeout(10):
-                while not await blocker.fetchval(WAITING):  # noqa: ASYNC110 - the server sets no event
-                    await asyncio.sleep(0.01)
+            await until_a_lock_is_waited_for(blocker)
             await here._leases.renew("a")
             await blocker.execute("COMMIT")
         finally:
@@ -359,9 +271,7 @@ async def test_an_erasure_that_has_waited_for_the_release_is_carried_out(schema)
         try:
             await blocker.execute(f"BEGIN; UPDATE {schema}.cagey_sessions SET released = true")
             erasing = asyncio.ensure_future(there.erase(1, "b"))
-            async with asyncio.timeout(10):
-                while not await blocker.fetchval(WAITING):  # noqa: ASYNC110 - the server sets no event
-                    await asyncio.sleep(0.01)
+            await until_a_lock_is_waited_for(blocker)
             await blocker.execute("COMMIT")
         finally:
             await blocker.close()
@@ -390,9 +300,7 @@ async def test_a_call_that_is_aborted_is_unknown_and_the_store_goes_on(schema):
             await blocker.execute("BEGIN")
             await blocker.execute(f"SELECT FROM {schema}.cagey_sessions FOR UPDATE")
             saving = asyncio.ensure_future(store.save_many([record(epoch=epoch)]))
-            async with asyncio.timeout(10):
-                while not await blocker.fetchval(WAITING):  # noqa: ASYNC110 - the server sets no event
-                    await asyncio.sleep(0.01)
+            await until_a_lock_is_waited_for(blocker)
             store.abort(saving)
             with pytest.raises(StoreUnavailableError):
                 await saving
@@ -476,30 +384,6 @@ async def test_closing_ends_with_everything_closed_whatever_happens(schema):
         while await fetch(f"{mine} '%{schema}%'"):  # noqa: ASYNC110 - the server sets no event
             await asyncio.sleep(0.01)
     assert not [task for task in asyncio.all_tasks() if task.get_name() == "cagey-sessions lease"]
-
-
-def test_a_store_may_be_opened_again_on_another_loop(schema):
-    store = PostgresStore(DSN, schema=schema)
-
-    async def claim_at_once():
-        async with opened(store):
-            answers = await asyncio.gather(*(claim(store, user) for user in range(8)))
-            assert all(each.granted for each in answers)
-
-    asyncio.run(claim_at_once())
-    asyncio.run(claim_at_once())
-
-
-async def test_a_manager_keeps_its_users_there(schema):
-    async with SessionManager(store=PostgresStore(DSN, schema=schema)) as manager:
-        session = await manager.open("alice", default={"gold": 0})
-        session.user_data["gold"] += 10
-        assert (await session.persist_now()).changed
-        async with SessionManager(store=PostgresStore(DSN, schema=schema)) as other:
-            with pytest.raises(OwnedElsewhereError):
-                await other.open("alice")
-            await session.destroy()
-            assert (await other.open("alice")).user_data == {"gold": 10}
 
 
 async def test_a_table_that_a_crash_empties_makes_each_life_of_the_server_another(schema):

@@ -21,13 +21,8 @@ from cagey_sessions import (
     UnsavableError,
 )
 from cagey_sessions.stores import PostgresTable
+from cagey_sessions.testing.conformance.base import ALREADY, ERASED, FENCED, INVALID, MISSING, SAVED
 from cagey_sessions.testing.store_conformance import (
-    ALREADY,
-    ERASED,
-    FENCED,
-    INVALID,
-    MISSING,
-    SAVED,
     StoreConformance,
     StoreMachine,
     claim,
@@ -37,25 +32,13 @@ from cagey_sessions.testing.store_conformance import (
     save,
 )
 from support import POSTGRES as DSN
-from support import drop_schema, needs_server
+from support import drop_schema, execute, needs_server, new_role, until_a_lock_is_waited_for
 
 SORTED = orjson.OPT_SORT_KEYS
 """A jsonb has its members in an order of its own."""
 
 
-WAITING = "SELECT count(*) FROM pg_locks WHERE NOT granted"
-
-
 pytestmark = needs_server(DSN)
-
-
-async def execute(*statements: str) -> None:
-    connection = await asyncpg.connect(DSN)
-    try:
-        for statement in statements:
-            await connection.execute(statement)
-    finally:
-        await connection.close()
 
 
 async def fetch(statement: str) -> list[tuple]:
@@ -533,19 +516,13 @@ async def test_who_signs_up_again_after_an_erasure_is_there_again(schema):
 # At the same moment
 
 
-async def waits(connection):
-    async with asyncio.timeout(10):
-        while not await connection.fetchval(WAITING):  # noqa: ASYNC110 - the server sets no event
-            await asyncio.sleep(0.01)
-
-
 async def while_locked(schema, statement, call):
     """What becomes of a call that has to wait for the end of a transaction with this statement."""
     blocker = await asyncpg.connect(DSN)
     try:
         await blocker.execute(f"SET search_path TO {schema}; BEGIN; {statement}")
         calling = asyncio.ensure_future(call)
-        await waits(blocker)
+        await until_a_lock_is_waited_for(blocker)
         await blocker.execute("COMMIT")
         return await calling
     finally:
@@ -816,27 +793,19 @@ async def test_a_body_is_json_or_text(schema):
 
 async def test_rows_that_a_policy_hides_are_not_taken_for_new_users(schema):
     await players(schema)
-    role = f"app_{schema[-12:]}"
-    try:
-        await execute(f"CREATE ROLE {role} LOGIN")
-    except asyncpg.InsufficientPrivilegeError:
-        # only a second user can have fewer rights, and whose server this is may not let us make one
-        pytest.skip("this user may not make roles")
-    try:
+    async with new_role(schema) as (role, dsn):
         await execute(
             f"GRANT ALL ON SCHEMA {schema} TO {role}",
             f"GRANT ALL ON {schema}.players TO {role}",
             f"ALTER TABLE {schema}.players ENABLE ROW LEVEL SECURITY",
         )
         with pytest.raises(StoreLayoutError, match="row level security"):
-            await table(schema, pool=DSN.replace("//root@", f"//{role}@")).open()
+            await table(schema, pool=dsn).open()
         await execute(
             f"ALTER TABLE {schema}.players DISABLE ROW LEVEL SECURITY", f"REVOKE UPDATE ON {schema}.players FROM {role}"
         )
         with pytest.raises(StoreLayoutError, match=r"^PostgreSQL: permission denied"):
-            await table(schema, pool=DSN.replace("//root@", f"//{role}@")).open()
-    finally:
-        await execute(f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+            await table(schema, pool=dsn).open()
 
 
 @pytest.mark.parametrize("fence", FENCES)
@@ -987,28 +956,22 @@ async def test_without_create_ddl_makes_the_side_table(schema):
 
 async def test_a_user_who_may_not_make_the_side_table_is_told_how_it_is_made(schema):
     await players(schema)
-    role = f"app_{schema[-12:]}"
-    try:
-        await execute(f"CREATE ROLE {role} LOGIN")
-    except asyncpg.InsufficientPrivilegeError:
-        # only a second user can have fewer rights, and whose server this is may not let us make one
-        pytest.skip("this user may not make roles")
-    mine = DSN.replace("//root@", f"//{role}@")
     other = f"{schema}_b"
     try:
-        await execute(f"GRANT USAGE ON SCHEMA {schema} TO {role}", f"GRANT ALL ON {schema}.players TO {role}")
-        store = PostgresTable(mine, (schema, "players"), columns=["gold"], schema=other)
-        with pytest.raises(StoreLayoutError, match=r"may not make it .*ddl"):
-            await store.open()
-        await execute(
-            store.ddl(),
-            f"GRANT USAGE ON SCHEMA {other} TO {role}",
-            f"GRANT ALL ON ALL TABLES IN SCHEMA {other} TO {role}",
-        )
-        async with opened(store):
-            assert (await claim(store, 7)).granted
+        async with new_role(schema) as (role, dsn):
+            await execute(f"GRANT USAGE ON SCHEMA {schema} TO {role}", f"GRANT ALL ON {schema}.players TO {role}")
+            store = PostgresTable(dsn, (schema, "players"), columns=["gold"], schema=other)
+            with pytest.raises(StoreLayoutError, match=r"may not make it .*ddl"):
+                await store.open()
+            await execute(
+                store.ddl(),
+                f"GRANT USAGE ON SCHEMA {other} TO {role}",
+                f"GRANT ALL ON ALL TABLES IN SCHEMA {other} TO {role}",
+            )
+            async with opened(store):
+                assert (await claim(store, 7)).granted
     finally:
-        await execute(f"DROP SCHEMA IF EXISTS {other} CASCADE", f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+        await drop_schema(other)
 
 
 async def test_sixteen_that_open_at_once_make_one_side_table(schema):
@@ -1089,7 +1052,7 @@ async def test_a_connection_that_dies_is_an_outage_and_not_an_answer(schema):
         try:
             await blocker.execute(f"BEGIN; SELECT FROM {schema}.players FOR UPDATE")
             saving = asyncio.ensure_future(store.save_many([record(7, 2, epoch=epoch, body=body())]))
-            await waits(blocker)
+            await until_a_lock_is_waited_for(blocker)
             store.abort(saving)
             with pytest.raises(StoreUnavailableError):
                 await saving

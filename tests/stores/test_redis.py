@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import uuid
 
 import pytest
@@ -11,19 +11,14 @@ from hypothesis.stateful import rule
 
 from cagey_sessions import (
     OptionError,
-    OwnedElsewhereError,
-    SessionManager,
     StoreError,
     StoreLayoutError,
     StoreUnavailableError,
 )
 from cagey_sessions.stores import Outcome, RedisStore
+from cagey_sessions.testing.conformance.base import ERASED, FENCED, SAVED
+from cagey_sessions.testing.conformance.histories import OWNERS
 from cagey_sessions.testing.store_conformance import (
-    ERASED,
-    FENCED,
-    OWNERS,
-    SAVED,
-    StoreConformance,
     StoreMachine,
     claim,
     everything,
@@ -32,6 +27,7 @@ from cagey_sessions.testing.store_conformance import (
     record,
     save,
 )
+from shared_stores import SharedStoreConformance
 from support import REDIS as URL
 from support import needs_server
 
@@ -59,10 +55,21 @@ def prefix(engine):
     remove(engine, name)
 
 
-class TestRedisStore(StoreConformance):
+class TestRedisStore(SharedStoreConformance):
     @pytest.fixture
-    def make(self, prefix):
-        return lambda: RedisStore(URL, prefix=prefix)
+    def make(self, prefix, engine):
+        self.engine, self.leases = engine, f"{prefix}node:"
+        return functools.partial(RedisStore, URL, prefix=prefix)
+
+    async def expire(self):
+        for key in self.engine.scan_iter(f"{self.leases}*"):
+            self.engine.hset(key, "alive_until", 1)
+
+    async def lose_leases(self):
+        self.engine.delete(*self.engine.scan_iter(f"{self.leases}*"))
+
+    async def alive_until(self):
+        return self.engine.hget(f"{self.leases}a", "alive_until")
 
     async def bury(self, store, owner):
         await store._end_lease(owner)
@@ -148,14 +155,14 @@ async def test_a_wrong_password_is_told_and_not_which():
 
 async def test_a_prefix_that_is_somebody_elses_is_left_alone(engine, prefix):
     engine.set(f"{prefix}layout", "mine")
-    with pytest.raises(StoreLayoutError, match="not of cagey-sessions"):
+    with pytest.raises(StoreLayoutError, match="not a key of cagey-sessions"):
         await RedisStore(URL, prefix=prefix).open()
     assert engine.get(f"{prefix}layout") == b"mine"
 
 
 async def test_a_prefix_under_which_something_else_is_is_left_alone(engine, prefix):
     engine.hset(f"{prefix}layout", mapping={"mine": 1})
-    with pytest.raises(StoreLayoutError, match="not of cagey-sessions"):
+    with pytest.raises(StoreLayoutError, match="not a key of cagey-sessions"):
         await RedisStore(URL, prefix=prefix).open()
 
 
@@ -253,91 +260,3 @@ async def test_scripts_that_the_engine_has_forgotten_are_loaded_again(engine, pr
         assert await store.erase(1, "a")
         engine.script_flush()
         assert await save(store, record(epoch=epoch, version=2)) == [ERASED]
-
-
-# Leases
-
-
-def expire(engine, prefix):
-    """All leases have run out, as after an outage; nobody is in doubt by that."""
-    for key in engine.scan_iter(f"{prefix}node:*"):
-        engine.hset(key, "alive_until", 1)
-
-
-async def test_an_owner_who_does_not_renew_an_expired_lease_loses_users_to_whoever_asks(engine, prefix):
-    async with opened(RedisStore(URL, prefix=prefix), RedisStore(URL, prefix=prefix)) as (here, there):
-        epoch = (await claim(here, 1, "a")).epoch
-        assert not (await claim(there, 1, "b")).granted
-        expire(engine, prefix)
-        assert not (await claim(there, 1, "b")).granted, "it is put in doubt, no more"
-        assert not (await claim(there, 1, "b")).granted
-        expire(engine, prefix)
-        assert (await claim(there, 1, "b")).granted
-        assert await save(here, record(epoch=epoch)) == [FENCED]
-        with pytest.raises(OwnedElsewhereError):
-            await here.erase(1, "a")
-
-
-async def test_after_an_outage_whoever_comes_back_first_takes_nobodys_users(engine, prefix):
-    async with opened(RedisStore(URL, prefix=prefix), RedisStore(URL, prefix=prefix)) as (here, there):
-        epoch = (await claim(here, 1, "a")).epoch
-        expire(engine, prefix)
-        assert not (await claim(there, 1, "b")).granted
-        await here._leases.renew("a")
-        expire(engine, prefix)
-        assert not (await claim(there, 1, "b")).granted, "it has renewed since it was put in doubt"
-        assert await save(here, record(epoch=epoch)) == [SAVED]
-
-
-async def test_an_owner_without_a_lease_is_put_in_doubt_before_it_counts_as_dead(engine, prefix):
-    """Its lease may be lost, or not be there yet."""
-    async with opened(RedisStore(URL, prefix=prefix), RedisStore(URL, prefix=prefix)) as (here, there):
-        await claim(here, 1, "a")
-        engine.delete(f"{prefix}node:a")
-        assert not (await claim(there, 1, "b")).granted
-        assert not (await claim(there, 1, "b")).granted
-        expire(engine, prefix)
-        assert (await claim(there, 1, "b")).granted
-
-
-async def test_a_store_that_is_closed_leaves_its_users_to_others(prefix):
-    async with opened(RedisStore(URL, prefix=prefix)) as there:
-        async with opened(RedisStore(URL, prefix=prefix)) as here:
-            await claim(here, 1, "a")
-        assert (await claim(there, 1, "b")).granted
-
-
-async def test_a_lease_is_renewed_while_the_store_is_open(engine, prefix):
-    async with opened(RedisStore(URL, prefix=prefix, timeout=1, lease=1)) as store:
-        await claim(store, 1, "a")
-        first = engine.hget(f"{prefix}node:a", "alive_until")
-        async with asyncio.timeout(20):
-            while engine.hget(f"{prefix}node:a", "alive_until") <= first:  # noqa: ASYNC110 - it sets no event
-                await asyncio.sleep(0.05)
-
-
-# The whole
-
-
-async def test_a_manager_keeps_its_users_there(prefix):
-    async with SessionManager(store=RedisStore(URL, prefix=prefix)) as manager:
-        session = await manager.open("alice", default={"gold": 0})
-        session.user_data["gold"] += 10
-        assert (await session.persist_now()).changed
-        async with SessionManager(store=RedisStore(URL, prefix=prefix)) as other:
-            with pytest.raises(OwnedElsewhereError):
-                await other.open("alice")
-            await session.destroy()
-            assert (await other.open("alice")).user_data == {"gold": 10}
-
-
-def test_a_store_may_be_opened_again_on_another_loop(prefix):
-    store = RedisStore(URL, prefix=prefix)
-
-    async def claim_at_once():
-        async with opened(store):
-            answers = await asyncio.gather(*(claim(store, user) for user in range(8)))
-            assert all(each.granted for each in answers)
-
-    asyncio.run(claim_at_once())
-    asyncio.run(claim_at_once())

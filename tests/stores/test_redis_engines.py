@@ -11,7 +11,8 @@ import pytest
 
 from cagey_sessions import OwnedElsewhereError, SessionManager, StoreLayoutError, StoreUnavailableError
 from cagey_sessions.stores import Outcome, RedisStore
-from cagey_sessions.testing.store_conformance import claim, opened, record, save, stored
+from cagey_sessions.testing.conformance.base import stored
+from cagey_sessions.testing.store_conformance import claim, opened, record, save
 from engines import RedisEngine, SentinelEngine, free_port, need
 
 BOUND = 15

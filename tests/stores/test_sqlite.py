@@ -28,13 +28,8 @@ from cagey_sessions import (
     WrongLoopError,
 )
 from cagey_sessions.stores import Record, SQLiteStore, sqlite, sqlite_rows
+from cagey_sessions.testing.conformance.base import ALREADY, ERASED, FENCED, INVALID, MISSING, SAVED, every_call
 from cagey_sessions.testing.store_conformance import (
-    ALREADY,
-    ERASED,
-    FENCED,
-    INVALID,
-    MISSING,
-    SAVED,
     StoreConformance,
     StoreMachine,
     claim,
@@ -905,14 +900,7 @@ def test_another_loop_is_refused_and_may_close(path):
     store = SQLiteStore(path)
 
     async def on_another() -> None:
-        for call in (
-            store.claim_many([1], "a"),
-            store.save_many([record()]),
-            store.release(1, 1, "a"),
-            store.erase(1),
-            store.load(1),
-            anext(store.scan()),
-        ):
+        for call in every_call(store):
             with pytest.raises(WrongLoopError):
                 await call
         async with asyncio.timeout(10):

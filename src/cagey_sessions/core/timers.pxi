@@ -81,12 +81,6 @@ cdef class TimingWheel:
             raise UsageError(f"there is no timer {timer}: it was due, or cancelled")
         return timer
 
-    cdef inline void disarm(self, uint32_t timer) noexcept nogil:
-        cdef uint32_t emptied = list_remove(self.rows, timer)
-        self.wheel.armed -= 1
-        if emptied < BUCKETS:
-            bucket_emptied(&self.wheel, emptied)
-
     cdef inline void release(self, uint32_t timer) noexcept nogil:
         self.wanted[timer] = NEVER
         list_append(self.rows, FREE_TIMERS, timer)
@@ -108,13 +102,13 @@ cdef class TimingWheel:
         cdef bint is_later = deadline >= self.wanted[timer]
         self.wanted[timer] = deadline
         if not is_later and deadline < self.rows[timer].deadline:
-            self.disarm(timer)
+            wheel_disarm(&self.wheel, self.rows, timer)
             wheel_arm(&self.wheel, self.rows, timer, deadline)
 
     def cancel(self, uint32_t timer):
         """Take a timer back."""
         self.checked(timer)
-        self.disarm(timer)
+        wheel_disarm(&self.wheel, self.rows, timer)
         self.release(timer)
 
     def advance(self, uint64_t now, uint32_t limit):

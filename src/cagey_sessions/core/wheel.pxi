@@ -94,16 +94,22 @@ cdef inline void bucket_emptied(Wheel* wheel, uint32_t bucket) noexcept nogil:
         wheel.unfinished = NO_BUCKET
 
 
+cdef inline void wheel_disarm(Wheel* wheel, Row* rows, uint32_t slot) noexcept nogil:
+    """Take a row out of its bucket."""
+    cdef uint32_t emptied = list_remove(rows, slot)
+    wheel.armed -= 1
+    if emptied < BUCKETS:
+        bucket_emptied(wheel, emptied)
+
+
 cdef inline void unlist(Wheel* wheel, Row* rows, uint32_t slot) noexcept nogil:
     """Take a row off whichever list it is on: a bucket, a lane, or none."""
     if not listed(rows, slot):
         return
-    cdef bint in_wheel = rows[slot].state == IDLE or rows[slot].state == ENDING
-    cdef uint32_t emptied = list_remove(rows, slot)
-    if in_wheel:
-        wheel.armed -= 1
-        if emptied < BUCKETS:
-            bucket_emptied(wheel, emptied)
+    if rows[slot].state == IDLE or rows[slot].state == ENDING:
+        wheel_disarm(wheel, rows, slot)
+    else:
+        list_remove(rows, slot)
 
 
 cdef uint32_t wheel_next_bucket(Wheel* wheel, uint64_t* start) noexcept nogil:

@@ -30,6 +30,7 @@ from ..errors import (
 from ..options import SECOND, Duration, parse_duration
 from .base import Outcome, Record, Store, Verdict
 from .connections import Connections
+from .layouts import check_layout
 from .leases import Leases
 
 try:
@@ -216,17 +217,9 @@ class PostgresEngine(Store):
     async def _check_ours(self, connection: Any, name: str, layout: int, of: str = "") -> None:
         """Refuse a table in the place of ours that is not, or is of a newer version, or may not be used."""
         comment = await connection.fetchval("SELECT obj_description($1::regclass, 'pg_class')", name)
-        prefix, _, found = (comment or "").partition(", layout ")
+        mark, _, found = (comment or "").partition(", layout ")
         found, _, whose = found.partition(", of ")
-        if prefix != "cagey-sessions" or not found.isdigit():
-            raise StoreLayoutError(
-                f"{name} is not a table of cagey-sessions; it is left as it is. Give it another schema="
-            )
-        if int(found) > layout:
-            raise StoreLayoutError(
-                f"{name} was made by a newer version of cagey-sessions (layout {found}, and this one knows "
-                f"{layout}); it is left as it is"
-            )
+        check_layout(name, mark, found, kind="table", known=layout, setting="schema")
         if whose != of:
             raise StoreLayoutError(
                 f"{name} belongs to {whose or 'no other table'}, not to {of}. Give it another schema="

@@ -26,6 +26,7 @@ from ..errors import (
 from ..options import SECOND, Duration, parse_duration
 from .base import Claim, Outcome, Record, Store, Verdict, latest_of, text_of
 from .connections import Connections
+from .layouts import check_layout
 from .leases import Leases
 from .redis_engine import (
     CLAIM,
@@ -166,16 +167,8 @@ class RedisStore(Store):
             )
         await ask(connection, "SET", self._layout, f"cagey-sessions {LAYOUT}", "NX")
         kept = await text_at(connection, self._layout)
-        name, _, layout = kept.partition(" ")
-        if name != "cagey-sessions" or not layout.isdigit():
-            raise StoreLayoutError(
-                f"{self._layout} is not of cagey-sessions; it is left as it is. Give another prefix="
-            )
-        if int(layout) > LAYOUT:
-            raise StoreLayoutError(
-                f"{self._layout} says that a newer version of cagey-sessions has been here (layout {layout}, and this "
-                f"one knows {LAYOUT}); everything is left as it is"
-            )
+        mark, _, layout = kept.partition(" ")
+        check_layout(self._layout, mark, layout, kind="key", known=LAYOUT, setting="prefix")
         for script in (RENEW, CLAIM, SAVE, RELEASE, ERASE, LOAD, NAMES):
             await ask(connection, "SCRIPT", "LOAD", script.text)
         await run_script(connection, CLAIM, [], "", self._nodes, 1)

@@ -29,6 +29,7 @@ from ..errors import (
 )
 from .base import Claim, Record, Store, Verdict, latest_of
 from .file_lock import FileLock
+from .layouts import refuse_newer
 from .sqlite_rows import (
     APPLICATION_ID,
     COLUMNS,
@@ -396,11 +397,7 @@ class _Writer:
                 f"{self._path} holds something else; it is left as it is. Give SQLiteStore a file of its own, or keep "
                 "users in your own tables with CallbackStore"
             )
-        if version > LAYOUT:
-            raise StoreLayoutError(
-                f"{self._path} was made by a newer version of cagey-sessions (layout {version}, and this one knows "
-                f"{LAYOUT}); it is left as it is"
-            )
+        refuse_newer(str(self._path), version, LAYOUT)
         columns = [row[1] for row in connection.execute("PRAGMA table_info(cagey_sessions)")]
         if not tables >= TABLES or columns != COLUMNS:
             raise StoreLayoutError(

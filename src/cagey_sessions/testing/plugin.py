@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cagey_world"]
 
-pytest.register_assert_rewrite("cagey_sessions.testing.store_conformance")
+pytest.register_assert_rewrite("cagey_sessions.testing.conformance")
 
 
 @pytest.fixture
