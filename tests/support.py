@@ -85,12 +85,6 @@ def server_answers(url: str) -> bool:
     return True
 
 
-def skip_without(url: str) -> None:
-    """The same from within a test or a fixture."""
-    if not server_answers(url):
-        pytest.skip(f"no server at {url}")
-
-
 async def execute(*statements: str) -> None:
     """On the PostgreSQL of the tests, by a connection of its own."""
     connection = await asyncpg.connect(POSTGRES)
@@ -140,6 +134,12 @@ async def drop_schema(name: str) -> None:
 def needs_server(url: str) -> pytest.MarkDecorator:
     """For tests that are skipped where a server is not there; CAGEY_TEST_POSTGRES and CAGEY_TEST_REDIS say where."""
     return pytest.mark.skipif(not server_answers(url), reason=f"no server at {url}")
+
+
+def skip_without(url: str) -> None:
+    """The same from within a test or a fixture."""
+    if not server_answers(url):
+        pytest.skip(f"no server at {url}")
 
 
 async def turns(count: int = 25) -> None:

@@ -106,7 +106,7 @@ def test_the_listener_loses_nothing_either(tmp_path: Path) -> None:
 )
 def test_on_a_server_nothing_is_lost_and_nothing_is_left(server: str, tmp_path: Path) -> None:
     """After the kill the players are the dead server's for a while; it is waited for."""
-    command = [sys.executable, "-m", "cagey_sessions", "demo", "--bots", "10", "--seconds", "2", "--interval", "300ms"]
+    command = [sys.executable, "-m", "cagey_sessions", "demo", "--bots", "10", "--seconds", "8", "--interval", "300ms"]
     done = subprocess.run(
         [*command, "--store", server],
         env=ENVIRONMENT | {"TMPDIR": str(tmp_path)},
@@ -209,9 +209,9 @@ def test_a_kill_may_take_the_youngest_changes_only() -> None:
     """What is missing is counted, and what is older than allowed a second time."""
     told = ledger((10.0, state(1)), (12.0, state(2)), (14.0, state(3)))
     found = verify.after_kill(stored_as(2), told, killed_at=15.0, allowed_age=2.5)
-    assert found == verify.AfterKill(lost=set(), older_than_allowed=0, changes=1, players=1, oldest=1.0)
+    assert found == verify.AfterKill(lost=set(), older_than_allowed=0, changes=1, oldest=1.0)
     found = verify.after_kill(stored_as(1), told, killed_at=15.0, allowed_age=2.5)
-    assert found == verify.AfterKill(lost=set(), older_than_allowed=1, changes=2, players=1, oldest=3.0)
+    assert found == verify.AfterKill(lost=set(), older_than_allowed=1, changes=2, oldest=3.0)
     found = verify.after_kill(stored_as(3), told, killed_at=15.0, allowed_age=2.5)
     assert found == verify.AfterKill()
 
@@ -310,7 +310,7 @@ def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path) -> None:
     ) as process:
         assert process.stdout is not None
         assert "joining" in process.stdout.readline()
-        assert "playing" in process.stdout.readline()
+        assert any("playing" in line for line in process.stdout), "how many lines that takes is the machine's affair"
         process.send_signal(signal.SIGINT)
         _, err = process.communicate()
     # The children have the same standard error: it is at its end only now that they are all gone.

@@ -198,3 +198,29 @@ def test_case_76_twenty_thousand_calls_leave_nothing_behind():
     objects, blocks = map(int, done.stdout.split())
     assert objects < 200
     assert blocks < 500
+
+
+def test_a_claim_under_way_in_a_loop_that_is_thrown_away_raises_nothing_of_ours():
+    done = python(
+        """
+        from cagey_sessions.stores import MemoryStore
+
+        class Hanging(MemoryStore):
+            async def claim_many(self, user_ids, owner):
+                await asyncio.Event().wait()
+
+        async def main(manager):
+            await manager.__aenter__()
+            session = await manager.create()
+            manager.login = asyncio.ensure_future(session.login("ann"))
+            await asyncio.sleep(0.05)
+
+        loop = asyncio.new_event_loop()
+        manager = SessionManager(store=Hanging())
+        loop.run_until_complete(main(manager))
+        del loop, manager
+        gc.collect()
+        """
+    )
+    assert "Task was destroyed" in done.stderr, "asyncio's own word for it"
+    assert "RuntimeError" not in done.stderr

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cagey_sessions import SessionManager, StoreUnavailableError
-from cagey_sessions.claims import MOST_ATTEMPTS
+from cagey_sessions.claims import MOST_ATTEMPTS, RELEASE_CALLS
 from cagey_sessions.stores import Claim
 from support import ScriptedStore, let_time_pass, turns
 
@@ -130,6 +130,31 @@ async def test_an_outage_is_no_reason_to_give_up(clock, store, manager, caplog):
 
 
 # The end
+
+
+@pytest.mark.parametrize("turn", range(12))
+async def test_who_comes_into_the_queue_as_it_runs_empty_is_let_go_of(clock, store, manager, turn):
+    """At any turn of the loop: those at work may all be about to end."""
+    await manager.__aenter__()
+    owner = manager._life.owner
+    users = range(RELEASE_CALLS + 1)
+    epochs = {claim.user_id: claim.epoch for claim in await store.claim_many(users, owner)}
+    store.gate = asyncio.Event()
+    for user in users[1:]:
+        manager._life.claims.let_go(user, epochs[user])
+    await turns()
+
+    async def come_later() -> None:
+        await turns(turn)
+        manager._life.claims.let_go(0, epochs[0])
+
+    late = asyncio.ensure_future(come_later())
+    store.gate.set()
+    await turns()
+    await late
+    await clock.advance("2s")
+    assert [store.owner_of(user) for user in users] == [""] * len(users)
+    await let_time_pass(clock, manager.destroy())
 
 
 async def test_the_queue_ends_with_the_manager(clock, store, manager):

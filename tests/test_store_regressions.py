@@ -13,10 +13,11 @@ from cagey_sessions import (
     FencedError,
     SessionManager,
     StoreUnavailableError,
+    UnsavableError,
     UserNotFoundError,
     WouldDeadlockError,
 )
-from cagey_sessions.stores import CallbackStore, Outcome, Verdict
+from cagey_sessions.stores import CallbackStore, MemoryStore, Outcome, Verdict
 from support import ManualClock, ScriptedStore, changed, end, let_time_pass, turns
 
 
@@ -165,6 +166,37 @@ async def test_f1c_a_cancelled_edit_whose_write_is_under_way_holds_the_user(cloc
     await end(clock, manager)
 
 
+async def test_f1h_a_login_in_the_very_turn_in_which_a_write_returns_holds_up_nobody(clock):
+    """Unfenced: the write counts as under way until the loop has seen that it is done."""
+    gate, landed = asyncio.Event(), asyncio.Event()
+
+    async def save_many(_: Any) -> None:
+        await gate.wait()
+        landed.set()
+
+    async def log_in_at_once() -> Any:
+        session = await manager.create()
+        await landed.wait()
+        await session.login(1)
+        return session
+
+    async def edit() -> None:
+        async with manager.edit(1) as data:
+            data["n"] = 1
+
+    manager = SessionManager(store=CallbackStore(lambda _: {"n": 0}, save_many), clock=clock)
+    editing = asyncio.ensure_future(edit())
+    await turns()
+    editing.cancel()
+    coming = asyncio.ensure_future(log_in_at_once())
+    await turns()
+    gate.set()
+    session = await let_time_pass(clock, coming)
+    assert session.user_id == 1
+    await asyncio.gather(editing, return_exceptions=True)
+    await end(clock, manager)
+
+
 async def test_f1d_an_erased_user_is_not_brought_back_by_a_save_under_way(clock):
     """Unfenced: erase waits for the save under way, and no other of that session begins."""
     table = Table()
@@ -279,6 +311,22 @@ async def test_f2b_an_open_cancelled_as_it_comes_to_its_end_leaves_nobody_behind
         if task.cancelled():
             assert manager.find_by_user(count) is None, f"a session that nobody has (cancelled after {count} turns)"
             assert store.owner_of(count) == "", f"cancelled after {count} turns"
+    await end(clock, manager)
+
+
+@pytest.mark.parametrize("later", range(3))
+async def test_f2d_who_opens_a_user_as_another_open_is_cancelled_has_a_live_session(clock, store, manager, later):
+    """At any turn of the loop: never the session that is ended because nobody waits for it any more."""
+    for count in range(30):
+        first = asyncio.ensure_future(manager.open(count, default={"n": 0}))
+        await turns(count)
+        first.cancel()
+        await turns(later)
+        second = asyncio.ensure_future(manager.open(count, default={"n": 0}))
+        session = await let_time_pass(clock, second)
+        await turns()
+        assert session.alive, f"cancelled after {count} turns"
+        assert manager.find_by_user(count) is session
     await end(clock, manager)
 
 
@@ -969,6 +1017,67 @@ async def test_f20_an_edit_is_not_fenced_by_our_own_late_claim(clock, store, man
 
     await let_time_pass(clock, edit())
     assert store.stored(1) == {"n": 1}
+    await end(clock, manager)
+
+
+async def test_f20b_an_edit_that_was_written_is_saved_whatever_claim_of_ours_comes_after_it(clock, store, manager):
+    """The reply to the write is lost, and before the repeat a claim is granted that we had given up."""
+
+    async def claim_late(_: Any) -> None:
+        await MemoryStore.claim_many(store, [1], manager._life.owner)
+
+    store.put(1, b'{"n":0}')
+    store.script = ["lose", claim_late]
+
+    async def edit() -> None:
+        async with manager.edit(1) as data:
+            data["n"] = 1
+
+    await let_time_pass(clock, edit())
+    assert store.stored(1) == {"n": 1}
+    await clock.advance("1s")
+    assert store.owner_of(1) == ""
+    await end(clock, manager)
+
+
+async def test_f20c_an_edit_writes_over_nobody_who_has_taken_over_and_saved_meanwhile(clock, store, manager):
+    """Not even once they have let go of the user, so that the claim made again is granted."""
+    store.put(1, b'{"n":0}')
+    other = MemoryStore(store.backing)
+    await other.open()
+
+    async def edit() -> None:
+        async with manager.edit(1) as data:
+            store.bury(manager._life.owner)
+            (claim,) = await other.claim_many([1], "b")
+            await other.save_many([claim.record._replace(version=2, body=b'{"n":7}', release=True)])
+            data["n"] = 1
+
+    with pytest.raises(FencedError):
+        await let_time_pass(clock, edit())
+    assert store.stored(1) == {"n": 7}
+    await clock.advance("1s")
+    assert store.owner_of(1) == ""
+    await end(clock, manager)
+
+
+async def test_f20d_an_edit_that_is_refused_after_a_claim_made_again_lets_go_of_that(clock, store, manager):
+    async def claim_late(_: Any) -> None:
+        await MemoryStore.claim_many(store, [1], manager._life.owner)
+
+    async def refuse(_: Any) -> None:
+        store.verdict_of[1] = Verdict(Outcome.INVALID, "too odd")
+
+    async def edit() -> None:
+        async with manager.edit(1) as data:
+            data["n"] = 1
+
+    store.put(1, b'{"n":0}')
+    store.script = [claim_late, refuse]
+    with pytest.raises(UnsavableError, match="too odd"):
+        await let_time_pass(clock, edit())
+    await clock.advance("1s")
+    assert store.owner_of(1) == ""
     await end(clock, manager)
 
 

@@ -23,10 +23,12 @@ from cagey_sessions import (
     StoreModeError,
     StoreUnavailableError,
     UnknownEventError,
+    UsageError,
     UserActiveError,
     UserErasedError,
     UserNotFoundError,
 )
+from cagey_sessions.claims import CLAIM_CALLS
 from support import ManualClock, ScriptedStore, let_time_pass, turns
 
 
@@ -398,6 +400,52 @@ async def test_one_bad_load_does_not_fail_the_others_of_its_call(clock, store, m
     await end(clock, manager)
 
 
+async def test_a_login_that_comes_as_all_claims_under_way_are_answered_does_not_wait_for_another(clock, store, manager):
+    gate = asyncio.Event()
+
+    async def hang(_: Any) -> None:
+        await gate.wait()
+
+    async def visit(*users: int) -> None:
+        for user in users:
+            await (await manager.create()).login(user, default={})
+
+    await manager.__aenter__()
+    store.claim_script = [hang] * CLAIM_CALLS
+    visits = []
+    for user in range(CLAIM_CALLS):
+        visits.append(asyncio.ensure_future(visit(user, user + 100) if not user else visit(user)))
+        await turns()
+    assert len(store.claims) == CLAIM_CALLS
+    gate.set()
+    await turns()
+    assert all(task.done() for task in visits)
+    await asyncio.gather(*visits)
+    await end(clock, manager)
+
+
+async def test_a_claim_whose_task_is_cancelled_by_somebody_is_let_go_of_when_it_is_granted(clock, store, manager):
+    gate = asyncio.Event()
+
+    async def hang(_: Any) -> None:
+        await gate.wait()
+
+    await manager.__aenter__()
+    store.claim_script = [hang]
+    opening = asyncio.ensure_future(manager.open(1, default={}))
+    await turns()
+    for task in asyncio.all_tasks():
+        if task.get_name() == "cagey-sessions claims":
+            task.cancel()
+    await turns()
+    assert opening.done(), "nobody asks for this claim any more, so nobody need wait for it"
+    assert isinstance(opening.exception(), StoreUnavailableError)
+    gate.set()
+    await let_time_pass(clock, clock.sleep("1s"))
+    assert 1 in store.backing.rows and store.owner_of(1) == ""
+    await end(clock, manager)
+
+
 async def test_an_open_of_which_everybody_is_cancelled_leaves_nobody_behind(clock, store, manager):
     store.claim_script = ["20ms"]
     tasks = [asyncio.ensure_future(manager.open(1, default={})) for _ in range(3)]
@@ -503,6 +551,19 @@ async def test_an_edit_that_raises_writes_nothing(clock, store, manager):
     await turns()
     assert store.stored(1) == {"n": 0}
     assert store.owner_of(1) == ""
+    await end(clock, manager)
+
+
+async def test_an_edit_of_data_that_is_the_users_no_more_says_so(clock, store, manager):
+    store.put(1, b'{"gold":1}')
+    session = await manager.open(1)
+    with pytest.raises(UsageError, match="user_data was assigned"):
+        async with manager.edit(1) as data:
+            session.user_data = {"gold": 5}
+            data["gold"] += 100
+    async with manager.edit(1) as data:
+        session.user_data = data | {"gold": data["gold"] + 1}  # nothing is lost: the block has changed what there is
+    assert store.stored(1) == {"gold": 6}
     await end(clock, manager)
 
 

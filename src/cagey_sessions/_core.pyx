@@ -7,7 +7,7 @@ they move. What must not: asyncio, I/O, a clock. The core is handed ``now`` in w
 The rooms, in the order they are included:
 
 ``core/values.pxi``    which values are plain data, and their bytes
-``core/digest.pxi``    a number that stands for the bytes last acknowledged
+``core/digest.pxi``    a number that stands for some bytes
 ``core/wheel.pxi``     a hierarchical timing wheel over slot numbers
 ``core/saves.pxi``     the states of a save, as one table
 ``core/index.pxi``     slots by hash
@@ -73,7 +73,6 @@ cdef extern from *:
       static inline unsigned cagey_lowest_bit(uint64_t word) { return (unsigned)__builtin_ctzll(word); }
       static inline unsigned cagey_highest_bit(uint64_t word) { return 63u - (unsigned)__builtin_clzll(word); }
     #endif
-    /* type.__new__(type), without a look-up of the name */
     /* What the running loop keeps in the thread: its hook for new asynchronous generators. */
     #define cagey_running_hook() (PyThreadState_Get()->async_gen_firstiter)
     /* What tells this thread from all others that live: a register, where that can be had. */
@@ -102,6 +101,7 @@ cdef extern from *:
     #else
       #define cagey_neighbour(object, which) (((void**)(object))[-1 - (which)])
     #endif
+    /* type.__new__(type), without a look-up of the name. */
     #define cagey_new_object(type, no_arguments) ((PyTypeObject*)(type))->tp_new((PyTypeObject*)(type), no_arguments, NULL)
     """
     const bint CAGEY_DEBUG

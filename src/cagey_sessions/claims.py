@@ -8,11 +8,12 @@ who is kept by nobody is kept from everybody: the other servers wait until this 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from ._core import SessionCore
 from .errors import (
@@ -31,6 +32,8 @@ from .stores import Claim, Record
 from .waits import ends_inside
 
 __all__ = ["CLAIMS_IN_A_CALL", "CLAIM_CALLS", "Claims"]
+
+T = TypeVar("T")
 
 CLAIMS_IN_A_CALL = 64
 CLAIM_CALLS = 4
@@ -62,8 +65,8 @@ class Claims:
         """How the store is opened; a spill has to be known before anybody is claimed."""
         self._turns: dict[int | str, _Turn] = {}
         self._wanted: dict[int | str, asyncio.Future[Claim]] = {}
-        self._claimers = 0
-        self._to_release: dict[tuple[int | str, int], int] = {}
+        self._claimers: set[asyncio.Task[None]] = set()
+        self._to_release: OrderedDict[tuple[int | str, int], int] = OrderedDict()
         """Whom to let go of, by the epoch of the claim, and how often that failed for another reason than an outage."""
         self._releasers: set[asyncio.Task[None]] = set()
         self._releasing = 0
@@ -108,6 +111,7 @@ class Claims:
         return user_id in self._turns
 
     def refuse_inside(self, user_id: int | str) -> None:
+        """Raise `WouldDeadlockError` where whoever has the turn waits for this very code."""
         turn = self._turns.get(user_id)
         if turn is None or turn.holder is None:
             return
@@ -120,7 +124,7 @@ class Claims:
 
     async def outlast(self, user_id: int | str) -> None:
         """Where nothing fences off a late write, wait for the end of any before the user is read."""
-        while (write := self._gateway.writes.get(user_id)) is not None:
+        while (write := self._gateway.writes.get(user_id)) is not None and not write.done():
             await self._gateway.wait_for(write, self._gateway.timeout)
             if not write.done():
                 raise StoreUnavailableError(
@@ -132,7 +136,7 @@ class Claims:
 
         Raises `OwnedElsewhereError`, and `StoreUnavailableError` after as long as callers are made to wait.
         """
-        claim: Claim = await self.persistently(lambda until: self._wait_for_claim(user_id, until))
+        claim = await self.persistently(lambda until: self._wait_for_claim(user_id, until))
         if not claim.granted:
             raise OwnedElsewhereError(
                 f"user {user_id!r:.80} is on another node ({claim.owner})", user_id=user_id, owner=claim.owner
@@ -142,9 +146,9 @@ class Claims:
     async def _wait_for_claim(self, user_id: int | str, until: int) -> Claim:
         future: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
         self._wanted[user_id] = future
-        if self._claimers < CLAIM_CALLS:
-            self._claimers += 1
+        if len(self._claimers) < CLAIM_CALLS:
             task = self._life.spawn(self._claim_all(), "claims", Context())
+            self._claimers.add(task)
             task.add_done_callback(self._see_claimer_gone)
 
         def lose_patience() -> None:
@@ -164,7 +168,7 @@ class Claims:
                 del self._wanted[user_id]  # nobody waits any more, and nothing has been asked
 
     def _see_claimer_gone(self, task: asyncio.Task[None]) -> None:
-        self._claimers -= 1
+        self._claimers.discard(task)
         if task.cancelled():
             for future in self._wanted.values():
                 future.cancel()
@@ -172,26 +176,36 @@ class Claims:
 
     async def _claim_all(self) -> None:
         """Claim whoever is wanted, until nobody is."""
-        while self._wanted:
-            await self._gateway.admission()
-            if not self._gateway.may_call():  # the store is to be closed
-                for future in self._wanted.values():
-                    _refuse(future, StoreUnavailableError(f"{self._gateway.name} is down"))
-                self._wanted.clear()
-                return
-            wanted = {user_id: self._wanted.pop(user_id) for user_id in list(self._wanted)[:CLAIMS_IN_A_CALL]}
-            if not wanted:
-                return
-            error = await self._claim_some(wanted)
+        try:
+            while self._wanted:
+                await self._claim_next()
+        finally:
+            _leave(self._claimers)
+
+    async def _claim_next(self) -> None:
+        """Claim those who have waited longest, in one call; each alone if it fails and it may be the fault of one."""
+        await self._gateway.admission()
+        if not self._gateway.may_call():  # the store is to be closed
+            for future in self._wanted.values():
+                _refuse(future, StoreUnavailableError(f"{self._gateway.name} is down"))
+            self._wanted.clear()
+            return
+        wanted = {user_id: self._wanted.pop(user_id) for user_id in list(islice(self._wanted, CLAIMS_IN_A_CALL))}
+        try:
+            error = await self._claim_some(wanted) if wanted else None
             if error is None:
-                continue
+                return
             if len(wanted) > 1 and not isinstance(error, StoreUnavailableError):
-                for user_id, future in wanted.items():  # it may be the fault of one of them
+                for user_id, future in wanted.items():
                     if error := await self._claim_some({user_id: future}):
                         _refuse(future, error)
             else:
                 for future in wanted.values():
                     _refuse(future, error)
+        except asyncio.CancelledError:
+            for future in wanted.values():
+                future.cancel()
+            raise
 
     async def _claim_some(self, wanted: dict[int | str, asyncio.Future[Claim]]) -> Exception | None:
         gateway = self._gateway
@@ -203,6 +217,9 @@ class Claims:
             answers = {claim.user_id: claim for claim in claims}
             if answers.keys() != wanted.keys() or not all(is_sound(claim) for claim in claims):
                 raise StoreContractError(f"{gateway.name} did not answer with one claim for each user")
+        except asyncio.CancelledError:
+            self.doubt(wanted, call.task)
+            raise
         except Exception as error:
             self.doubt(wanted, call.task)
             if isinstance(error, StoreError):
@@ -338,14 +355,19 @@ class Claims:
 
     async def _release_all(self) -> None:
         """Let go of whoever is to be let go of; after a failure it is the others' turn first."""
+        try:
+            await self._release_each()
+        finally:
+            _leave(self._releasers)
+
+    async def _release_each(self) -> None:
         gateway, life = self._gateway, self._life
         delay = FIRST_RETRY
         while self._to_release and not gateway.closed and not life.closed:
             if gateway.down and not (gateway.may_call() and not life.table.has_due()):
                 await self._pause(LONGEST_RETRY)  # saves come first
                 continue
-            user_id, epoch = next(iter(self._to_release))
-            attempts = self._to_release.pop((user_id, epoch))
+            (user_id, epoch), attempts = self._to_release.popitem(last=False)
             self._releasing += 1
             again: int | None = epoch
             try:
@@ -395,10 +417,10 @@ class Claims:
             if task is not None:
                 task.cancel()
 
-    async def persistently(self, work: Callable[[int], Any]) -> Any:
+    async def persistently(self, work: Callable[[int], Awaitable[T]]) -> T:
         """Do something with the store, again while it is unavailable, for as long as callers are made to wait.
 
-        `work` is told until when that is.
+        `work` is told until when that is, in nanoseconds of the clock.
         """
         life = self._life
         until = life.clock.now() + life.options.save_timeout
@@ -422,6 +444,7 @@ class Claims:
             delay = min(2 * delay, LONGEST_RETRY)
 
     async def _pause(self, delay: int) -> None:
+        """Wait for so many nanoseconds of the clock."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def wake() -> None:
@@ -438,3 +461,10 @@ class Claims:
 def _refuse(future: asyncio.Future[Claim], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
+
+
+def _leave(tasks: set[asyncio.Task[None]]) -> None:
+    """Here, and not when the task is seen to be done: whoever comes in between must find its place free."""
+    with suppress(RuntimeError):  # no loop runs when a task that was forgotten is thrown away
+        if (task := asyncio.current_task()) is not None:
+            tasks.discard(task)

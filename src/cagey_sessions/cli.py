@@ -17,7 +17,7 @@ import orjson
 from . import tools
 from ._version import __version__
 from .errors import CageySessionsError, DurationError, InvalidUserIdError, OptionError, OwnedElsewhereError
-from .options import SECOND, SHORTEST_INTERVAL, parse_duration
+from .options import SECOND, SHORTEST_INTERVAL, duration_of, parse_duration
 from .stores.urls import engine_of
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def _show(arguments: argparse.Namespace) -> int:
     record, owner = tools.find(arguments.url, user_id)
     if record is None:
         has = f"; {owner} has them, and has not saved them yet" if owner else ""
-        return _not_found(f"{user_id!r:.80} is not stored{has}")
+        return _not_done(f"{user_id!r:.80} is not stored{has}")
     fields = {
         "user_id": user_id,
         "owner": owner or None,
@@ -227,7 +227,7 @@ def _show(arguments: argparse.Namespace) -> int:
         _print_json({**fields, "body": record.value()})
     except ValueError:
         _print_json({**fields, "damaged_body": record.body.decode(errors="replace")})
-        return _not_found("the body is not JSON")
+        return _not_done("the body is not JSON")
     return 0
 
 
@@ -248,17 +248,17 @@ def _import(arguments: argparse.Namespace) -> int:
 def _erase(arguments: argparse.Namespace) -> int:
     user_id = _user_id(arguments)
     if tools.find(arguments.url, user_id).record is None:
-        return _not_found(f"{user_id!r:.80} is not stored; nothing was erased")
+        return _not_done(f"{user_id!r:.80} is not stored; nothing was erased")
     if not arguments.yes:
         if not sys.stdin.isatty():
             return _refuse("stdin is not a terminal to ask at; add --yes")
         print(f"Erase user {user_id!r:.80} for good? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            return _not_found("nothing was erased")
+            return _not_done("nothing was erased")
     try:
         tools.erase(arguments.url, user_id)
     except OwnedElsewhereError as error:
-        return _not_found(str(error))
+        return _not_done(str(error))
     _say(f"{user_id!r:.80} is erased")
     return 0
 
@@ -282,9 +282,14 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _not_found(reason: str) -> int:
+def _not_done(reason: str) -> int:
     _say(f"cagey-sessions: {reason}")
     return 1
+
+
+def _refuse(reason: str) -> int:
+    _say(f"cagey-sessions: {reason}")
+    return 2
 
 
 # Arguments
@@ -295,7 +300,7 @@ def _duration(shortest: int) -> Callable[[str], float]:
 
     def duration(text: str) -> float:
         try:
-            return parse_duration(_number(text), "time", shortest=shortest) / SECOND
+            return parse_duration(duration_of(text), "time", shortest=shortest) / SECOND
         except DurationError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -332,15 +337,3 @@ def _new_place(text: str) -> str:
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r:.80} is in a folder that does not exist")
     return str(path)
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _refuse(reason: str) -> int:
-    print(f"cagey-sessions: {reason}", file=sys.stderr)
-    return 2

@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import functools
 import inspect
 from collections.abc import Callable
 from types import AsyncGeneratorType, GeneratorType
 
 from ._core import SessionCore
 from .errors import InvalidListenerError, ListenerCancelledError, ListenerError
-from .options import known_event
+from .options import known_event, name_of
 from .sanitizer import Sanitizer
 
 __all__ = ["MANAGER_EVENTS", "SESSION_EVENTS", "Listener", "Listeners", "listener_error"]
@@ -146,17 +145,11 @@ async def _finish(result: object) -> None:
 
 
 def _with_name(error: Exception, name: str, registration: _Registration) -> Exception:
-    note = f"raised by listener {_name_of(registration.function)} of event {name!r}"
+    note = f"raised by listener {name_of(registration.function)} of event {name!r}"
     if note not in getattr(error, "__notes__", ()):
         with contextlib.suppress(Exception):  # an exception may refuse a note
             error.add_note(note)
     return error
-
-
-def _name_of(function: Listener) -> str:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__qualname__", None) or type(function).__qualname__
 
 
 def listener_error(name: str, errors: list[Exception]) -> ListenerError:

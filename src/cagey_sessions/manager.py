@@ -195,8 +195,9 @@ class SessionManager(ManagerCore, Generic[T]):
 
         For a user on this server `data` is the live object, and leaving the block saves it like `persist_now`. Anybody
         else is claimed and loaded, and when the block is left written and released; a login of the same user waits for
-        that. If the block raises nothing is written, but its changes to live data stay. `default` is
-        as in `Session.login`. Raises what `Session.login` and `Session.persist_now` raise.
+        that. If the block raises nothing is written, but its changes to live data stay. `default` is as in
+        `Session.login`. Raises what `Session.login` and `Session.persist_now` raise, and `UsageError` if the program
+        has assigned another `user_data` meanwhile: what the block changed is then no longer the user's data.
         """
         return self._ownership.edit(user_id, default)
 
@@ -205,7 +206,8 @@ class SessionManager(ManagerCore, Generic[T]):
 
         A tombstone stays, so that no late write brings the data back (with `CallbackStore` only what its `erase`
         leaves); at the next login the user is new. Raises `OwnedElsewhereError` while the user is on another server;
-        `InvalidUserIdError`, `StoreUnavailableError`, `StoreModeError` without a store.
+        `InvalidUserIdError`, `StoreUnavailableError`, `StoreModeError` without a store, or with one that cannot erase,
+        and `WouldDeadlockError` inside a listener of the end of their session. A call of the store.
         """
         return await self._ownership.erase(user_id)
 
@@ -287,10 +289,11 @@ class SessionManager(ManagerCore, Generic[T]):
         then: its ``report`` is the `DrainReport`. With `spill` their data is kept in that file. Listeners of
         ``destroy`` may run for one second more. A save that is still under way by then is abandoned.
 
-        Calls that come later join the first. Inside a listener that this end waits for, or in a task that such a
-        listener has started, the call returns at once.
+        Calls that come later join the first, and its `deadline`; one that asks for saves still gets those that are
+        possible, and raises `ManagerClosedError` if somebody had ended without one by then. Inside a listener that this
+        end waits for, or in a task that such a listener has started, the call returns at once, with the report so far.
         Cancelling the call stops the waiting, not the end. Raises `NothingSavesError`, `DurationError` before anything
-        changes.
+        changes. O(users), in slices.
         """
         longest = parse_duration(deadline, "deadline", shortest=0)
         if persist is None:

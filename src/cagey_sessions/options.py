@@ -13,11 +13,25 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeAlias
 
 from .errors import DurationError, OptionError, UnknownEventError
 
-__all__ = ["PERSIST_EVENTS", "Duration", "Options", "parse_duration", "suggest"]
+__all__ = [
+    "PERSIST_EVENTS",
+    "SECOND",
+    "SHORTEST_INTERVAL",
+    "Duration",
+    "Options",
+    "duration_of",
+    "known_event",
+    "name_of",
+    "parse_duration",
+    "quote",
+    "read_options",
+    "suggest",
+]
 
 Duration: TypeAlias = int | float | str | timedelta
 """Seconds as a number, a `timedelta`, or text such as ``"30s"``, ``"1h30m"``, ``"500ms"``."""
@@ -69,6 +83,13 @@ def quote(value: object) -> str:
         return f"a {type(value).__name__}"
 
 
+def name_of(function: Callable[..., object]) -> str:
+    """A function or another callable, as messages name it."""
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__qualname__", None) or type(function).__qualname__
+
+
 def parse_duration(value: object, name: str, *, shortest: int = 1, longest: int = LONGEST) -> int:
     """A duration in nanoseconds.
 
@@ -104,6 +125,14 @@ def parse_duration(value: object, name: str, *, shortest: int = 1, longest: int 
         years = longest / (365 * 86_400 * SECOND)
         raise DurationError(f"{name}: {quote(value)} is too long; the longest is {years:g} years")
     return nanoseconds
+
+
+def duration_of(text: str) -> Duration:
+    """A duration given where all is text, in a URL or on a command line: a bare number stands for seconds."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def known_event(name: object, known: Collection[str]) -> str:

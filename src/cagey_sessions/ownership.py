@@ -11,9 +11,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
-from contextvars import Context
 from typing import Any, NamedTuple
 
 from ._core import SessionCore, check_user_id
@@ -26,10 +25,10 @@ from .errors import (
     FencedError,
     OptionError,
     SessionEndedError,
-    StoreContractError,
     StoreModeError,
     StoreUnavailableError,
     UnsavableError,
+    UsageError,
     UserActiveError,
     UserErasedError,
     UserNotFoundError,
@@ -38,8 +37,10 @@ from .errors import (
 from .gateway import StoreGateway
 from .lifecycle import Lifecycle
 from .options import quote, suggest
+from .records import EndReason
 from .replay import Replay
 from .stores import Claim, Outcome, Record
+from .stores.base import verdicts_of
 from .waits import Wait, would_deadlock
 from .writebehind import StoreSaver
 
@@ -86,13 +87,17 @@ class Ownership:
 
     # The parts of Lifecycle that are there because there is a store
 
-    @property
-    def _gateway(self) -> StoreGateway:
+    def _require_store(self) -> StoreGateway:
         if self._life.gateway is None:
             raise StoreModeError(
                 "this call needs a store: SessionManager(store=...); without one the program loads the data itself and "
                 "hands it over with `await session.set_user(user_id, user_data)`"
             )
+        return self._life.gateway
+
+    @property
+    def _gateway(self) -> StoreGateway:
+        assert self._life.gateway is not None
         return self._life.gateway
 
     @property
@@ -106,7 +111,7 @@ class Ownership:
         """See `Session.login`."""
         life = self._life
         life.enter()
-        self._gateway  # noqa: B018 - raises without a store
+        self._require_store()
         life.refuse_if_ending(session)
         self._check(user_id, default, when_active, ("replace", "refuse"))
         if session.user_id is not None or session in self._identifying:
@@ -132,7 +137,7 @@ class Ownership:
         """See `SessionManager.open`."""
         life = self._life
         life.enter()
-        self._gateway  # noqa: B018 - raises without a store
+        self._require_store()
         self._check(user_id, default, when_active, WHEN_ACTIVE)
         life.refuse_if_closed()
         opening = self._opening.get(user_id) if when_active == "join" else None
@@ -169,14 +174,20 @@ class Ownership:
         task = opening.task
         if opening.waiting or opening.is_taken or task is None:
             return
+        for user_id in [user_id for user_id, other in self._opening.items() if other is opening]:
+            del self._opening[user_id]  # nobody is to join it
         if not task.done():
-            for user_id in [user_id for user_id, other in self._opening.items() if other is opening]:
-                del self._opening[user_id]
             opening.is_given_up = True
             task.cancel()
         elif not task.cancelled() and task.exception() is None and opening.is_new:
             opening.is_taken = True
-            self._life.spawn(self._end_quietly(task.result()), "end of session", Context())
+            self._abandon(task.result())
+
+    def _abandon(self, session: SessionCore) -> None:
+        """Begin the end of a session that nobody has: at once, so that nobody finds it any more."""
+        endings = self._life.endings
+        if not self._life.table.is_ending(session) and not endings.end_at_once(session, EndReason.DESTROYED):
+            endings.begin_end(session, False, EndReason.DESTROYED)
 
     async def _end_quietly(self, session: SessionCore) -> None:
         with suppress(Exception):  # it has been reported where it was raised
@@ -206,7 +217,7 @@ class Ownership:
             await life.emit_identified(session, user_id, session.user_data)
         except asyncio.CancelledError:
             if opening.is_given_up:  # else the loop is being shut down, and takes no new tasks
-                life.spawn(self._end_quietly(session), "end of session", Context())
+                self._abandon(session)
             raise
         return session
 
@@ -238,9 +249,9 @@ class Ownership:
                     f"the last save of the earlier session of user {user_id!r:.80} is not acknowledged; try again later"
                 )
 
-    async def _within_patience(self, waiting: Any) -> bool:
+    async def _within_patience(self, waiting: Coroutine[Any, Any, object]) -> bool:
         """Await something for as long as callers are made to wait: whether it came to its end."""
-        task = self._life.spawn(waiting, "wait", None)
+        task = self._life.spawn(waiting, "wait")
         try:
             await self._gateway.wait_for(task, self._gateway.timeout)
             if task.done():
@@ -256,7 +267,7 @@ class Ownership:
         """See `SessionManager.read`."""
         life = self._life
         life.enter()
-        gateway = self._gateway
+        gateway = self._require_store()
         check_user_id(user_id, life.options.user_id)
         session = life.table.active_session(user_id)
         if session is not None and session.end_reason is None:
@@ -271,7 +282,7 @@ class Ownership:
         """See `SessionManager.edit`."""
         life = self._life
         life.enter()
-        self._gateway  # noqa: B018 - raises without a store
+        self._require_store()
         self._check(user_id, default, "join", WHEN_ACTIVE)
         life.refuse_if_closed()
         live = life.table.find_by_user(user_id)
@@ -301,18 +312,24 @@ class Ownership:
     @asynccontextmanager
     async def _edit_live(self, session: SessionCore) -> AsyncIterator[Any]:
         session.mark_changed()
+        data = session.user_data
+        before = self._saver.fingerprint(data)
         try:
-            yield session.user_data
+            yield data
         finally:
             with suppress(SessionEndedError):
                 session.mark_changed()  # what a block that raises has changed stays changed
+        if session.user_data is not data and self._saver.fingerprint(data) != before:
+            raise UsageError(
+                f"user_data was assigned while user {session.user_id!r:.80} was being edited: what this edit has "
+                "changed is not in it; edit again"
+            )
         await self._life.persist(session)
 
     async def _write(self, loaded: _Loaded, body: bytes) -> None:
         """Save a user who has no session, and let go of them."""
         gateway = self._gateway
         user_id = loaded.user_id
-        epochs = [loaded.epoch]
         record = Record(
             user_id,
             loaded.epoch,
@@ -326,17 +343,15 @@ class Ownership:
 
         async def save(_: int) -> None:
             nonlocal record
-            record = record._replace(epoch=epochs[-1])
-            verdicts = await gateway.write([record]).answer()
-            if not isinstance(verdicts, list) or len(verdicts) != 1:
-                raise StoreContractError(f"{gateway.name} did not answer with one verdict for each record")
-            outcome, detail = verdicts[0]
-            if outcome == Outcome.FENCED and gateway.store.fenced and await self._owns_again(loaded, epochs):
+            ((outcome, detail),) = verdicts_of(gateway.store, await gateway.write([record]).answer(), 1)
+            if outcome == Outcome.FENCED and gateway.store.fenced and record.epoch == loaded.epoch:
+                epoch = await self._claim_again(loaded, record)
+                if epoch is None:
+                    return
+                record = record._replace(epoch=epoch)
                 raise StoreUnavailableError(f"user {user_id!r:.80} had to be claimed again")
             if outcome == Outcome.FENCED:
-                raise FencedError(
-                    f"another node has taken over user {user_id!r:.80}; nothing was written", user_id=user_id
-                )
+                raise _taken_over(user_id)
             if outcome == Outcome.ERASED:
                 raise UserErasedError(f"user {user_id!r:.80} was erased meanwhile", user_id=user_id)
             if outcome == Outcome.INVALID:
@@ -344,30 +359,27 @@ class Ownership:
             if outcome not in (Outcome.SAVED, Outcome.ALREADY):
                 raise StoreUnavailableError(f"{gateway.name} could not save user {user_id!r:.80}: {detail or outcome}")
 
-        try:
-            await self._claims.persistently(save)
-        except BaseException:
-            if len(epochs) > 1:
-                self._claims.let_go(user_id, epochs[-1])
-            raise
+        await self._claims.persistently(save)
 
-    async def _owns_again(self, loaded: _Loaded, epochs: list[int]) -> bool:
-        """After a refusal by the fence: whether it was our own late claim, and nobody else has written since."""
-        if len(epochs) > 1:
-            return False
+    async def _claim_again(self, loaded: _Loaded, record: Record) -> int | None:
+        """After a refusal by the fence, perhaps because of a late claim of our own: the epoch to write under.
+
+        None if an attempt that had no answer has written the record. Raises `FencedError` if somebody else has written.
+        """
         claim = await self._claims.claim(loaded.user_id)
         found = (0, 0) if claim.record is None else (claim.record.version, self._saver.digest(claim.record.body))
-        if found != (loaded.version, loaded.stored):
-            self._claims.let_go(loaded.user_id, claim.epoch)
-            return False
-        epochs.append(claim.epoch)
-        return True
+        if found == (loaded.version, loaded.stored):
+            return claim.epoch
+        self._claims.let_go(loaded.user_id, claim.epoch)
+        if found != (record.version, self._saver.digest(record.body)):
+            raise _taken_over(loaded.user_id)
+        return None
 
     async def erase(self, user_id: int | str) -> bool:
         """See `SessionManager.erase`."""
         life = self._life
         life.enter()
-        gateway = self._gateway
+        gateway = self._require_store()
         check_user_id(user_id, life.options.user_id)
         if not gateway.store.can_erase:
             raise StoreModeError(
@@ -387,7 +399,7 @@ class Ownership:
                 await self._claims.outlast(user_id)
                 return await gateway.erase(user_id, life.owner).answer()
 
-            erased: bool = await self._claims.persistently(erase)
+            erased = await self._claims.persistently(erase)
             await self._end_erased(user_id)
             if life.spill is not None and life.spill.drop(user_id):
                 await self._replay.write_spill()
@@ -460,6 +472,10 @@ def _made(default: Callable[[], Any]) -> Any:
             "default is a value, or a plain function that makes one; this one returned something to await"
         )
     return data
+
+
+def _taken_over(user_id: int | str) -> FencedError:
+    return FencedError(f"another node has taken over user {user_id!r:.80}; nothing was written", user_id=user_id)
 
 
 def _not_found(user_id: int | str) -> UserNotFoundError:

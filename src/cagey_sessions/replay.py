@@ -23,6 +23,7 @@ from .lifecycle import Lifecycle
 from .savefile import in_thread
 from .spill import Plan
 from .stores import Claim, Outcome, Verdict
+from .stores.base import verdicts_of
 from .writebehind import MOST_BYTES, MOST_ROWS
 
 __all__ = ["Replay"]
@@ -104,8 +105,7 @@ class Replay:
             for plan in plans:
                 if plan.write is None or plan.error is not None:  # else the write has let go of them
                     self._claims.let_go(plan.claim.user_id, plan.claim.epoch)
-        errors = (*answers, *(plan.error for plan in plans))
-        return not any(isinstance(error, StoreUnavailableError) for error in errors)
+        return not self._gateway.down
 
     async def _apply_spill(self, claims: list[Claim], *, release: bool) -> list[Plan]:
         """Save what was spilled of users who are claimed, where nobody has written since: what became of it."""
@@ -123,7 +123,7 @@ class Replay:
                 spill.settle(plan.saved)
         writes = [plan for plan in plans if plan.write is not None]
         while writes:
-            part = [writes.pop()]
+            part: list[Plan] = []
             size = 0
             while writes and len(part) < MOST_ROWS and size < MOST_BYTES:
                 part.append(writes.pop())
@@ -142,9 +142,8 @@ class Replay:
         try:
             if not gateway.may_call():
                 raise StoreUnavailableError(f"{gateway.name} is down")
-            verdicts = await gateway.write([plan.write for plan in plans if plan.write is not None]).answer()
-            if not isinstance(verdicts, list) or len(verdicts) != len(plans):
-                raise StoreContractError(f"{gateway.name} did not answer with one verdict for each record")
+            answer = await gateway.write([plan.write for plan in plans if plan.write is not None]).answer()
+            verdicts = verdicts_of(gateway.store, answer, len(plans))
         except Exception as raised:
             error: Exception = raised
             if not isinstance(error, StoreError):

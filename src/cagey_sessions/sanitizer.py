@@ -20,6 +20,7 @@ from typing import Any
 
 from ._core import SessionCore, SessionTable, path_of
 from .encoding import Encoding
+from .options import name_of
 
 __all__ = ["Sanitizer", "UserDataWarning"]
 
@@ -186,9 +187,7 @@ class Sanitizer:
 
     def _see_step(self, what: str, function: Callable[..., object], seconds: float) -> None:
         if seconds > LONGEST_STEP:
-            while isinstance(function, partial):
-                function = function.func
-            name = getattr(function, "__qualname__", None) or type(function).__qualname__
+            name = name_of(function)
             self._warn(
                 "held",
                 (what, name),

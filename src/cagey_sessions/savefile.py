@@ -33,6 +33,7 @@ from .errors import InvalidUserIdError, SnapshotError
 from .records import DamagedEntry, Snapshot, SnapshotEntry
 
 __all__ = [
+    "CHUNK",
     "DISK",
     "Files",
     "NewFile",
@@ -42,6 +43,7 @@ __all__ = [
     "last_line",
     "read",
     "read_entry",
+    "remove_whole",
     "write_whole",
 ]
 

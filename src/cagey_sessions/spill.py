@@ -12,24 +12,27 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import savefile
 from ._core import Digest
 from .encoding import Encoding
-from .errors import OptionError, SnapshotError
+from .errors import OptionError, SnapshotError, StoreInUseError
 from .options import quote
 from .records import DamagedEntry, SnapshotEntry, SpillReport
 from .savefile import DISK, Files
 from .stores import Claim, Record, Store
+from .stores.file_lock import FileLock
 
 __all__ = ["Plan", "Spill", "SpillEntry"]
 
 KIND = "spill"
 LONGEST_WRITE = 10
-"""For how many seconds a write waits for the one before it."""
+"""For how many seconds a write waits for another one of the same file."""
+WAIT_FOR_LOCK = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +187,7 @@ class Spill:
     def drop(self, user_id: int | str) -> bool:
         """The user was erased, and is to be in no file either: whether they were."""
         dropped = [*self.pending.pop(user_id, ()), *self._conflicts.pop(user_id, ())]
+        dropped += [entry for entry in self._collected if entry.user_id == user_id]  # perhaps being written right now
         self._settled.update(dropped)
         return bool(dropped)
 
@@ -211,9 +215,7 @@ class Spill:
 
         Waits for the disk. Raises `SnapshotError`; then the file is as it was, and the next call does all of it.
         """
-        if not self._writing.acquire(timeout=LONGEST_WRITE):
-            raise SnapshotError(f"{self.path}: an earlier write has not ended within {LONGEST_WRITE} s: the disk hangs")
-        try:  # with copies, for the loop goes on
+        with self._alone():  # with copies, for the loop goes on
             collected, settled = list(self._collected), set(self._settled)
             there, damaged, _ = self._read()
             kept = list(dict.fromkeys(entry for entry in (*there, *collected) if entry not in settled))
@@ -224,7 +226,28 @@ class Spill:
             del self._collected[: len(collected)]
             self._settled -= settled
             return len(collected)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Within this block nobody else writes the file, in this process or another: what they add would be lost."""
+        until = time.monotonic() + LONGEST_WRITE
+        if not self._writing.acquire(timeout=LONGEST_WRITE):
+            raise SnapshotError(f"{self.path}: an earlier write has not ended within {LONGEST_WRITE} s: the disk hangs")
+        lock = FileLock()
+        try:
+            while True:
+                try:
+                    lock.acquire(f"{self.path}.lock")
+                    break
+                except StoreInUseError as error:
+                    if time.monotonic() >= until:
+                        raise SnapshotError(f"{self.path} is being written by process {error.pid}") from error
+                    time.sleep(WAIT_FOR_LOCK)
+                except OSError:
+                    break  # no locks here: unguarded is better than not written
+            yield
         finally:
+            lock.release()
             self._writing.release()
 
     def _lines(self, entries: list[SpillEntry], damaged: tuple[DamagedEntry, ...]) -> Iterable[bytes]:

@@ -79,12 +79,13 @@ def listening(wait: Wait, host: object, lend: Lend | None = None) -> Iterator[No
 
 
 def _inside() -> list[Wait]:
+    """The waits for the listeners this code runs inside."""
     return [frame.wait for frame in _frames.get() if frame.wait is not None]
 
 
 def would_deadlock(target: Wait) -> bool:
     """Whether waiting for `target` here would, over however many steps, be waiting for oneself. O(waits under way)."""
-    inside = _inside()
+    inside = set(_inside())
     if not inside:
         return False
     seen: set[Wait] = set()
@@ -105,7 +106,7 @@ def would_deadlock(target: Wait) -> bool:
 def waiting_for(target: Wait) -> Iterator[None]:
     """Within this block the listeners this code runs inside wait for `target`."""
     frames = [frame for frame in _frames.get() if frame.wait is not None]
-    inside = [frame.wait for frame in frames if frame.wait is not None]
+    inside = _inside()
     for wait in inside:
         _waits.setdefault(wait, Counter())[target] += 1
     for frame in frames:

@@ -177,10 +177,10 @@ FAULTS = [
         BATCHES,
     ),
     Fault(
-        "a batch acknowledges the bytes of now",
-        "core/batch.pxi",
-        "            table.copies[slot].stored = table.copies[slot].digest\n            row.acknowledged = row.version\n",
-        "            row.acknowledged = row.version\n        row.marks = 0\n",
+        "what is acknowledged is not known as stored",
+        "core/lanes.pxi",
+        "            self.copies[slot].stored = self.copies[slot].digest\n",
+        "            pass\n",
         BATCHES,
     ),
     Fault(
@@ -507,6 +507,27 @@ FAULTS = [
         "for entry in (*there, *collected) if entry not in settled",
         "for entry in collected if entry not in settled",
         ("tests/test_spill.py",),
+    ),
+    Fault(
+        "who is erased before the spill is written stays in it",
+        "spill.py",
+        "        dropped += [entry for entry in self._collected if entry.user_id == user_id]",
+        "        dropped += [entry for entry in self._collected if entry.user_id is None]",
+        ("tests/test_spill_found.py",),
+    ),
+    Fault(
+        "two processes write one spill at the same time",
+        "spill.py",
+        '                    lock.acquire(f"{self.path}.lock")\n',
+        "                    pass\n",
+        ("tests/test_spill_found.py",),
+    ),
+    Fault(
+        "one spilled user who is not taken now stops the replay",
+        "replay.py",
+        "        return not self._gateway.down\n",
+        "        return not any(plan.error for plan in plans)\n",
+        ("tests/test_spill_found.py",),
     ),
     Fault(
         "the exit status pretends that all is saved",

@@ -215,7 +215,7 @@ cdef class SaveBatch:
             self.unchanged += 1
             if row.marks:
                 row.marks = MARKED_BEFORE
-            self.acknowledge(slot, now, now + again)
+            table.settle_saved(slot, now, True, now + again)
             return True
         version += is_new
         fill_item(record, 0, session.user_id)
@@ -240,22 +240,6 @@ cdef class SaveBatch:
         self.left += 1
         self.size += PyBytes_GET_SIZE(body)
         return True
-
-    cdef int acknowledge(self, uint32_t slot, uint64_t taken_at, uint64_t deadline) except -1:
-        """The version in flight is stored."""
-        cdef SessionTable table = self.table
-        cdef Row* row = &table.rows[slot]
-        table.settle(slot, ACKNOWLEDGE, not is_ending(row.state), deadline)
-        row.failures = 0
-        row.marks &= MARKED
-        if row.acknowledged != row.version:
-            table.copies[slot].stored = table.copies[slot].digest
-            row.acknowledged = row.version
-        row.saved_at = taken_at
-        table.age_remove(slot)
-        table.age_append(IDENTIFIED, slot)
-        table.counters.saved += 1
-        return 0
 
     def odd(self):
         """Take out those that something is special about, as (session, version): their bytes are not fixed."""
@@ -296,7 +280,7 @@ cdef class SaveBatch:
                 left.append(session)
             else:
                 self.take_out(place)
-                self.acknowledge(slot, self.saves[place].taken_at, self.saves[place].taken_at + again)
+                table.settle_saved(slot, self.saves[place].taken_at, True, self.saves[place].taken_at + again)
                 follow(&trail, table.rows, slot)
         if CAGEY_DEBUG:
             check_table(table)

@@ -248,17 +248,7 @@ cdef class SessionLanes(SessionRows):
         cdef uint32_t slot = self.in_flight_slot(session, version)
         if slot == 0:
             return False
-        cdef Row* row = &self.rows[slot]
-        self.settle(slot, ACKNOWLEDGE, deadline is not None and not is_ending(row.state), tick)
-        row.failures = 0
-        row.marks &= MARKED
-        if self.copies is not NULL and row.acknowledged != version:
-            self.copies[slot].stored = self.copies[slot].digest
-        row.acknowledged = version
-        row.saved_at = taken_at
-        self.age_remove(slot)
-        self.age_append(IDENTIFIED, slot)
-        self.counters.saved += 1
+        self.settle_saved(slot, taken_at, deadline is not None, tick)
         if CAGEY_DEBUG:
             check_table(<SessionTable> self)
         return True
@@ -294,6 +284,22 @@ cdef class SessionLanes(SessionRows):
         if not has_save_in_flight(self.rows[slot].state) or self.rows[slot].version != version:
             raise UsageError(f"version {version} of this session is not in flight")
         return slot
+
+    @cython.final
+    cdef int settle_saved(self, uint32_t slot, uint64_t taken_at, bint again, uint64_t deadline) except -1:
+        """The version in flight is stored."""
+        cdef Row* row = &self.rows[slot]
+        self.settle(slot, ACKNOWLEDGE, again and not is_ending(row.state), deadline)
+        row.failures = 0
+        row.marks &= MARKED
+        if self.copies is not NULL and row.acknowledged != row.version:
+            self.copies[slot].stored = self.copies[slot].digest
+        row.acknowledged = row.version
+        row.saved_at = taken_at
+        self.age_remove(slot)
+        self.age_append(IDENTIFIED, slot)
+        self.counters.saved += 1
+        return 0
 
     @cython.final
     cdef int settle(self, uint32_t slot, int event, bint again, uint64_t deadline) except -1:

@@ -8,7 +8,6 @@
 #   - At most one save of a session is in flight: `take` leads only from a state without one to a state with one.
 #   - Whoever asks while a save is in flight gets a later one: the `*_ASKED` states survive acknowledgement and failure.
 #   - A timer's wish (DUE) is dropped when the session is ended; a caller's wish (ASKED) is not.
-#
 #   - A mark outlives every save but one: the first whose bytes were fixed after it and that is acknowledged. As one save
 #     is in flight at a time, two bits do what a counter would.
 #

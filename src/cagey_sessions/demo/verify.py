@@ -21,6 +21,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 __all__ = [
     "AfterKill",
+    "Ledgers",
+    "Players",
     "Stored",
     "after_kill",
     "contradicted",
@@ -55,8 +57,6 @@ class AfterKill:
     """Acknowledged changes that had been made longer before the kill than allowed, and are missing."""
     changes: int = 0
     """Acknowledged changes that are missing, all of them."""
-    players: int = 0
-    """How many players they belong to."""
     oldest: float = 0.0
     """How long before the kill the oldest missing change was acknowledged, in seconds."""
 
@@ -162,7 +162,6 @@ def after_kill(players: Players, ledgers: Ledgers, killed_at: float, allowed_age
         ages = [killed_at - at for at, state in known if state["seq"] > reached]
         found.older_than_allowed += sum(age > allowed_age for age in ages)
         found.changes += len(ages)
-        found.players += bool(ages)
         found.oldest = max(found.oldest, *ages, 0.0)
     found.lost |= players.keys() - ledgers.keys()
     return found

@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 
 import orjson
 
-__all__ = ["MAX_NUMBER", "Claim", "Outcome", "Record", "Store", "Verdict"]
+from ..errors import StoreContractError
+
+__all__ = ["MAX_NUMBER", "Claim", "Outcome", "Record", "Store", "Verdict", "latest_of", "text_of", "verdicts_of"]
 
 MAX_NUMBER = 2**53
 """Epochs and versions stay below it, so that any engine and any JSON reader keeps them exact."""
@@ -228,3 +230,19 @@ def text_of(body: bytes) -> str | None:
     except UnicodeDecodeError:
         return None
     return None if "\0" in text else text
+
+
+_OUTCOMES = frozenset(Outcome)
+
+
+def verdicts_of(store: Store, answer: object, count: int) -> list[Verdict]:
+    """What `Store.save_many` has answered. Raises `StoreContractError` if that is not one verdict for each record."""
+    if (
+        isinstance(answer, list)
+        and len(answer) == count
+        and all(
+            isinstance(each, Verdict) and isinstance(each.outcome, str) and each.outcome in _OUTCOMES for each in answer
+        )
+    ):
+        return answer
+    raise StoreContractError(f"{store.name} did not answer with one verdict for each record")

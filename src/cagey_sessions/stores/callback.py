@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from .._core import encode_plain
 from ..errors import EncodingError, OptionError, StoreContractError, StoreModeError, StoreUnavailableError
-from .base import Claim, Outcome, Record, Store, Verdict
+from .base import Claim, Outcome, Record, Store, Verdict, latest_of
 
 __all__ = ["CallbackStore", "Erase", "Load", "SaveMany", "Saved"]
 
@@ -109,11 +109,7 @@ class CallbackStore(Store):
         """
         if not records:
             return []
-        latest: dict[int | str, Record] = {}
-        for record in records:
-            known = latest.setdefault(record.user_id, record)
-            if (record.epoch, record.version) > (known.epoch, known.version):
-                latest[record.user_id] = record
+        latest = latest_of(records)
         answer = await _call("save_many", self._save_many, list(latest.values()))
         verdicts = dict(zip(latest, _verdicts(answer, len(latest)), strict=True))
         return [verdicts[record.user_id] for record in records]

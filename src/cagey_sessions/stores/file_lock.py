@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import weakref
-from pathlib import Path
 
 from ..errors import StoreInUseError
 
 __all__ = ["FileLock"]
+
+TAKEN = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
+"""What systems say of a lock that somebody else has."""
 
 
 class FileLock:
@@ -18,17 +21,22 @@ class FileLock:
     def __init__(self) -> None:
         self._file: int | None = None
 
-    def acquire(self, path: Path) -> None:
-        """Raises `StoreInUseError`, `OSError`."""
+    def acquire(self, path: str | os.PathLike[str]) -> None:
+        """Take the lock or say at once who has it.
+
+        Raises `StoreInUseError`, and `OSError` for a file that cannot be made or a file system that has no locks.
+        """
         file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
         try:
             try:
                 _lock(file)
-            except OSError:
-                pid = _read_pid(file)
+            except OSError as error:
+                if error.errno not in TAKEN:
+                    raise
+                pid, name = _read_pid(file), os.path.basename(path).removesuffix(".lock")
                 raise StoreInUseError(
-                    f"{path.name.removesuffix('.lock')} is in use by process {pid or 'of unknown id'}; an SQLite "
-                    "store has one process at a time, end that one first",
+                    f"{name} is in use by process {pid or 'of unknown id'}; it has one process at a time, end that one "
+                    "first",
                     pid=pid,
                 ) from None
             os.ftruncate(file, 0)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from ..errors import OwnedElsewhereError, StoreContractError, StoreUnavailableError
 from .base import Claim, Outcome, Record, Store, Verdict, latest_of
 
-__all__ = ["MemoryBacking", "MemoryStore"]
+__all__ = ["MemoryBacking", "MemoryStore", "Row"]
 
 
 class Row:

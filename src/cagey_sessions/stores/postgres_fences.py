@@ -12,7 +12,38 @@ from __future__ import annotations
 from .postgres_catalog import OwnTable, own_names
 from .postgres_engine import quoted
 
-__all__ = ["INSIDE", "LAYOUT", "ddl", "fence_names", "side_table"]
+__all__ = [
+    "BURY_BESIDE",
+    "BURY_INSIDE",
+    "CLAIM",
+    "DELETE",
+    "DELETE_UNSAVED",
+    "ENSURE",
+    "FIRST_PAGE",
+    "HOLDERS",
+    "INSERT_ALONE",
+    "INSERT_BESIDE",
+    "INSIDE",
+    "IS_THERE",
+    "LAYOUT",
+    "LOAD",
+    "LOAD_ALONE",
+    "LOCK",
+    "LOOK",
+    "MAY_INSERT",
+    "NEXT_PAGE",
+    "ONE",
+    "READ",
+    "RELEASE",
+    "RELEASE_REPEATED",
+    "SAVE_ALONE",
+    "SAVE_BESIDE",
+    "SAVE_INSIDE",
+    "SETTLE",
+    "ddl",
+    "fence_names",
+    "side_table",
+]
 
 LAYOUT = 1
 """The number of the layout of the side table, kept in its comment."""

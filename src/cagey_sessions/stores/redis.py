@@ -32,13 +32,13 @@ from .redis_engine import (
     CLAIM,
     ERASE,
     LOAD,
+    NAMES,
     RELEASE,
     RENEW,
     SAVE,
     Address,
     append_fsync,
     ask,
-    ask_all,
     cut,
     explained,
     finish,
@@ -169,7 +169,7 @@ class RedisStore(Store):
         kept = await text_at(connection, self._layout)
         mark, _, layout = kept.partition(" ")
         check_layout(self._layout, mark, layout, kind="key", known=LAYOUT, setting="prefix")
-        for script in (RENEW, CLAIM, SAVE, RELEASE, ERASE, LOAD):
+        for script in (RENEW, CLAIM, SAVE, RELEASE, ERASE, LOAD, NAMES):
             await ask(connection, "SCRIPT", "LOAD", script.text)
         await run_script(connection, CLAIM, [], "", self._nodes, 1)
         return loss_class(info, await append_fsync(connection))
@@ -322,11 +322,13 @@ class RedisStore(Store):
 
     async def load(self, user_id: int | str) -> Record | None:
         key = self._key(user_id)
-        return _record(user_id, await self._run(lambda connection: run_script(connection, LOAD, [key], *FIELDS)))
+        (row,) = await self._run(lambda connection: run_script(connection, LOAD, [key], *FIELDS))
+        return _record(user_id, row)
 
     async def holder(self, user_id: int | str) -> tuple[str, int]:
         key = self._key(user_id)
-        epoch, owner, released = await self._run(lambda connection: run_script(connection, LOAD, [key], *FIELDS[:3]))
+        (row,) = await self._run(lambda connection: run_script(connection, LOAD, [key], *FIELDS[:3]))
+        epoch, owner, released = row
         if epoch is None:
             return "", 0
         return "" if released == b"1" else owner.decode(), int(epoch)
@@ -338,11 +340,11 @@ class RedisStore(Store):
         cursor = b"0"
 
         async def name_some(connection: Any) -> tuple[bytes, list[bytes]]:
-            following, names = await ask(connection, "SCAN", cursor, "MATCH", pattern, "COUNT", NAMES_IN_A_SCAN)
+            following, names = await run_script(connection, NAMES, [], cursor, pattern, NAMES_IN_A_SCAN)
             return following, names
 
         async def read(some: list[bytes], connection: Any) -> list[Record | None]:
-            rows = await ask_all(connection, [("HMGET", name, *FIELDS) for name in some])
+            rows = await run_script(connection, LOAD, some, *FIELDS)
             start = len(self._users.encode())
             return [_record(_user_id(name[start:].decode()), row) for name, row in zip(some, rows, strict=True)]
 

@@ -38,6 +38,7 @@ __all__ = [
     "CLAIM",
     "ERASE",
     "LOAD",
+    "NAMES",
     "RELEASE",
     "RENEW",
     "SAVE",
@@ -45,7 +46,6 @@ __all__ = [
     "Script",
     "append_fsync",
     "ask",
-    "ask_all",
     "cut",
     "explained",
     "finish",
@@ -182,8 +182,14 @@ return {'', row[3] and 1 or 0}
 """
 )
 
-# As a script that might write, it is refused by a replica: one that has nothing of a user would make them new.
-LOAD = Script("#!lua flags=allow-oom\nreturn redis.call('HMGET', KEYS[1], unpack(ARGV))")
+# As scripts that might write these are refused by a replica: one that has nothing of a user would make them new, and
+# one that is behind would leave some out.
+LOAD = Script("""#!lua flags=allow-oom
+local rows = {}
+for place, key in ipairs(KEYS) do rows[place] = redis.call('HMGET', key, unpack(ARGV)) end
+return rows
+""")
+NAMES = Script("#!lua flags=allow-oom\nreturn redis.call('SCAN', ARGV[1], 'MATCH', ARGV[2], 'COUNT', ARGV[3])")
 
 
 # Connections
@@ -269,34 +275,21 @@ async def finish(connection: Any) -> None:
     cut(connection)
 
 
-async def ask_all(connection: Any, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Send commands together and read all their replies; then raise the first that is an error."""
-    replies: list[Any] = []
-    failure: errors.ResponseError | None = None
-    try:
-        packed = [pack_command(command) for command in commands]
-        await connection.send_packed_command(packed, check_health=False)
-        for _ in commands:
-            try:
-                replies.append(await connection.read_response(disable_decoding=True))
-            except errors.ResponseError as error:
-                failure = failure or error
-    except BaseException:
-        cut(connection)  # replies may be under way that nobody would read
-        raise
-    if failure is not None:
-        if isinstance(failure, _GONE):
-            cut(connection)
-        raise failure
-    return replies
-
-
 async def ask(connection: Any, *command: Any) -> Any:
     """Send a command and read its reply; raises the driver's error if it is one."""
-    return (await ask_all(connection, [command]))[0]
+    try:
+        await connection.send_packed_command([pack_command(command)], check_health=False)
+        return await connection.read_response(disable_decoding=True)
+    except errors.ResponseError as error:
+        if isinstance(error, _GONE):
+            cut(connection)
+        raise
+    except BaseException:
+        cut(connection)  # a reply may be under way that nobody would read
+        raise
 
 
-async def run_script(connection: Any, script: Script, keys: Sequence[str], *arguments: Any) -> Any:
+async def run_script(connection: Any, script: Script, keys: Sequence[str | bytes], *arguments: Any) -> Any:
     try:
         return await ask(connection, "EVALSHA", script.sha, len(keys), *keys, *arguments)
     except errors.NoScriptError:  # nothing has been done; the text in the same call, for scripts may be flushed again

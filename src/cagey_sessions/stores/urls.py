@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from ..errors import OptionError
-from ..options import suggest
+from ..options import duration_of, suggest
 from .base import Store
 
 __all__ = ["engine_of", "open_store"]
@@ -74,7 +74,7 @@ def open_store(url: str, **options: Any) -> Store:
         elif name in options:
             raise OptionError(f"{name} is given twice; once is enough, in the URL or as an argument")
         else:
-            options[name] = _number(unquote(value)) if name in DURATIONS else unquote(value)
+            options[name] = duration_of(unquote(value)) if name in DURATIONS else unquote(value)
     if scheme in ("memory", "sqlite"):  # there is no driver to take them
         _check_names(f"the URL of a {engine.store}", [each.partition("=")[0] for each in theirs], engine.in_url)
     store: Any = getattr(import_module(__name__.rpartition(".")[0]), engine.store)
@@ -116,11 +116,3 @@ def _path(address: str) -> str:
             "(sqlite:////var/lib/players.db); for users in memory there is memory:"
         )
     return address[3:]
-
-
-def _number(text: str) -> float | str:
-    """A duration of a URL: there all is text, and a bare number stands for seconds."""
-    try:
-        return float(text)
-    except ValueError:
-        return text

@@ -14,6 +14,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from ..manager import SessionManager
+from ..options import SECOND
 from ..stores import Outcome
 from .store import MILLISECOND
 from .universe import Universe
@@ -26,7 +27,7 @@ Invariant = Callable[[dict[int | str, Any]], object]
 
 SHUFFLES = (0.0, 0.0, 0.5, 1.0)
 WAYS = ((1 * MILLISECOND, 5 * MILLISECOND), (1 * MILLISECOND, 80 * MILLISECOND))
-LATEST = 30_000 * MILLISECOND
+LATEST = 30 * SECOND
 """After a crash what was sent is given this long to arrive."""
 MOST_MOMENTS = 400
 """How many moments the search for the smallest history looks at."""

@@ -14,15 +14,16 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 from ..errors import StoreUnavailableError
+from ..options import SECOND
 from ..stores import Claim, MemoryStore, Outcome, Record, Verdict
 from ..stores.memory import MemoryBacking, Row
 from .universe import Universe
 
-__all__ = ["Applied", "Faults", "SimulatedDatabase", "SimulatedStore"]
+__all__ = ["MILLISECOND", "Applied", "Faults", "SimulatedDatabase", "SimulatedStore"]
 
 T = TypeVar("T")
 
-MILLISECOND = 1_000_000
+MILLISECOND = SECOND // 1000
 
 
 @dataclass
@@ -224,9 +225,9 @@ class SimulatedStore(MemoryStore):
             fail("the connection was refused")
         elif faults.down == "silent" or chance() < faults.hanging:
             if not self.fenced:  # a call that cannot be aborted has to end some day
-                universe.call_later(20_000 * MILLISECOND, partial(fail, "the connection timed out"))
+                universe.call_later(20 * SECOND, partial(fail, "the connection timed out"))
         elif self.fenced and chance() < faults.late:
-            universe.call_later(universe.random.randrange(20_000 * MILLISECOND), lambda: carry_out(False))
+            universe.call_later(universe.random.randrange(20 * SECOND), lambda: carry_out(False))
         elif chance() < faults.losing_replies:
 
             def carry_out_and_fail() -> None:

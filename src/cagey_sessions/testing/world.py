@@ -17,7 +17,7 @@ import orjson
 from ..clock import Clock
 from ..errors import UsageError
 from ..manager import SessionManager
-from ..options import Duration, parse_duration
+from ..options import SECOND, Duration, parse_duration
 from ..records import DrainReport
 from ..session import Session
 from ..stores import Record, Store
@@ -25,14 +25,14 @@ from ..stores.memory import Row
 from .store import SimulatedDatabase, SimulatedStore
 from .universe import Universe, VirtualClock, VirtualLoop
 
-__all__ = ["MakeManager", "Server", "World", "WorldError", "world"]
+__all__ = ["LIMIT", "MakeManager", "Server", "World", "WorldError", "world"]
 
 T = TypeVar("T")
 
 MakeManager = Callable[..., SessionManager[Any]]
 """``make_manager(store=..., clock=...)``: builds the program's manager on the store and the clock it is given."""
 
-LIMIT = 3600 * 1_000_000_000
+LIMIT = 3600 * SECOND
 """How much virtual time a call may take before it counts as stuck."""
 ROUNDS_AT_THE_END = 20
 
