@@ -105,6 +105,23 @@ async def test_case_32_a_dead_handle_never_swallows_a_write(make_manager):
     await manager.destroy()
 
 
+async def test_nothing_can_be_assigned_that_no_save_would_see(make_manager):
+    manager = make_manager()
+    session = await manager.create()
+    await session.set_user(1, {"gold": 1})
+    refused = []
+
+    @session.on("destroy")
+    def assign():
+        with pytest.raises(SessionEndedError, match="past its last save") as raised:
+            session.user_data = {"gold": 2}
+        refused.append(raised.value)
+
+    await session.destroy()
+    assert len(refused) == 1
+    await manager.destroy()
+
+
 async def test_case_14_the_end_of_a_manager_waits_for_everybody(make_manager, db, clock):
     manager = make_manager(max_in_flight=50, interval="10s")
     for user_id in range(1000):

@@ -462,9 +462,9 @@ def test_a_user_whom_a_live_server_has_is_refused_by_name(run, shared, replace):
 
     imported, erased = asyncio.run(beside_a_server())
     assert (imported.status, erased.status) == (1, 1)
-    assert re.search(r"refused: user 'ann' is on another node \(\S+-\d+-\w+\) now", imported.err)
+    assert re.search(r"refused: user 'ann' is on another server \(\S+-\d+-\w+\) now", imported.err)
     assert imported.err.endswith("imported 1, refused 1\n")
-    assert re.search(r"user 'ann' is on another node \(\S+-\d+-\w+\)", erased.err)
+    assert re.search(r"user 'ann' is on another server \(\S+-\d+-\w+\)", erased.err)
     assert users(run("export", shared)) == {"ann": {"gold": 2}, "bob": 2}
 
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from ._core import SaveBatch, SessionCore, SessionTable
 from .clock import Clock, TimerHandle
 from .errors import NothingSavesError, SaveOverdueError, UnsavableError
-from .flights import Flight, Flights, Outcome
+from .flights import Flight, Flights, SaveOutcome
 from .options import SECOND, Options
 from .records import Receipt
 from .timeslice import TimeSlice
@@ -144,7 +144,7 @@ class Autosave:
         if self._interval:
             self.arm()
 
-    async def save(self, session: SessionCore, until: int | None = None) -> Outcome:
+    async def save(self, session: SessionCore, until: int | None = None) -> SaveOutcome:
         """Have a session saved as it is now, or later: the outcome, or at the end of the caller's patience its lack.
 
         Callers that come before the next save starts share it. Cancelling one of them stops the waiting, not the save.
@@ -157,7 +157,7 @@ class Autosave:
         self.employ()
         return await outcome
 
-    async def settle(self, session: SessionCore, until: int | None, outcome: Outcome = None) -> Outcome:
+    async def settle(self, session: SessionCore, until: int | None, outcome: SaveOutcome = None) -> SaveOutcome:
         """Wait until no save of a session is under way or asked for, or patience ends.
 
         Returns the outcome of the last one waited for, or the one given if there was none.

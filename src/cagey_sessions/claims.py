@@ -139,7 +139,7 @@ class Claims:
         claim = await self.persistently(lambda until: self._wait_for_claim(user_id, until))
         if not claim.granted:
             raise OwnedElsewhereError(
-                f"user {user_id!r:.80} is on another node ({claim.owner})", user_id=user_id, owner=claim.owner
+                f"user {user_id!r:.80} is on another server ({claim.owner})", user_id=user_id, owner=claim.owner
             )
         return claim
 

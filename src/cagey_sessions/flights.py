@@ -13,9 +13,9 @@ from .errors import SessionEndedError, StoreUnavailableError
 from .options import SECOND
 from .records import Receipt
 
-__all__ = ["Flight", "Flights", "Outcome"]
+__all__ = ["Flight", "Flights", "SaveOutcome"]
 
-Outcome = Exception | Receipt | None
+SaveOutcome = Exception | Receipt | None
 """Of a save: what went wrong, or the receipt of the store, or None where a listener has saved."""
 
 PATIENCE_GRID = SECOND // 20
@@ -32,10 +32,10 @@ class Flight:
         self.is_patient: bool = is_patient
         """A failed attempt is not its end yet."""
         self.is_resolved: bool = False
-        self.outcome: Outcome = None
+        self.outcome: SaveOutcome = None
         """As far as whoever waits will hear of it, even if the save is still under way."""
         self.started: int = 0
-        self.waiters: list[tuple[int | None, asyncio.Future[Outcome]]] = []
+        self.waiters: list[tuple[int | None, asyncio.Future[SaveOutcome]]] = []
         """Each with the end of their patience."""
         self.error: Exception | None = None
         """Of the last attempt."""
@@ -48,7 +48,7 @@ class Flight:
     def has_waiters(self) -> bool:
         return bool(self.waiters) and any(not future.done() for _, future in self.waiters)
 
-    def resolve(self, outcome: Outcome) -> None:
+    def resolve(self, outcome: SaveOutcome) -> None:
         if not self.is_resolved:
             self.is_resolved, self.outcome = True, outcome
             if self.waiters:
@@ -66,7 +66,7 @@ class Flight:
                 self.resolve(outcome)
 
     @staticmethod
-    def _tell(waiters: list[tuple[int | None, asyncio.Future[Outcome]]], outcome: Outcome) -> None:
+    def _tell(waiters: list[tuple[int | None, asyncio.Future[SaveOutcome]]], outcome: SaveOutcome) -> None:
         for _, future in waiters:
             if not future.done():
                 future.set_result(outcome)
@@ -119,9 +119,9 @@ class Flights:
             return None
         return -(-(self._clock.now() + self._patience) // PATIENCE_GRID) * PATIENCE_GRID
 
-    def join(self, flight: Flight, until: int | None) -> asyncio.Future[Outcome]:
+    def join(self, flight: Flight, until: int | None) -> asyncio.Future[SaveOutcome]:
         """Another caller waits: for the outcome, or at the end of their patience its lack."""
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[SaveOutcome] = asyncio.get_running_loop().create_future()
         flight.waiters.append((until, future))
         if until is not None:
             self._set_timer(until)

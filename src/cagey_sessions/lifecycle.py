@@ -37,7 +37,7 @@ from .errors import (
     WrongLoopError,
 )
 from .events import MANAGER_EVENTS, Listeners, listener_error
-from .flights import Flight, Outcome
+from .flights import Flight, SaveOutcome
 from .gateway import StoreGateway
 from .listener_saver import ListenerSaver
 from .options import Options
@@ -234,7 +234,7 @@ class Lifecycle:
             raise fresh(outcome)
         return outcome
 
-    async def _save_waiting(self, session: SessionCore) -> Outcome:
+    async def _save_waiting(self, session: SessionCore) -> SaveOutcome:
         target = Wait(session, is_save=True)
         if would_deadlock(target):
             raise WouldDeadlockError("this listener would wait for a save that waits for this listener")

@@ -475,7 +475,7 @@ def _made(default: Callable[[], Any]) -> Any:
 
 
 def _taken_over(user_id: int | str) -> FencedError:
-    return FencedError(f"another node has taken over user {user_id!r:.80}; nothing was written", user_id=user_id)
+    return FencedError(f"another server has taken over user {user_id!r:.80}; nothing was written", user_id=user_id)
 
 
 def _not_found(user_id: int | str) -> UserNotFoundError:

@@ -21,11 +21,10 @@ from .errors import (
 from .flights import Flight
 from .gateway import StoreGateway
 from .records import Receipt
-from .stores import Claim, Outcome, Record, Verdict
+from .stores import Claim, Outcome, Record
+from .stores.base import verdicts_of
 
 __all__ = ["Row", "Settlement", "StoreHost"]
-
-_OUTCOMES = frozenset(Outcome)
 
 MOST_CLAIMS = 2
 """How often a user is claimed again for one save."""
@@ -115,16 +114,11 @@ class Settlement:
 
     def settle(self, rows: list[Row], verdicts: object) -> Exception | None:
         """Settle rows as the store has answered, but for those to be claimed again. Returns what is wrong with it."""
-        if (
-            not isinstance(verdicts, list)
-            or len(verdicts) != len(rows)
-            or not all(
-                isinstance(verdict, Verdict) and isinstance(verdict.outcome, str) and verdict.outcome in _OUTCOMES
-                for verdict in verdicts
-            )
-        ):
-            return StoreContractError(f"{self._gateway.name} did not answer with one verdict for each record")
-        for row, verdict in zip(rows, verdicts, strict=True):
+        try:
+            sound = verdicts_of(self._gateway.store, verdicts, len(rows))
+        except StoreContractError as error:
+            return error
+        for row, verdict in zip(rows, sound, strict=True):
             self._settle_one(row, Outcome(verdict.outcome), verdict.detail)
         return None
 

@@ -345,7 +345,7 @@ class _Importer:
         unused: list[Claim] = []
         for user, claim in zip(users, claims, strict=True):
             if not claim.granted:
-                self._refuse(user.user_id, f"is on another node ({claim.owner}) now; {_IF_DEAD}")
+                self._refuse(user.user_id, f"is on another server ({claim.owner}) now; {_IF_DEAD}")
             elif claim.record is not None and not self._replace:
                 self._refuse(user.user_id, "is there already; --replace writes over them")
                 unused.append(claim)

@@ -103,7 +103,8 @@ cdef class SessionCore:
     def user_data(self):
         """The user's data: the very object given to `set_user`, or None while nobody is identified.
 
-        Change it in place, or assign another object. Raises `SessionEndedError` after the end.
+        Change it in place, or assign another object. Raises `SessionEndedError` after the end, and for an assignment in
+        a ``destroy`` listener, which comes after the last save.
         """
         table_of(self)
         return self.data
@@ -116,9 +117,10 @@ cdef class SessionCore:
                 "this session has no user yet; `await session.login(user_id)` comes first, or without a store `set_user`")
         if value is None:
             raise InvalidUserDataError("user_data must not be None: there would be nothing to save")
+        if not self.slot:
+            raise SessionEndedError(f"the session is past its last save: nothing would save this ({self!r})")
         self.data = value
-        if self.slot:
-            self.table.rows[self.slot].marks |= MARKED
+        self.table.rows[self.slot].marks |= MARKED
 
     @cython.binding(False)
     @cython.embedsignature.format("clinic")

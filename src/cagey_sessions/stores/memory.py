@@ -120,7 +120,7 @@ class MemoryStore(Store):
             return False
         if row.owner and row.owner != owner and row.owner not in self.backing.dead:
             raise OwnedElsewhereError(
-                f"user {user_id!r:.80} is on another node ({row.owner}) and cannot be erased now",
+                f"user {user_id!r:.80} is on another server ({row.owner}) and cannot be erased now",
                 user_id=user_id,
                 owner=row.owner,
             )

@@ -265,7 +265,7 @@ class PostgresStore(PostgresEngine):
                     continue  # it has been released meanwhile
                 await self._doubt(connection, {holder})
                 raise OwnedElsewhereError(
-                    f"user {user_id!r:.80} is on another node ({holder}) and cannot be erased now",
+                    f"user {user_id!r:.80} is on another server ({holder}) and cannot be erased now",
                     user_id=user_id,
                     owner=holder,
                 )

@@ -314,7 +314,7 @@ class RedisStore(Store):
         if holder:
             name = holder.decode()
             raise OwnedElsewhereError(
-                f"user {user_id!r:.80} is on another node ({name}) and cannot be erased now",
+                f"user {user_id!r:.80} is on another server ({name}) and cannot be erased now",
                 user_id=user_id,
                 owner=name,
             )
