@@ -60,7 +60,7 @@ async def returned(manager: Any, store: Engine) -> tuple[Any, Any]:
     return session, mark
 
 
-@pytest.mark.parametrize("options", [{}, {"tracking": "marked"}, {"before_save": lambda session: None}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"tracking": "marked"}, {"before_save": id}], ids=str)
 async def test_after_a_restart_everybody_is_written_again_within_an_interval(clock, store, options):
     manager = SessionManager(store=store, clock=clock, **options)
     sessions = await opened(manager, *range(1, 9))

@@ -330,7 +330,7 @@ async def test_without_a_store_the_calls_that_need_one_say_so(clock):
     "options",
     [
         {"store": "players.db"},
-        {"store": object()},
+        {"store": SessionManager},
         {"encode": dict},
         {"decode": dict},
         {"schema": 1},
