@@ -74,6 +74,13 @@ def run(test: Any, loop_kind: str = "asyncio") -> Any:
     return result
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _collections_are_short() -> None:
+    """Each test ends with a collection, which need not walk all that thousands of tests before it have left alive."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_of_the_core_stays(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """On a debug build, which counts them: a test leaves no session, table, counters or walk more than it found."""
