@@ -198,3 +198,10 @@ def test_case_76_twenty_thousand_calls_leave_nothing_behind():
     objects, blocks = map(int, done.stdout.split())
     assert objects < 200
     assert blocks < 500
+
+
+def test_without_its_core_the_package_says_what_to_do():
+    done = support.python("import sys; sys.modules['cagey_sessions._core'] = None; import cagey_sessions", status=1)
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("ImportError: the compiled core of cagey-sessions cannot be loaded (")
+    assert "pip install -e ." in said
