@@ -104,7 +104,7 @@ coverage: $(VENV)/dev
 	$(BIN)/pip install --quiet --editable '.[coverage]'
 	rm -rf $(COVERAGE) $(LEFTOVERS)
 	mkdir -p $(COVERAGE)
-	cp -r src tests benchmarks docs examples *.md LICENSE MANIFEST.in Makefile pyproject.toml setup.py $(COVERAGE)
+	cp -r src tests benchmarks docs examples *.md LICENSE MANIFEST.in Makefile mkdocs.yml pyproject.toml setup.py $(COVERAGE)
 	find $(COVERAGE) -name '*.so' -delete
 	cd $(COVERAGE) && CAGEY_SESSIONS_TRACE=1 CFLAGS=-O1 $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
 	# scripts of the tests run anywhere, with src alone on the path

@@ -375,7 +375,7 @@ def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path) -> None:
     ) as process:
         assert process.stdout is not None
         assert "joining" in process.stdout.readline()
-        assert "playing" in process.stdout.readline()
+        assert any("playing" in line for line in process.stdout), "it may take several lines until all have joined"
         process.send_signal(signal.SIGINT)
         _, err = process.communicate()
     # The children have the same standard error: it is at its end only now that they are all gone.
