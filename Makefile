@@ -104,18 +104,14 @@ coverage: $(VENV)/dev
 	$(BIN)/pip install --quiet --editable '.[coverage]'
 	rm -rf $(COVERAGE) $(LEFTOVERS)
 	mkdir -p $(COVERAGE)
-	cp -r src tests benchmarks docs examples *.md LICENSE MANIFEST.in Makefile pyproject.toml setup.py $(COVERAGE)
+	cp -r src tests benchmarks docs examples *.md LICENSE MANIFEST.in Makefile mkdocs.yml pyproject.toml setup.py $(COVERAGE)
 	find $(COVERAGE) -name '*.so' -delete
 	cd $(COVERAGE) && CAGEY_SESSIONS_TRACE=1 CFLAGS=-O1 $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
-	# Cython's plugin looks for the C beside a source and in the packages above it, and core/ is no package
-	cp $(COVERAGE)/src/cagey_sessions/_core.c $(COVERAGE)/src/cagey_sessions/core/
-	# scripts of the tests run anywhere with src alone on the path: there they find the plugin, and src/..., as the core
-	# names its sources
-	cp $(COVERAGE)/tests/traced.py $(COVERAGE)/src/
-	ln -s . $(COVERAGE)/src/src
+	# scripts of the tests run anywhere, with src alone on the path
+	mv $(COVERAGE)/tests/traced.py $(COVERAGE)/src/
 	cd $(COVERAGE) && export PYTHONPATH=$(CURDIR)/$(COVERAGE)/src; \
-	CAGEY_TEST_EXAMPLES=20 CAGEY_TEST_HISTORIES=30 $(CURDIR)/$(BIN)/python -m coverage run -m pytest -q \
-	  --timeout 300 -o faulthandler_timeout=290 --ignore tests/mutants --ignore tests/simulation/test_simulation.py \
+	CAGEY_TEST_EXAMPLES=20 CAGEY_TEST_HISTORIES=30 CAGEY_TEST_SEEDS=50 CAGEY_TEST_USERS=10000 PYTEST_TIMEOUT=600 \
+	  $(CURDIR)/$(BIN)/python -m coverage run -m pytest -q -o faulthandler_timeout=590 --ignore tests/mutants \
 	  --ignore tests/packaging --ignore tests/test_benchmarks.py --ignore tests/core/test_leaks.py \
 	  -k 'not is_imported and not second_interpreter' $(TEST_ARGS); passed=$$?; \
 	$(CURDIR)/$(BIN)/python -m coverage combine --quiet && $(CURDIR)/$(BIN)/python -m coverage report && exit $$passed

@@ -34,6 +34,10 @@ if sys.version_info >= (3, 12):
     LOOPS["eager"] = _eager_loop
 
 
+PATIENCE = float(os.environ.get("PYTEST_TIMEOUT", "120")) / 2
+"""Seconds that a test may take on a loop: half of what pytest gives it, so that it fails alone."""
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if inspect.iscoroutinefunction(metafunc.function):
         # a class may name its `loops`, where a sister of it runs on the others
@@ -59,7 +63,7 @@ def run(test: Any, loop_kind: str = "asyncio") -> Any:
         loop.set_exception_handler(
             lambda _, context: unobserved.append(f"{context['message']}: {context.get('exception')!r}")
         )
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             result = await test
         for _ in range(5):
             await asyncio.sleep(0)

@@ -224,3 +224,10 @@ def test_a_claim_under_way_in_a_loop_that_is_thrown_away_raises_nothing_of_ours(
     )
     assert "Task was destroyed" in done.stderr, "asyncio's own word for it"
     assert "RuntimeError" not in done.stderr
+
+
+def test_without_its_core_the_package_says_what_to_do():
+    done = support.python("import sys; sys.modules['cagey_sessions._core'] = None; import cagey_sessions", status=1)
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("ImportError: the compiled core of cagey-sessions cannot be loaded (")
+    assert "pip install -e ." in said

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import cagey_sessions
 from cagey_sessions import SessionManager
 from cagey_sessions.testing import CrashTestError, StuckError, WorldError, crash_test, world
 
@@ -220,3 +225,78 @@ def test_misuse_of_crash_test():
         crash_test(make_manager, peaceful, None)
     with pytest.raises(TypeError, match="async def"):
         crash_test(make_manager, lambda manager: None, total)
+
+
+# What pytest finds by itself
+
+
+def pytest_of(folder, code, *arguments):
+    """What pytest says of somebody else's tests."""
+    (folder / "test_theirs.py").write_text(code, encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, *arguments, folder],
+        env=os.environ | {"PYTHONPATH": str(Path(cagey_sessions.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    ).stdout
+
+
+STORES = """
+import pytest
+from cagey_sessions.stores import MemoryStore, Outcome, Verdict
+from cagey_sessions.stores.memory import MemoryBacking
+from cagey_sessions.testing.store_conformance import StoreConformance
+
+
+class Forgetful(MemoryStore):
+    async def save_many(self, records):
+        return [Verdict(Outcome.SAVED) for _ in records]
+
+
+class TestSound(StoreConformance):
+    store = MemoryStore
+
+    @pytest.fixture
+    def make(self):
+        backing = MemoryBacking()
+        return lambda: self.store(backing)
+
+
+class TestForgetful(TestSound):
+    store = Forgetful
+"""
+
+
+@pytest.mark.slow
+def test_pytest_alone_runs_the_tests_of_a_store(tmp_path):
+    said = pytest_of(tmp_path, STORES, "-W", "error", "-k", "a_released_user_is_granted_to_anybody")
+    assert "TestForgetful::test_a_released_user_is_granted_to_anybody" in said
+    assert "1 failed, 1 passed" in said
+
+
+WORLD = """
+from cagey_sessions import SessionManager
+
+
+def make_manager(store, clock):
+    return SessionManager(store=store, clock=clock)
+
+
+async def fail():
+    raise LookupError("no such sword")
+
+
+def test_theirs(cagey_world):
+    cagey_world(make_manager, seed=7).spawn(fail())
+"""
+
+
+@pytest.mark.slow
+def test_a_world_of_the_fixture_ends_with_the_test(tmp_path):
+    said = pytest_of(tmp_path, WORLD)
+    assert "ERROR at teardown of test_theirs" in said
+    assert "WorldError: nobody caught what went wrong on the server" in said
+    assert "LookupError('no such sword')" in said
+    assert "1 passed, 1 error" in said

@@ -228,6 +228,40 @@ def test_a_batch_stops_at_its_rows_and_at_its_bytes():
     assert set(batch.under_way()) == set(due.sessions)
 
 
+class Player:
+    def __init__(self) -> None:
+        self.bag: list[Any] = ["rope", 1, None]
+        self.place: dict[str, Any] = {}
+
+
+SHAPES = {
+    "lists": [[], [[]], [[1, [2, [3, [4]]]], {}]],
+    "a list longer than what is looked ahead at": [[str(n)] for n in range(3000)],
+    "a dict larger than that": {str(n): {} for n in range(3000)},
+    "a dict that shares its keys": vars(Player()),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_what_is_looked_ahead_at_is_sent_as_it_is(shape):
+    due = Due(40)
+    for session in due.sessions:
+        session.user_data["shape"] = shape
+    batch = due.batches.batch()
+    assert batch.fill(40, 1 << 30, 1, 9, 0.0) == 40
+    assert {record.user_id: record.value() for record in batch.records} == {
+        user: {"n": user, "shape": shape} for user in range(40)
+    }
+
+
+def test_data_without_keys_are_looked_ahead_at_too():
+    due = Due(2)
+    due.sessions[0].user_data, due.sessions[1].user_data = [], ["rope", []]
+    batch = due.batches.batch()
+    assert batch.fill(2, 1000, 1, 9, 0.0) == 2
+    assert sorted(record.body for record in batch.records) == [b'["rope",[]]', b"[]"]
+
+
 def test_a_batch_stops_before_whoever_has_failed():
     due = Due(3)
     failed, version = due.table.take()
