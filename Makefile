@@ -95,7 +95,9 @@ types: $(VENV)/dev
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest --allowlist tests/typing/stubtest_allowlist.txt cagey_sessions._core
 	$(BIN)/pyright --pythonpath $(BIN)/python --warnings
-	PYTHONPATH=$(CURDIR)/src $(BIN)/pyright --pythonpath $(BIN)/python --verifytypes cagey_sessions --ignoreexternal >build/types.txt || \
+	# here it asks the python on the path what is installed, whatever --pythonpath says
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(CURDIR)/src \
+	  $(BIN)/pyright --verifytypes cagey_sessions --ignoreexternal >build/types.txt || \
 	  { grep -v 'No docstring' build/types.txt; exit 1; }
 
 # what is measured is a copy, built with line tracing. Tests that look at what is imported see what coverage imports, and
