@@ -178,7 +178,7 @@ def check(out: Path, pythons: list[Python], work: Path) -> list[Row]:
     except StepError as error:
         return [failed("sdist", error, started)]
     with tarfile.open(sdist) as archive:
-        archive.extractall(work, filter="data")
+        archive.extractall(work, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # not in 3.11.2
     source = work / sdist.name.removesuffix(".tar.gz")
     summary = f"{sdist.name}, {sdist.stat().st_size / 1000:.0f} kB; {len(read_sdist(sdist))} files"
     rows = [Row("sdist", True, summary, time.monotonic() - started)]
