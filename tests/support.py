@@ -411,6 +411,12 @@ async def end(clock: ManualClock, *managers: Any) -> None:
     assert clock.pending == 0, "no timer is left"
 
 
+async def add_user(manager: Any, user_id: int | str, data: Any = None, key: str | None = None) -> Any:
+    session = await manager.create(key)
+    await session.set_user(user_id, {"gold": 1} if data is None else data)
+    return session
+
+
 async def changed(manager: Any, user_id: int | str = 1) -> Any:
     """A session with a change that is not saved."""
     session = await manager.open(user_id, default={"n": 0})

@@ -18,15 +18,9 @@ from cagey_sessions import (
     SessionManager,
     UserActiveError,
 )
-from support import Db, let_time_pass, turns
+from support import Db, add_user, let_time_pass, turns
 
 SECOND = 1_000_000_000
-
-
-async def add_user(manager, user_id, data=None, key=None):
-    session = await manager.create(key)
-    await session.set_user(user_id, {"gold": 1} if data is None else data)
-    return session
 
 
 async def test_the_last_save_and_the_events_come_in_the_original_s_order(make_manager, db):

@@ -21,15 +21,9 @@ from cagey_sessions import (
     UserActiveError,
     WouldDeadlockError,
 )
-from support import Db, ManualClock, let_time_pass, turns
+from support import Db, ManualClock, add_user, let_time_pass, turns
 
 SECOND = 1_000_000_000
-
-
-async def add_user(manager, user_id, data=None, key=None):
-    session = await manager.create(key)
-    await session.set_user(user_id, {"gold": 1} if data is None else data)
-    return session
 
 
 async def test_case_1_an_older_save_never_lands_on_a_newer(make_manager, db, clock):

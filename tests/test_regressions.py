@@ -22,13 +22,7 @@ from cagey_sessions import (
     WrongLoopError,
     waits,
 )
-from support import Db, let_time_pass, turns
-
-
-async def add_user(manager, user_id, data=None, key=None):
-    session = await manager.create(key)
-    await session.set_user(user_id, {"gold": 1} if data is None else data)
-    return session
+from support import Db, add_user, let_time_pass, turns
 
 
 async def finishes(*calls, within=400):
