@@ -18,9 +18,7 @@ from cagey_sessions import (
     SessionManager,
     UserActiveError,
 )
-from support import Db, add_user, let_time_pass, turns
-
-SECOND = 1_000_000_000
+from support import SECOND, Db, add_user, let_time_pass, turns
 
 
 async def test_the_last_save_and_the_events_come_in_the_original_s_order(make_manager, db):

@@ -14,7 +14,12 @@ CORE = ("tests/core",)
 USERS = ("tests/test_store_users.py", "tests/test_store_failures.py")
 SAVING = ("tests/test_store_regressions_saving.py", "tests/test_store_failures.py", "tests/test_store_numbers.py")
 BATCHES = ("tests/core/test_batch.py", *SAVING)
-ENDING = ("tests/test_cases_ending.py", "tests/test_cases_saving.py", "tests/test_manager_machine.py")
+ENDING = (
+    "tests/test_cases_ending.py",
+    "tests/test_cases_saving.py",
+    "tests/test_cases_timing.py",
+    "tests/test_manager_machine.py",
+)
 
 
 class Fault(NamedTuple):
