@@ -16,6 +16,7 @@ SAVING = ("tests/test_store_regressions_saving.py", "tests/test_store_failures.p
 BATCHES = ("tests/core/test_batch.py", *SAVING)
 ENDING = (
     "tests/test_cases_ending.py",
+    "tests/test_cases_draining.py",
     "tests/test_cases_saving.py",
     "tests/test_cases_timing.py",
     "tests/test_manager_machine.py",
