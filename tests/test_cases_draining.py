@@ -1,4 +1,4 @@
-"""Faults others met when a server ends with everybody on it, each as a trial; the numbers are those of the catalogue."""
+"""Faults others met when a server ends, with everybody on it; the numbers are those of the catalogue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults others met when sessions end, each as a trial; the numbers are those of the catalogue."""
+"""Faults others met when a session ends, each as a trial; the numbers are those of the catalogue."""
 
 from __future__ import annotations
 

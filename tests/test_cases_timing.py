@@ -1,4 +1,4 @@
-"""Faults others met with the time at which things are saved: ticks, stalls, crowds; the numbers are those of the catalogue."""
+"""Faults others met with the time of a save: ticks, stalls, crowds; the numbers are those of the catalogue."""
 
 from __future__ import annotations
 
