@@ -11,8 +11,13 @@ from typing import NamedTuple
 __all__ = ["FAULTS", "Fault"]
 
 CORE = ("tests/core",)
-USERS = ("tests/test_store_users.py", "tests/test_store_failures.py")
-SAVING = ("tests/test_store_regressions_saving.py", "tests/test_store_failures.py", "tests/test_store_numbers.py")
+USERS = ("tests/test_store_users.py", "tests/test_store_failures.py", "tests/test_store_outages.py")
+SAVING = (
+    "tests/test_store_regressions_saving.py",
+    "tests/test_store_failures.py",
+    "tests/test_store_outages.py",
+    "tests/test_store_numbers.py",
+)
 BATCHES = ("tests/core/test_batch.py", *SAVING)
 ENDING = (
     "tests/test_cases_ending.py",
