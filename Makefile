@@ -79,7 +79,7 @@ test: $(VENV)/dev test-debug
 
 test-debug: $(DEBUG)/built
 	PYTHONPATH=$(DEBUG) CAGEY_TEST_EXAMPLES=40 $(BIN)/python -m pytest tests/test_manager_machine.py tests/test_store_users.py \
-	  $(TEST_ARGS)
+	  tests/test_store_edits.py $(TEST_ARGS)
 
 check-core: $(VENV)/dev $(DEBUG)/built $(SANITIZE)/built
 	PYTHONPATH=tests $(BIN)/python -m corecheck --debug $(DEBUG) --sanitize $(SANITIZE) $(CHECK_ARGS)

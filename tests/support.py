@@ -405,7 +405,7 @@ class ScriptedStore(MemoryStore):
 
 async def end(clock: ManualClock, *managers: Any) -> None:
     for manager in managers:
-        await let_time_pass(clock, manager.destroy())
+        assert not (await let_time_pass(clock, manager.destroy())).unsaved
         statistics = manager.statistics()
         assert (statistics.live, statistics.in_flight, statistics.pending) == (0, 0, 0)
     assert clock.pending == 0, "no timer is left"

@@ -11,7 +11,12 @@ from typing import NamedTuple
 __all__ = ["FAULTS", "Fault"]
 
 CORE = ("tests/core",)
-USERS = ("tests/test_store_users.py", "tests/test_store_failures.py", "tests/test_store_outages.py")
+USERS = (
+    "tests/test_store_users.py",
+    "tests/test_store_edits.py",
+    "tests/test_store_failures.py",
+    "tests/test_store_outages.py",
+)
 SAVING = (
     "tests/test_store_regressions_saving.py",
     "tests/test_store_failures.py",
