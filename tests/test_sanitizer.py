@@ -13,7 +13,7 @@ import pytest
 
 from cagey_sessions import OptionError, SessionManager, UserDataWarning, dataclass_codec
 from cagey_sessions.sanitizer import ENDED_WATCHED, _difference
-from support import ManualClock, ScriptedStore, let_time_pass, turns
+from support import ManualClock, ScriptedStore, end, turns
 
 
 @pytest.fixture
@@ -32,10 +32,6 @@ def said() -> Any:
             return [str(warning.message) for warning in caught]
 
         yield texts
-
-
-async def end(clock: ManualClock, manager: Any) -> None:
-    assert not (await let_time_pass(clock, manager.destroy())).unsaved
 
 
 @pytest.mark.parametrize("debug", [1, "yes", None])
