@@ -8,9 +8,7 @@ from collections import Counter
 
 import pytest
 
-from cagey_sessions import (
-    SessionManager,
-)
+from cagey_sessions import SessionManager
 from support import SECOND, Db, ManualClock, add_user, let_time_pass, turns
 
 

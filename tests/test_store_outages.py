@@ -9,14 +9,7 @@ from typing import Any
 
 import pytest
 
-from cagey_sessions import (
-    DrainError,
-    EndReason,
-    FencedError,
-    SessionManager,
-    StoreUnavailableError,
-    WouldDeadlockError,
-)
+from cagey_sessions import DrainError, EndReason, FencedError, SessionManager, StoreUnavailableError, WouldDeadlockError
 from support import ScriptedStore, changed, end, let_time_pass, turns
 
 # Down and back

@@ -6,9 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cagey_sessions import (
-    Session,
-)
+from cagey_sessions import Session
 from cagey_sessions._core import SessionTable
 
 

@@ -305,14 +305,20 @@ FAULTS = [
         "core/lanes.pxi",
         "        row.marks &= MARKED\n",
         "        row.marks = 0\n",
-        ("tests/test_tracking.py",),
+        (
+            "tests/test_tracking.py",
+            "tests/core/test_marks.py",
+        ),
     ),
     Fault(
         "a save that has failed forgets the mark",
         "core/lanes.pxi",
         "        row.marks = MARKED\n        if row.failures < 255:\n",
         "        row.marks &= MARKED\n        if row.failures < 255:\n",
-        ("tests/test_tracking.py",),
+        (
+            "tests/test_tracking.py",
+            "tests/core/test_marks.py",
+        ),
     ),
     # ends
     Fault(
