@@ -19,6 +19,7 @@ USERS = (
 )
 SAVING = (
     "tests/test_store_regressions_saving.py",
+    "tests/test_store_regressions_owning.py",
     "tests/test_store_failures.py",
     "tests/test_store_outages.py",
     "tests/test_store_numbers.py",
