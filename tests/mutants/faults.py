@@ -122,7 +122,12 @@ FAULTS = [
         "writebehind.py",
         "self._settlement.unknown.setdefault(session, set()).add((row.version, fingerprint))",
         "pass",
-        (*SAVING, "tests/test_store_regressions.py"),
+        (
+            *SAVING,
+            "tests/test_store_regressions.py",
+            "tests/test_store_regressions_unfenced.py",
+            "tests/test_store_regressions_users.py",
+        ),
     ),
     Fault(
         "the old epoch after a new claim",
