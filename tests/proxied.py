@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-import asyncpg
 import pytest
-import redis
 
 from cagey_sessions import StoreUnavailableError
 from cagey_sessions.stores import PostgresStore, RedisStore
 from cagey_sessions.testing import FaultProxy
+from support import POSTGRES, REDIS, needs_server
 
-POSTGRES = os.environ.get("CAGEY_TEST_POSTGRES", "postgresql://root@127.0.0.1:5432/test")
-REDIS = os.environ.get("CAGEY_TEST_REDIS", "redis://127.0.0.1:6379/0")
 TIMEOUT = 0.5
 """Seconds that the engine has for a call."""
 BOUND = 10
@@ -27,27 +23,6 @@ DROP = """DO $$ DECLARE name text; BEGIN
         EXECUTE format('DROP SCHEMA %%I CASCADE', name);
     END LOOP;
 END $$"""
-
-
-async def ask_postgres(*statements):
-    connection = await asyncpg.connect(POSTGRES, timeout=5)
-    for statement in statements:
-        await connection.execute(statement)
-    await connection.close()
-
-
-def is_there(kind):
-    try:
-        if kind == "postgres":
-            asyncio.run(ask_postgres())
-        else:
-            with redis.Redis.from_url(REDIS, socket_connect_timeout=5) as client:
-                client.ping()
-    except (OSError, asyncpg.PostgresError, redis.RedisError) as error:
-        if os.environ.get("CI"):
-            raise RuntimeError(f"CI needs {kind}") from error
-        return False
-    return True
 
 
 @dataclass
@@ -80,9 +55,7 @@ class Adapter:
 
 
 def adapters(*kinds):
-    return [
-        pytest.param(kind, marks=pytest.mark.skipif(not is_there(kind), reason=f"no {kind} here")) for kind in kinds
-    ]
+    return [pytest.param(kind, marks=needs_server(POSTGRES if kind == "postgres" else REDIS)) for kind in kinds]
 
 
 async def until_it_works(call):

@@ -18,12 +18,10 @@ from cagey_sessions.testing.store_conformance import opened, record, save
 from proxied import (
     BOUND,
     DROP,
-    REDIS,
     TIMEOUT,
     Adapter,
     adapters,
     all_unavailable,
-    ask_postgres,
     cut_and_stall,
     drip,
     half_close_and_stall,
@@ -32,6 +30,7 @@ from proxied import (
     under,
     until_it_works,
 )
+from support import REDIS, execute
 
 SAVED, ALREADY = Outcome.SAVED, Outcome.ALREADY
 PLACES = 6
@@ -43,7 +42,7 @@ def adapter(request):
     here = Adapter(request.param, f"cagey_{uuid.uuid4().hex}")
     yield here
     if here.kind == "postgres":
-        asyncio.run(ask_postgres(DROP % here.mine))
+        asyncio.run(execute(DROP % here.mine))
     else:
         with redis.Redis.from_url(REDIS) as client:
             for key in client.scan_iter(f"{here.mine}*", count=1000):
