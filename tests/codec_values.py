@@ -1,4 +1,4 @@
-"""What the tests of codecs share: classes, values of every kind, and how one is refused. What must not be here: tests."""
+"""What tests of codecs share: classes, values of every kind, and how one is refused. What must not be here: tests."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ import pytest
 from cagey_sessions import SessionManager, UserDataWarning
 from cagey_sessions._core import living
 from cagey_sessions.testing.plugin import cagey_world  # noqa: F401 - as pytest finds it where the package is installed
+from cluster import Cluster
 from support import Db, ManualClock, ScriptedStore
 
 
@@ -150,3 +151,8 @@ def said() -> Any:
             return [str(warning.message) for warning in caught]
 
         yield texts
+
+
+@pytest.fixture
+def cluster(clock, tmp_path):
+    return Cluster(clock, tmp_path / "spill")

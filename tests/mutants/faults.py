@@ -32,6 +32,12 @@ ENDING = (
     "tests/test_cases_timing.py",
     "tests/test_manager_machine.py",
 )
+SPILL = (
+    "tests/test_spill.py",
+    "tests/test_spill_conflicts.py",
+    "tests/test_spill_files.py",
+    "tests/test_spill_exits.py",
+)
 
 
 class Fault(NamedTuple):
@@ -520,21 +526,21 @@ FAULTS = [
         "spill.py",
         "            elif entry.follows(claim, stored, store):",
         "            elif True:",
-        ("tests/test_spill.py",),
+        SPILL,
     ),
     Fault(
         "a spill forgets the saves that nobody answered",
         "writebehind.py",
         "        known = set(self._settlement.unknown.get(session, ()))\n",
         "        known: set[tuple[int, int]] = set()\n",
-        ("tests/test_spill.py",),
+        SPILL,
     ),
     Fault(
         "what is spilled takes the place of what waits in the file",
         "spill.py",
         "for entry in (*there, *collected) if entry not in settled",
         "for entry in collected if entry not in settled",
-        ("tests/test_spill.py",),
+        SPILL,
     ),
     Fault(
         "who is erased before the spill is written stays in it",
