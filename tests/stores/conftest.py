@@ -1,12 +1,15 @@
-"""A file for SQLite, and the connection that a store writes to it by."""
+"""A file for SQLite and the connection that a store writes to it by, and a schema of PostgreSQL's."""
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
+import uuid
 from pathlib import Path
 
 import pytest
 
+from support import drop_schema, execute
 from watched_sqlite import Writer
 
 
@@ -20,3 +23,12 @@ def writer(monkeypatch: pytest.MonkeyPatch) -> Writer:
     watched = Writer()
     monkeypatch.setattr(sqlite3, "connect", watched.connect)
     return watched
+
+
+@pytest.fixture
+def schema():
+    """The name of a schema of one's own."""
+    name = f"cagey_{uuid.uuid4().hex}"
+    asyncio.run(execute(f"CREATE SCHEMA {name}"))
+    yield name
+    asyncio.run(drop_schema(name))
