@@ -2,6 +2,7 @@
 
 Each is a text of the sources, which is there exactly once, and what a tired programmer might have written in its place.
 `tests` are tried if the simulation does not find it: it sees no wrong error text, no slow call, no table of its own.
+They are one list, each like the last, and so one module: in two, somebody would look for a fault in the wrong one.
 """
 
 from __future__ import annotations
