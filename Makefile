@@ -95,7 +95,9 @@ types: $(VENV)/dev
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest --allowlist tests/typing/stubtest_allowlist.txt cagey_sessions._core
 	$(BIN)/pyright --pythonpath $(BIN)/python --warnings
-	PYTHONPATH=$(CURDIR)/src $(BIN)/pyright --pythonpath $(BIN)/python --verifytypes cagey_sessions --ignoreexternal >build/types.txt || \
+# here it asks the python on the path what is installed, whatever --pythonpath says
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(CURDIR)/src \
+	  $(BIN)/pyright --verifytypes cagey_sessions --ignoreexternal >build/types.txt || \
 	  { grep -v 'No docstring' build/types.txt; exit 1; }
 
 # what is measured is a copy, built with line tracing. Tests that look at what is imported see what coverage imports, and
@@ -107,7 +109,7 @@ coverage: $(VENV)/dev
 	cp -r src tests benchmarks docs examples *.md LICENSE MANIFEST.in Makefile mkdocs.yml pyproject.toml setup.py $(COVERAGE)
 	find $(COVERAGE) -name '*.so' -delete
 	cd $(COVERAGE) && CAGEY_SESSIONS_TRACE=1 CFLAGS=-O1 $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
-	# scripts of the tests run anywhere, with src alone on the path
+# scripts of the tests run anywhere, with src alone on the path
 	mv $(COVERAGE)/tests/traced.py $(COVERAGE)/src/
 	cd $(COVERAGE) && export PYTHONPATH=$(CURDIR)/$(COVERAGE)/src; \
 	CAGEY_TEST_EXAMPLES=20 CAGEY_TEST_HISTORIES=30 CAGEY_TEST_SEEDS=50 CAGEY_TEST_USERS=10000 PYTEST_TIMEOUT=600 \

@@ -7,6 +7,7 @@ import gc
 import inspect
 import os
 import random
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,10 @@ def _eager_loop() -> asyncio.AbstractEventLoop:
     loop.set_task_factory(asyncio.eager_task_factory)
     return loop
 
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # as in the background of a shell: the programs that tests interrupt would inherit it, and never end
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LOOPS = {"asyncio": asyncio.new_event_loop}
 if sys.platform != "win32":  # uvloop is not made for it

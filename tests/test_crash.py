@@ -20,7 +20,7 @@ from crashes.engines import Engine, MissingEngineError, Postgres, Redis, SQLite
 from crashes.points import build_shim, calls_of, is_synced, kill_at_each_call
 from crashes.runs import Result, kill_writers
 
-KILLS = 10
+KILLS = 6
 
 pytestmark = [
     pytest.mark.slow,

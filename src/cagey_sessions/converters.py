@@ -39,7 +39,7 @@ class Refused(Exception):
 
     def __init__(self, reason: str, *steps: str | int) -> None:
         super().__init__(reason)
-        self.steps = list(steps)
+        self.steps: list[str | int] = list(steps)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

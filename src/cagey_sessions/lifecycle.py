@@ -128,7 +128,7 @@ class Lifecycle:
         self._drain: Drain | None = None
         self.end_wanted: asyncio.Event = asyncio.Event()
         """Set once the end of everybody has begun, or is about to."""
-        self.closed = False
+        self.closed: bool = False
         self._pid = os.getpid()
         self._tasks: set[asyncio.Task[Any]] = set()
         self.endings: Endings = Endings(self)

@@ -5,6 +5,7 @@ a session until the store has acknowledged it. What must not: calls of the store
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Protocol
 
 from ._core import Digest, SessionCore, SessionTable
@@ -62,22 +63,20 @@ class StoreHost(SaveHost, Protocol):
         ...
 
 
+@dataclass(slots=True, eq=False)
 class Row:
     """One save on its way to the store."""
 
-    __slots__ = ("changed", "claims", "flight", "record", "session", "settled", "unowned", "version", "was_fenced")
-
-    def __init__(self, session: SessionCore, version: int, flight: Flight) -> None:
-        self.session = session
-        self.version = version
-        self.flight = flight
-        self.record: Record | None = None
-        self.changed = True
-        self.settled = False
-        self.unowned = False
-        """The store says that it has to be claimed before it is written."""
-        self.was_fenced = False
-        self.claims = 0
+    session: SessionCore
+    version: int
+    flight: Flight
+    record: Record | None = None
+    changed: bool = True
+    settled: bool = False
+    unowned: bool = False
+    """The store says that it has to be claimed before it is written."""
+    was_fenced: bool = False
+    claims: int = 0
 
     @property
     def user_id(self) -> int | str:
