@@ -79,7 +79,7 @@ test: $(VENV)/dev test-debug
 
 test-debug: $(DEBUG)/built
 	PYTHONPATH=$(DEBUG) CAGEY_TEST_EXAMPLES=40 $(BIN)/python -m pytest tests/test_manager_machine.py tests/test_store_users.py \
-	  $(TEST_ARGS)
+	  tests/test_store_edits.py $(TEST_ARGS)
 
 check-core: $(VENV)/dev $(DEBUG)/built $(SANITIZE)/built
 	PYTHONPATH=tests $(BIN)/python -m corecheck --debug $(DEBUG) --sanitize $(SANITIZE) $(CHECK_ARGS)
@@ -114,7 +114,8 @@ coverage: $(VENV)/dev
 	cd $(COVERAGE) && export PYTHONPATH=$(CURDIR)/$(COVERAGE)/src; \
 	CAGEY_TEST_EXAMPLES=20 CAGEY_TEST_HISTORIES=30 CAGEY_TEST_SEEDS=50 CAGEY_TEST_USERS=10000 PYTEST_TIMEOUT=600 \
 	  $(CURDIR)/$(BIN)/python -m coverage run -m pytest -q -o faulthandler_timeout=590 --ignore tests/mutants \
-	  --ignore tests/packaging --ignore tests/test_benchmarks.py --ignore tests/core/test_leaks.py \
+	  --ignore tests/packaging --ignore tests/test_benchmarks.py --ignore tests/test_benchmark_base.py \
+	  --ignore tests/core/test_leaks.py \
 	  -k 'not is_imported and not second_interpreter' $(TEST_ARGS); passed=$$?; \
 	$(CURDIR)/$(BIN)/python -m coverage combine --quiet && $(CURDIR)/$(BIN)/python -m coverage report && exit $$passed
 

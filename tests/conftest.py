@@ -9,14 +9,16 @@ import os
 import random
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from cagey_sessions import SessionManager
+from cagey_sessions import SessionManager, UserDataWarning
 from cagey_sessions._core import living
 from cagey_sessions.testing.plugin import cagey_world  # noqa: F401 - as pytest finds it where the package is installed
+from cluster import Cluster
 from support import Db, ManualClock, ScriptedStore
 
 
@@ -141,3 +143,21 @@ def make_manager(clock: ManualClock, db: Db) -> Any:
         return manager
 
     return make
+
+
+@pytest.fixture
+def said() -> Any:
+    """The texts of the warnings of a test, in place of the errors they are otherwise."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+
+        def texts() -> list[str]:
+            assert all(warning.category is UserDataWarning for warning in caught), [str(w.message) for w in caught]
+            return [str(warning.message) for warning in caught]
+
+        yield texts
+
+
+@pytest.fixture
+def cluster(clock, tmp_path):
+    return Cluster(clock, tmp_path / "spill")

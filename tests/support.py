@@ -405,10 +405,16 @@ class ScriptedStore(MemoryStore):
 
 async def end(clock: ManualClock, *managers: Any) -> None:
     for manager in managers:
-        await let_time_pass(clock, manager.destroy())
+        assert not (await let_time_pass(clock, manager.destroy())).unsaved
         statistics = manager.statistics()
         assert (statistics.live, statistics.in_flight, statistics.pending) == (0, 0, 0)
     assert clock.pending == 0, "no timer is left"
+
+
+async def add_user(manager: Any, user_id: int | str, data: Any = None, key: str | None = None) -> Any:
+    session = await manager.create(key)
+    await session.set_user(user_id, {"gold": 1} if data is None else data)
+    return session
 
 
 async def changed(manager: Any, user_id: int | str = 1) -> Any:

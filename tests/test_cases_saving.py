@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import time
 import weakref
 from collections import Counter
 from contextvars import Context
@@ -21,15 +20,7 @@ from cagey_sessions import (
     UserActiveError,
     WouldDeadlockError,
 )
-from support import Db, ManualClock, let_time_pass, turns
-
-SECOND = 1_000_000_000
-
-
-async def add_user(manager, user_id, data=None, key=None):
-    session = await manager.create(key)
-    await session.set_user(user_id, {"gold": 1} if data is None else data)
-    return session
+from support import SECOND, add_user, let_time_pass, turns
 
 
 async def test_case_1_an_older_save_never_lands_on_a_newer(make_manager, db, clock):
@@ -283,19 +274,6 @@ async def test_case_23_a_pass_over_a_crowd_that_comes_and_goes(make_manager, db,
     await let_time_pass(clock, manager.destroy())
 
 
-async def test_case_24_saves_are_spread_and_an_outage_leaves_no_echo(make_manager, db, clock):
-    manager = make_manager(interval="30s", max_in_flight=10)
-    for user_id in range(3000):
-        await add_user(manager, user_id)
-    start = clock.now()
-    await clock.advance("90s")
-    seconds = Counter((write.start - start) // SECOND for write in db.log)
-    assert max(seconds.values()) <= 1.5 * 100
-    assert db.most_open <= 10
-    assert sum(seconds.values()) == pytest.approx(9000, rel=0.05)
-    await manager.destroy()
-
-
 async def test_case_47_a_destroyed_session_lets_go_of_its_data_at_once(make_manager, clock):
     class Data(dict):
         pass
@@ -311,102 +289,6 @@ async def test_case_47_a_destroyed_session_lets_go_of_its_data_at_once(make_mana
         assert references[-1]() is None
     assert manager._life.table.armed == 0
     assert clock.pending <= 1, "one timer for a manager, not one for a session"
-    await manager.destroy()
-
-
-async def test_case_48_a_deadline_that_is_already_past_is_served_in_the_next_turn(db):
-    """On the real clock of each loop: a shortest interval, and a loop that was blocked past many deadlines."""
-    manager = SessionManager(interval="10ms")
-    manager.on("persist_user_data", db.save)
-    await add_user(manager, 1)
-    time.sleep(0.05)  # noqa: ASYNC251 - the blocked loop is the point
-    enough = asyncio.Event()
-    manager.on("persist_user_data", lambda session: len(db.log) >= 3 and enough.set())
-    async with asyncio.timeout(5):
-        await enough.wait()
-    await manager.destroy()
-
-
-async def test_case_49_a_wake_up_that_comes_early_is_harmless(make_manager, db):
-    class EarlyClock(ManualClock):
-        def call_later(self, delay, callback, context):
-            return super().call_later(max(0, delay - 900_000), callback, context)
-
-    clock = EarlyClock(start=5)
-    db.clock = clock
-    manager = SessionManager(interval="1s", clock=clock)
-    manager.on("persist_user_data", db.save)
-    await add_user(manager, 1)
-    start = clock.now()
-    await clock.advance("10s")
-    assert 10 <= len(db.log) <= 12
-    assert clock.fired <= 4 * len(db.log) + 12, "no busy loop of early wake-ups"
-    for before, after in zip(db.log, db.log[1:], strict=False):
-        assert after.start - before.start >= SECOND - 10_000_000, "not early by more than a tick"
-    assert db.log[0].start - start <= SECOND
-    await manager.destroy()
-
-
-async def test_cases_50_and_55_after_a_stall_each_session_is_saved_once(make_manager, db, clock):
-    manager = make_manager(interval="1s", max_in_flight=7)
-    for user_id in range(500):
-        await add_user(manager, user_id)
-    await clock.advance("1s")
-    db.log.clear()
-    await clock.jump("2h")
-    await turns(500)
-    assert sorted(write.user_id for write in db.log) == list(range(500))
-    assert db.most_open <= 7
-    back = clock.now()
-    await clock.advance("1s")
-    assert len(db.log) <= 1000
-    first_again = db.log[500].start - back
-    assert first_again >= 0.9 * SECOND, "no second round out of the backlog"
-    await manager.destroy()
-
-
-async def test_case_56_sessions_destroyed_by_the_tick_that_would_save_them(make_manager, db, clock):
-    manager = SessionManager(interval="1s", max_in_flight=1, clock=clock)
-    sessions = []
-    saved = []
-
-    @manager.on("persist_user_data")
-    async def save(session):
-        saved.append(session.user_id)
-        if len(saved) == 1:
-            for other in sessions:
-                if other is not session:
-                    await other.destroy()
-
-    sessions += [await add_user(manager, user_id) for user_id in range(11)]
-    await clock.jump("1s")
-    statistics = manager.statistics()
-    assert len(saved) == 1
-    assert (statistics.live, statistics.pending, statistics.in_flight) == (1, 0, 0)
-    await manager.destroy()
-
-
-async def test_cases_59_and_72_a_listener_that_raises_in_a_tick_spoils_no_later_tick(make_manager, db, clock):
-    """Nor do listeners that hear of the failure and raise as well; the user it is about is tried again and again."""
-    manager = make_manager(interval="1s")
-    tried: Counter[int] = Counter()
-
-    @manager.on("persist_user_data")
-    def fail(session):
-        tried[session.user_id] += 1
-        if session.user_id == 3:
-            raise KeyError(session.user_id)
-
-    @manager.on("error")
-    def fail_again(*_):
-        raise ValueError("while hearing of an error")
-
-    for user_id in range(10):
-        await add_user(manager, user_id)
-    for _ in range(3):
-        before = tried.copy()
-        await clock.advance("2s")
-        assert all(tried[user_id] > before[user_id] for user_id in range(10))
     await manager.destroy()
 
 
@@ -470,45 +352,6 @@ async def test_a_listener_cannot_wait_for_the_save_it_is_part_of(clock):
     await session.persist_now()
     assert len(raised) == 3
     await manager.destroy()
-
-
-async def test_more_periodic_saves_than_can_be_made_do_not_starve_the_urgent(clock):
-    db = Db(clock, delay="10ms")
-    manager = SessionManager(interval="1s", max_in_flight=1, clock=clock)
-    manager.on("persist_user_data", db.save)
-    for user_id in range(300):
-        await add_user(manager, user_id)
-    await clock.advance("2s")
-    assert manager.statistics().pending > 50
-    for user_id in range(5):
-        started = clock.now()
-        await let_time_pass(clock, manager.find_by_user(user_id).persist_now())
-        assert clock.now() - started <= 0.2 * SECOND
-    manager.off("persist_user_data", db.save)
-    await let_time_pass(clock, manager.destroy())
-
-
-async def test_urgent_and_periodic_saves_do_not_starve_each_other(clock):
-    db = Db(clock, delay="10ms")
-    manager = SessionManager(interval="1s", max_in_flight=1, clock=clock)
-    manager.on("persist_user_data", db.save)
-    chatty = [await add_user(manager, user_id) for user_id in range(3)]
-    for user_id in range(100, 120):
-        await add_user(manager, user_id)
-    stop = asyncio.Event()
-
-    async def chatter(session):
-        while not stop.is_set():
-            await session.persist_now()
-
-    tasks = [asyncio.create_task(chatter(session)) for session in chatty]
-    await clock.advance("3s")
-    counts = Counter(write.user_id for write in db.log)
-    assert all(counts[user_id] >= 2 for user_id in range(100, 120))
-    assert all(counts[user_id] >= 20 for user_id in range(3))
-    stop.set()
-    await let_time_pass(clock, asyncio.gather(*tasks))
-    await let_time_pass(clock, manager.destroy())
 
 
 async def test_the_age_of_what_is_unsaved_can_be_seen(make_manager, db, clock):

@@ -102,7 +102,7 @@ def test_every_program_of_every_page_is_known_here():
     fences = {page: re.findall(r"^ *```\w+$", read(page), re.MULTILINE) for page in pages}
     assert {fence for found in fences.values() for fence in found} == {
         "```python",
-        "```console",  # what the tools print: test_tools.py
+        "```console",  # what the tools print: tests/tools
         "```js",
         "```py",  # of Django, which is not installed here: test_docs_stores.py compiles it
         "```sql",

@@ -9,8 +9,8 @@ import pytest
 
 from cagey_sessions import SpillConflictError, StoreUnavailableError
 from cagey_sessions.stores import Outcome, Verdict
+from cluster import Cluster, spill_gold
 from support import ScriptedStore, let_time_pass, turns
-from test_spill import Cluster, spill_gold
 
 
 class Losing(ScriptedStore):
@@ -24,11 +24,6 @@ class Losing(ScriptedStore):
             self.losing -= 1
             raise StoreUnavailableError("the answer was lost")
         return released
-
-
-@pytest.fixture
-def cluster(clock, tmp_path):
-    return Cluster(clock, tmp_path / "spill")
 
 
 async def start_losing(cluster: Cluster, losing: int = 1, **verdict_of: Verdict) -> Any:

@@ -4,7 +4,7 @@ What lives here: the list of all workloads. What must not: rounds, medians, verd
 makes a base slower than a user's own program would be.
 """
 
-from . import caches, engines, lag, lifecycle, memory, saves, startup, timers
+from . import caches, engines, idle, lag, lifecycle, memory, saves, startup, timers
 from .base import FULL, QUICK, STATM, Figure, Goal, Pair, Sizes, Workload, measurable
 
 __all__ = ["FULL", "QUICK", "STATM", "WORKLOADS", "Figure", "Goal", "Pair", "Sizes", "Workload", "measurable"]
@@ -12,6 +12,7 @@ __all__ = ["FULL", "QUICK", "STATM", "WORKLOADS", "Figure", "Goal", "Pair", "Siz
 WORKLOADS: tuple[Workload, ...] = (
     *lifecycle.WORKLOADS,
     *timers.WORKLOADS,
+    *idle.WORKLOADS,
     *saves.WORKLOADS,
     *lag.WORKLOADS,
     *memory.WORKLOADS,

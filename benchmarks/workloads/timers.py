@@ -39,7 +39,6 @@ from .memory import grown_since, resident
 
 FIRST, LAST = 1_000, 31_000
 """Milliseconds."""
-FAR = 1_000_000
 TICKS = 20_000
 BATCH = 500
 PARTS = 10
@@ -363,47 +362,6 @@ def expire_whole(sizes: Sizes) -> Iterator[Pair]:
     yield Pair(lambda: time_wheel(deadlines), lambda: time_uvloop(deadlines))
 
 
-# Time that goes by
-
-
-class Ticking:
-    """A wheel in which nothing comes due, and no bucket is reached, for as long as it is looked at."""
-
-    def __init__(self, count: int) -> None:
-        self.wheel = TimingWheel()
-        for deadline in deadlines_of(count):
-            self.wheel.schedule(FAR + deadline)
-        self.now = 0
-
-    def ticks(self) -> float:
-        ticks = range(self.now + 1, self.now + TICKS + 1)
-        self.now += TICKS
-        advance = self.wheel.advance
-        start = clock()
-        for now in ticks:
-            advance(now, BATCH)
-        return (clock() - start) / TICKS
-
-
-@contextmanager
-def tick_idle(sizes: Sizes) -> Iterator[Pair]:
-    ours, few, loop = Ticking(sizes.most), Ticking(sizes.most // 100), ArmedLoop("asyncio", sizes.most)
-
-    def many() -> tuple[float, float]:
-        cost = ours.ticks()
-        return cost, cost
-
-    yield Pair(many, lambda: (loop.turns(), few.ticks()))
-    loop.close()
-
-
-@contextmanager
-def tick_idle_uvloop(sizes: Sizes) -> Iterator[Pair]:
-    ours, loop = Ticking(sizes.most), ArmedLoop("uvloop", sizes.most)
-    yield Pair(ours.ticks, loop.turns)
-    loop.close()
-
-
 # Memory
 
 
@@ -476,26 +434,6 @@ WORKLOADS = (
     *rows("asyncio", Goal(faster=14, aim="20x"), Goal(faster=7, aim="20x"), Goal(faster=3), Goal(faster=6)),
     *rows("uvloop", Goal(faster=7, aim="10x"), Goal(faster=7, aim="12x"), Goal(faster=2.5), Goal()),
     *rows("heapq", Goal(), Goal(), Goal(), Goal()),
-    Workload(
-        "tick_idle",
-        tick_idle,
-        Goal(ratio=0.05),
-        plain("one tick with {most} armed and nothing due vs one turn of an asyncio loop with as many timers"),
-        more=(
-            Figure(
-                "tick_idle_growth",
-                Goal(ratio=1.26),
-                plain("the same vs a tick with a hundredth of the timers: 1.26 is an exponent of 0.05"),
-            ),
-        ),
-    ),
-    Workload(
-        "tick_idle_uvloop",
-        tick_idle_uvloop,
-        Goal(),
-        plain("one tick with {most} armed and nothing due vs one turn of a uvloop loop with as many timers"),
-        needs="uvloop",
-    ),
     *(
         Workload(
             "timer_bytes" if rival == "asyncio" else f"timer_bytes_{rival}",

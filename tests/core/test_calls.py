@@ -12,7 +12,6 @@ import pickle
 import sys
 import time
 import warnings
-import weakref
 
 import pytest
 
@@ -170,31 +169,6 @@ async def test_a_warning_that_is_an_error_reaches_the_hook(monkeypatch):
             manager.create("key")  # type: ignore[unused-coroutine]
             assert sys.exception() is error
     assert seen == ["coroutine 'SessionManager.create' was never awaited"]
-    await manager.destroy()
-
-
-async def test_a_call_that_is_done_keeps_nobody():
-    manager = make()
-    session = await manager.create()
-    task = asyncio.create_task(session.destroy())
-    await task
-    gone = weakref.ref(session)
-    del session
-    assert gone() is None
-    await manager.destroy()
-
-
-async def test_a_call_in_a_cycle_is_collected():
-    manager = make()
-    session = await manager.create()
-    call = session.start()
-    session.set("call", call)
-    gone = weakref.ref(session)
-    await session.destroy()
-    call.close()
-    del session, call
-    gc.collect()
-    assert gone() is None
     await manager.destroy()
 
 
@@ -384,32 +358,6 @@ async def test_a_warning_of_an_unawaited_call_may_use_the_manager(monkeypatch):
     await manager.destroy()
 
 
-async def test_what_calls_are_given_is_let_go_of():
-    """Done, refused, closed or thrown away: nothing is kept, and nothing is released twice."""
-    manager = make()
-    session = await manager.create("key")
-    other = await manager.create()
-    await other.set_user(2, {})
-    key, data = "".join(["an", "other"]), {}
-    before = [sys.getrefcount(each) for each in (key, data, session, manager)]
-    for _ in range(50):
-        made = await manager.create(key)
-        await made.set_user(1, data)
-        await made.destroy(persist=False)
-        del made
-        with pytest.raises(AlreadyIdentifiedError):
-            await other.set_user(3, data)
-        with pytest.raises(KeyTakenError):
-            await manager.create("key")
-        manager.create(key).close()
-        session.set_user(1, data).close()
-        with pytest.raises(ValueError, match="thrown"):
-            session.set_user(1, data).throw(ValueError("thrown"))
-    gc.collect()
-    assert [sys.getrefcount(each) for each in (key, data, session, manager)] == before
-    await manager.destroy()
-
-
 # a fork is what this is about, and Windows has none
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_call_made_before_a_fork_is_refused_in_the_child():
@@ -486,46 +434,6 @@ def test_a_session_type_that_makes_one_twice_is_refused():
     with pytest.raises(TypeError):
         table.create("b")
     assert len(table) == 1 and table.find_by_key("a") is session
-
-
-@pytest.mark.parametrize("listens", [False, True])
-async def test_the_reason_of_an_end_is_there_when_the_data_is_freed(listens):
-    manager = make()
-    session = await manager.create()
-    seen = []
-
-    class Data:
-        def __del__(self):
-            seen.append(session.end_reason)
-
-    await session.set_user(1, Data())
-    if listens:
-        session.on("destroy", lambda *_: None)
-    await session.destroy(persist=False)
-    assert seen == ["destroyed"]
-    await manager.destroy()
-
-
-@pytest.mark.parametrize("end", ["refused", "closed", "thrown"])
-async def test_a_call_that_is_over_keeps_nobody(end):
-    manager = make()
-    session = await manager.create()
-    await session.set_user(1, {})
-    call = session.set_user(2, {})
-    if end == "refused":
-        with pytest.raises(AlreadyIdentifiedError):
-            await call
-    elif end == "closed":
-        call.close()
-    else:
-        with pytest.raises(KeyError):
-            call.throw(KeyError("thrown"))
-    await session.destroy(persist=False)
-    gone = weakref.ref(session)
-    del session
-    gc.collect()
-    assert gone() is None
-    await manager.destroy()
 
 
 async def test_an_exception_is_thrown_by_type_and_value():

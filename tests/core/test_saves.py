@@ -352,3 +352,12 @@ def test_the_oldest_save_is_that_of_the_longest_unsaved_user():
         table.forget(people[1])
         assert table.oldest_save == 20
         assert list(walk) == [people[2], people[0]]
+
+
+def test_saved_at_of_a_newcomer_is_not_that_of_whoever_had_the_row_before():
+    table = SessionTable(Session, None)
+    before = table.create()
+    table.identify(before, 1, {}, 12_345)
+    table.begin_end(before)
+    table.forget(before)
+    assert table.saved_at(table.create()) == 0

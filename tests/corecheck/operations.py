@@ -1,7 +1,8 @@
 """Every operation of the core, as something that can be done over and over: afterwards all is as it was before.
 
 What lives here: one function for each public name of `_core`, and one for each way in which it refuses. What must not:
-measuring (`leaks`), and any claim about what an operation does (`tests/core`).
+measuring (`leaks`), and any claim about what an operation does (`tests/core`). It is one list, which is looked through
+for a name of `_core` from its beginning to its end, and so it is one module.
 """
 
 from __future__ import annotations

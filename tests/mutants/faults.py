@@ -2,6 +2,7 @@
 
 Each is a text of the sources, which is there exactly once, and what a tired programmer might have written in its place.
 `tests` are tried if the simulation does not find it: it sees no wrong error text, no slow call, no table of its own.
+They are one list, each like the last, and so one module: in two, somebody would look for a fault in the wrong one.
 """
 
 from __future__ import annotations
@@ -11,10 +12,33 @@ from typing import NamedTuple
 __all__ = ["FAULTS", "Fault"]
 
 CORE = ("tests/core",)
-USERS = ("tests/test_store_users.py", "tests/test_store_failures.py")
-SAVING = ("tests/test_store_regressions_saving.py", "tests/test_store_failures.py", "tests/test_store_numbers.py")
+USERS = (
+    "tests/test_store_users.py",
+    "tests/test_store_edits.py",
+    "tests/test_store_failures.py",
+    "tests/test_store_outages.py",
+)
+SAVING = (
+    "tests/test_store_regressions_saving.py",
+    "tests/test_store_regressions_owning.py",
+    "tests/test_store_failures.py",
+    "tests/test_store_outages.py",
+    "tests/test_store_numbers.py",
+)
 BATCHES = ("tests/core/test_batch.py", *SAVING)
-ENDING = ("tests/test_cases_ending.py", "tests/test_cases_saving.py", "tests/test_manager_machine.py")
+ENDING = (
+    "tests/test_cases_ending.py",
+    "tests/test_cases_draining.py",
+    "tests/test_cases_saving.py",
+    "tests/test_cases_timing.py",
+    "tests/test_manager_machine.py",
+)
+SPILL = (
+    "tests/test_spill.py",
+    "tests/test_spill_conflicts.py",
+    "tests/test_spill_files.py",
+    "tests/test_spill_exits.py",
+)
 
 
 class Fault(NamedTuple):
@@ -105,7 +129,12 @@ FAULTS = [
         "writebehind.py",
         "self._settlement.unknown.setdefault(session, set()).add((row.version, fingerprint))",
         "pass",
-        (*SAVING, "tests/test_store_regressions.py"),
+        (
+            *SAVING,
+            "tests/test_store_regressions.py",
+            "tests/test_store_regressions_unfenced.py",
+            "tests/test_store_regressions_users.py",
+        ),
     ),
     Fault(
         "the old epoch after a new claim",
@@ -289,14 +318,20 @@ FAULTS = [
         "core/lanes.pxi",
         "        row.marks &= MARKED\n",
         "        row.marks = 0\n",
-        ("tests/test_tracking.py",),
+        (
+            "tests/test_tracking.py",
+            "tests/core/test_marks.py",
+        ),
     ),
     Fault(
         "a save that has failed forgets the mark",
         "core/lanes.pxi",
         "        row.marks = MARKED\n        if row.failures < 255:\n",
         "        row.marks &= MARKED\n        if row.failures < 255:\n",
-        ("tests/test_tracking.py",),
+        (
+            "tests/test_tracking.py",
+            "tests/core/test_marks.py",
+        ),
     ),
     # ends
     Fault(
@@ -492,21 +527,21 @@ FAULTS = [
         "spill.py",
         "            elif entry.follows(claim, stored, store):",
         "            elif True:",
-        ("tests/test_spill.py",),
+        SPILL,
     ),
     Fault(
         "a spill forgets the saves that nobody answered",
         "writebehind.py",
         "        known = set(self._settlement.unknown.get(session, ()))\n",
         "        known: set[tuple[int, int]] = set()\n",
-        ("tests/test_spill.py",),
+        SPILL,
     ),
     Fault(
         "what is spilled takes the place of what waits in the file",
         "spill.py",
         "for entry in (*there, *collected) if entry not in settled",
         "for entry in collected if entry not in settled",
-        ("tests/test_spill.py",),
+        SPILL,
     ),
     Fault(
         "who is erased before the spill is written stays in it",

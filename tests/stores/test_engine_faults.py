@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import uuid
-from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import asyncpg
 import orjson
@@ -16,80 +13,28 @@ import pytest
 import redis
 
 from cagey_sessions import SessionManager, StoreUnavailableError
-from cagey_sessions.stores import Outcome, PostgresStore, RedisStore
-from cagey_sessions.testing import FaultProxy
+from cagey_sessions.stores import Outcome, PostgresStore
 from cagey_sessions.testing.store_conformance import opened, record, save
+from proxied import (
+    BOUND,
+    DROP,
+    TIMEOUT,
+    Adapter,
+    adapters,
+    all_unavailable,
+    cut_and_stall,
+    drip,
+    half_close_and_stall,
+    refuse,
+    stall,
+    under,
+    until_it_works,
+)
+from support import REDIS, execute
 
-POSTGRES = os.environ.get("CAGEY_TEST_POSTGRES", "postgresql://root@127.0.0.1:5432/test")
-REDIS = os.environ.get("CAGEY_TEST_REDIS", "redis://127.0.0.1:6379/0")
-TIMEOUT = 0.5
-"""Seconds that the engine has for a call."""
-BOUND = 10
-"""Seconds after which a call, or the return of the engine, counts as not noticed. Either takes one or two."""
 SAVED, ALREADY = Outcome.SAVED, Outcome.ALREADY
-DROP = """DO $$ DECLARE name text; BEGIN
-    FOR name IN SELECT nspname FROM pg_namespace WHERE starts_with(nspname, '%s') LOOP
-        EXECUTE format('DROP SCHEMA %%I CASCADE', name);
-    END LOOP;
-END $$"""
 PLACES = 6
 """How many connections either store has for calls."""
-
-
-async def ask_postgres(*statements):
-    connection = await asyncpg.connect(POSTGRES, timeout=5)
-    for statement in statements:
-        await connection.execute(statement)
-    await connection.close()
-
-
-def is_there(kind):
-    try:
-        if kind == "postgres":
-            asyncio.run(ask_postgres())
-        else:
-            with redis.Redis.from_url(REDIS, socket_connect_timeout=5) as client:
-                client.ping()
-    except (OSError, asyncpg.PostgresError, redis.RedisError) as error:
-        if os.environ.get("CI"):
-            raise RuntimeError(f"CI needs {kind}") from error
-        return False
-    return True
-
-
-@dataclass
-class Adapter:
-    kind: str
-    mine: str
-    """The schema, or the beginning of the prefix."""
-
-    def part(self, name):
-        """The same engine, with users of its own."""
-        return Adapter(self.kind, f"{self.mine}_{name}")
-
-    def proxy(self):
-        url = urlsplit(POSTGRES if self.kind == "postgres" else REDIS)
-        return FaultProxy(url.hostname or "127.0.0.1", url.port or (5432 if self.kind == "postgres" else 6379))
-
-    def url(self, proxy=None):
-        url = POSTGRES if self.kind == "postgres" else REDIS
-        if proxy is None:
-            return url
-        parts = urlsplit(url)
-        user, at, _ = parts.netloc.rpartition("@")
-        url = parts._replace(netloc=f"{user}{at}{proxy.host}:{proxy.port}").geturl()
-        return f"{url}?sslmode=disable" if self.kind == "postgres" else url
-
-    def store(self, proxy=None, timeout=TIMEOUT, **settings):
-        if self.kind == "postgres":
-            return PostgresStore(self.url(proxy), schema=self.mine, timeout=timeout, **settings)
-        return RedisStore(self.url(proxy), prefix=f"{self.mine}:", timeout=timeout, **settings)
-
-
-def adapters(*kinds):
-    return [
-        pytest.param(kind, marks=pytest.mark.skipif(not is_there(kind), reason=f"no {kind} here")) for kind in kinds
-    ]
 
 
 @pytest.fixture(params=adapters("postgres", "redis"))
@@ -97,21 +42,11 @@ def adapter(request):
     here = Adapter(request.param, f"cagey_{uuid.uuid4().hex}")
     yield here
     if here.kind == "postgres":
-        asyncio.run(ask_postgres(DROP % here.mine))
+        asyncio.run(execute(DROP % here.mine))
     else:
         with redis.Redis.from_url(REDIS) as client:
             for key in client.scan_iter(f"{here.mine}*", count=1000):
                 client.delete(key)
-
-
-async def until_it_works(call):
-    """Repeat a call until the engine answers: what it answers."""
-    async with asyncio.timeout(BOUND):
-        while True:
-            try:
-                return await call()
-            except StoreUnavailableError:
-                await asyncio.sleep(0.01)
 
 
 async def fill(store, users):
@@ -166,47 +101,6 @@ async def check_after(store, epochs):
     assert await store.load(USERS["erase"]) is None
     assert is_of(USERS["load"], await store.load(USERS["load"]))
     assert await store.holder(USERS["holder"]) == ("a", epochs[USERS["holder"]])
-
-
-async def stall(proxy):
-    proxy.stall()
-
-
-async def drip(proxy):
-    proxy.bytes_per_second = 10
-
-
-async def half_close_and_stall(proxy):
-    proxy.half_close()
-    proxy.stall()
-
-
-async def refuse(proxy):
-    proxy.cut()
-    await proxy.refuse()
-
-
-async def cut_and_stall(proxy):
-    proxy.cut()
-    proxy.stall()
-
-
-@contextlib.asynccontextmanager
-async def under(fault, proxy):
-    """For the length of a block; connections that suffered from it are lost."""
-    await fault(proxy)
-    try:
-        yield
-    finally:
-        proxy.resume()
-        proxy.latency = 0
-        proxy.bytes_per_second = None
-        proxy.cut()
-        await proxy.accept()
-
-
-def all_unavailable(answers):
-    return all(isinstance(each, StoreUnavailableError) for each in answers)
 
 
 async def test_whatever_is_asked_for_during_a_fault_ends_as_unavailable_and_works_soon_after(adapter):

@@ -1,0 +1,230 @@
+"""The file of a spill: damaged, foreign, not to be written, or left behind by a crash at any step."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+from pathlib import Path
+from zlib import crc32
+
+import pytest
+
+from cagey_sessions import OptionError, SessionManager, SnapshotError, read_snapshot
+from cagey_sessions._core import Digest
+from cagey_sessions.savefile import DISK, first_line, last_line
+from cagey_sessions.spill import Spill, SpillEntry
+from cluster import Cluster, spill_gold
+from conftest import run
+from support import Crash, FaultyDisk, ScriptedStore
+
+
+async def test_damaged_lines_are_kept_byte_for_byte_and_reported(cluster):
+    await spill_gold(cluster, bob=5)
+    lines = cluster.path.read_bytes().splitlines()
+    lines[1] = lines[1][:-3] + b"\xff\x00}"
+    lines[3:3] = [b"rubbish"]
+    cluster.path.write_bytes(b"\n".join(lines))
+    manager = await cluster.start()
+    report = manager.spill_report
+    assert len(report.replayed) == 1 and not report.complete
+    assert [(bad.line, bad.user_id, bad.raw) for bad in report.damaged] == [
+        (2, report_id(lines[1]), lines[1]),
+        (4, None, b"rubbish"),
+    ]
+    kept = read_snapshot(cluster.path)
+    assert [bad.raw for bad in kept.damaged] == [lines[1], b"rubbish"] and kept.entries == ()
+    await manager.destroy()
+    manager = await cluster.start()
+    assert len(manager.spill_report.damaged) == 2
+    await manager.open("eve", default={})
+    await cluster.fail(manager)
+    kept = read_snapshot(cluster.path)
+    assert [bad.raw for bad in kept.damaged] == [lines[1], b"rubbish"] and len(kept.entries) == 1
+
+
+def report_id(line: bytes) -> str:
+    return "ann" if b'"ann"' in line else "bob"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        (b'"known":[[1,', b'"known":[["1",'),
+        (b'"known":[[1,', b'"known":[[1,2,'),
+        (b'"known":', b'"unknown":'),
+        (b'"digest_key":"', b'"digest_key":"zz'),
+        (b'"fixed_at":', b'"fixed_at":null,"x":'),
+    ],
+)
+async def test_a_line_with_a_right_checksum_and_a_wrong_field_is_set_aside(cluster, change):
+    await spill_gold(cluster)
+    lines = cluster.path.read_bytes().splitlines()
+    content = lines[1][9:].replace(*change)
+    assert content != lines[1][9:]
+    lines[1] = b"%08x %b" % (crc32(content), content)
+    cluster.path.write_bytes(b"\n".join(lines))
+    manager = await cluster.start()
+    report = manager.spill_report
+    if change[1] == b'"known":[["1",':
+        assert report.replayed == ("ann",)  # a number all the same
+    else:
+        assert [bad.user_id for bad in report.damaged] == ["ann"]
+        assert read_snapshot(cluster.path).expected == 1
+    await manager.destroy()
+
+
+async def test_a_file_that_was_cut_between_two_lines_is_told(cluster):
+    await spill_gold(cluster, bob=5)
+    lines = cluster.path.read_bytes().splitlines(keepends=True)
+    cluster.path.write_bytes(b"".join(lines[:2]))
+    manager = await cluster.start()
+    assert not manager.spill_report.complete and len(manager.spill_report.replayed) == 1
+    await manager.destroy()
+
+
+def test_what_needs_a_store_says_so(tmp_path):
+    with pytest.raises(OptionError, match="spill needs a store"):
+        SessionManager(spill=tmp_path / "spill")
+
+
+@pytest.mark.parametrize("path", ["none/spill", ".", 7, b"spill"])
+def test_a_path_that_cannot_be_used_is_refused_at_once(tmp_path, monkeypatch, clock, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionError, match="spill"):
+        SessionManager(store=ScriptedStore(clock), spill=path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path):
+    with pytest.raises(OptionError, match="nothing can be written"):
+        Spill(tmp_path / "spill", FaultyDisk(fail={"create": errno.EACCES}))
+
+
+async def test_a_file_that_is_no_spill_is_refused_before_anybody_is_admitted(cluster):
+    manager = cluster.manager()
+    cluster.path.write_bytes(b"my diary\n")
+    with pytest.raises(SnapshotError, match="is not a snapshot"):
+        await manager.__aenter__()
+    assert not cluster.store._is_open
+    with pytest.raises(SnapshotError):
+        await manager.open("ann", default={})
+    async with SessionManager() as other:
+        await other.snapshot(cluster.path)
+    with pytest.raises(SnapshotError, match="is a snapshot, not a spill"):
+        await manager.open("ann", default={})
+    await manager.destroy()
+    assert read_snapshot(cluster.path).kind == "snapshot"
+
+
+GOLDEN = Path(__file__).parent / "golden" / "spill-1.txt"
+KEY = bytes(range(16))
+ENTRIES = (
+    SpillEntry("ann", None, 3, "node-1", 7, 2, b'{"gold":2}', 1767225600.0, KEY, frozenset({(7, 0x3333), (8, 0x44)})),
+    SpillEntry(1, None, 1, "node-1", 0, 0, b"[]", 1767225601.5, KEY, frozenset()),
+)
+
+
+async def test_the_golden_file_of_format_1(cluster):
+    known = frozenset({(7, Digest(KEY)(b'{"gold":1}')), (8, 0x44)})
+    entries = (replace(ENTRIES[0], known=known), ENTRIES[1])
+    lines = [first_line("spill", 1767225602.0, "node-2"), *(entry.line() for entry in entries), last_line("spill", 2)]
+    assert b"".join(lines) == GOLDEN.read_bytes(), "what is written has changed: that is a new format"
+    cluster.path.write_bytes(GOLDEN.read_bytes())
+    store = ScriptedStore(cluster.clock, backing=cluster.backing)
+    store.put("ann", b'{"gold":1}', version=7)
+    await store.open()
+    await store.claim_many([1], "node-1")
+    manager = await cluster.start()
+    assert set(manager.spill_report.replayed) == {"ann", 1}
+    assert cluster.backing.rows["ann"].record[3:6] == (8, 2, b'{"gold":2}')
+    await manager.destroy()
+
+
+@pytest.mark.parametrize("step", ["create", "write", "sync", "close", "replace", "sync folder"])
+async def test_after_any_failure_of_the_disk_the_next_attempt_does_it(cluster, step):
+    spill = Spill(cluster.path)
+    spill.collect(ENTRIES[0])
+    spill._files = FaultyDisk(fail={step: errno.EIO})
+    with pytest.raises(SnapshotError):
+        spill.write()
+    spill._files = FaultyDisk()
+    spill.collect(ENTRIES[1])
+    assert spill.write() == 2
+    assert cluster.spilled() == {"ann": b'{"gold":2}', 1: b"[]"}
+    assert sorted(path.name for path in cluster.path.parent.iterdir()) == ["spill", "spill.lock"]
+
+
+async def test_a_full_disk_is_reported_and_everybody_is_named(cluster):
+    manager = await cluster.start()
+    for user_id in ("ann", "bob"):
+        await manager.open(user_id, default={})
+    manager._life.spill._files = FaultyDisk(fail={"write": errno.ENOSPC})
+    error = await cluster.fail(manager)
+    assert set(error.user_ids) == {"ann", "bob"} and not any(user.spilled for user in error.report.unsaved)
+    assert isinstance(error.exceptions[-1], SnapshotError) and "free some space" in str(error.exceptions[-1])
+    assert [path.name for path in cluster.path.parent.iterdir()] == ["spill.lock"]
+    manager._life.spill._files = DISK
+    manager._life.spill_at_exit()  # which tries once more
+    assert {entry.user_id for entry in read_snapshot(cluster.path).entries} == {"ann", "bob"}
+
+
+@pytest.mark.parametrize("moment", ["before", "during", "after"])
+async def test_a_crash_at_any_step_of_a_replay_loses_nothing_and_makes_no_conflict(cluster, moment):
+    done = False
+    number = 0
+    while not done:
+        cluster.path.unlink(missing_ok=True)
+        cluster.backing.rows.clear()
+        await spill_gold(cluster, bob=5)
+        (cluster.path.parent / "keep").write_bytes(cluster.path.read_bytes())
+        disk = FaultyDisk(crash=(number, moment))
+        spill = Spill(cluster.path)
+        spill._files = disk
+        manager = cluster.manager()
+        manager._life.spill = spill
+        cluster.backing.dead |= {row.owner for row in cluster.backing.rows.values()}
+        try:
+            await manager.__aenter__()
+        except Crash:
+            number += 1
+        else:
+            done = True
+        manager._life.spill = None
+        await manager.destroy()
+
+        manager = await cluster.start()
+        assert manager.spill_report.conflicts == ()
+        assert (cluster.stored("ann"), cluster.stored("bob")) == ({"gold": 2}, {"gold": 5})
+        assert not cluster.path.exists()
+        await manager.destroy()
+    assert number >= 3
+
+
+@pytest.mark.parametrize("moment", ["before", "during", "after"])
+def test_a_crash_at_any_step_of_a_write_leaves_what_was_there_or_what_is_to_be(cluster, moment, clock):
+    run(spill_gold(cluster))
+    before = cluster.path.read_bytes()
+    run(spill_two(cluster))
+    after = cluster.spilled()
+    for number in range(20):
+        cluster.path.write_bytes(before)
+        spill = Spill(cluster.path)
+        spill.open()
+        entry = spill.pending["ann"][0]
+        spill.collect(replace(entry, user_id="bob"))
+        spill._files = FaultyDisk(crash=(number, moment))
+        try:
+            spill.write()
+        except Crash:
+            assert set(cluster.spilled()) in ({"ann"}, {"ann", "bob"})
+            assert read_snapshot(cluster.path).complete
+            continue
+        break
+    assert number == 7 and set(after) == {"ann", "bob"}
+
+
+async def spill_two(cluster: Cluster) -> None:
+    manager = cluster.manager()
+    await manager.__aenter__()
+    await manager.open("bob", default={"gold": 5})
+    await cluster.fail(manager)
