@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import uuid
 
@@ -309,6 +310,33 @@ async def test_a_call_that_is_aborted_is_unknown_and_the_store_goes_on(schema):
             await blocker.close()
         assert await save(store, record(epoch=epoch)) in ([SAVED], [ALREADY])
         assert (await store.load(1)).version == 1
+
+
+@pytest.mark.parametrize("pooled", [False, True], ids=["own", "pool"])
+async def test_a_call_that_is_aborted_between_two_of_its_messages_is_unknown(schema, monkeypatch, pooled):
+    """The driver has prepared its statement and not yet executed it: it looks for a connection it has given up."""
+    prepare = asyncpg.Connection._get_statement
+    aborting = False
+
+    async def prepare_and_abort(connection, *args, **options):
+        statement = await prepare(connection, *args, **options)
+        if aborting:
+            store.abort(asyncio.current_task())
+        return statement
+
+    monkeypatch.setattr(asyncpg.Connection, "_get_statement", prepare_and_abort)
+    async with contextlib.AsyncExitStack() as stack:
+        pool = await stack.enter_async_context(asyncpg.create_pool(DSN, min_size=1, max_size=2)) if pooled else None
+        settings = {"pool": pool} if pooled else {"dsn": DSN}
+        store = await stack.enter_async_context(opened(PostgresStore(**settings, schema=schema)))
+        epoch = (await claim(store)).epoch
+        new = record(epoch=epoch)
+        for call in (lambda: store.load(1), lambda: store.save_many([new]), lambda: store.claim_many([2], "b")):
+            aborting = True
+            with pytest.raises(StoreUnavailableError):
+                await call()
+            aborting = False
+        assert await save(store, new) == [SAVED]
 
 
 async def test_connections_that_the_server_has_ended_are_replaced(schema):

@@ -296,7 +296,7 @@ class PostgresEngine(Store):
             raise StoreUnavailableError(f"this {self.name} is not open")
         try:
             if self._given is not None:
-                await self._connections.run(partial(self._renew, renewal))
+                await self._connections.run(partial(_or_cut, partial(self._renew, renewal)))
                 return
             if self._keeper is None or self._keeper.is_closed():
                 self._keeper = await asyncpg.connect(
@@ -304,7 +304,7 @@ class PostgresEngine(Store):
                 )
                 if self._connections is None:
                     raise StoreUnavailableError(f"this {self.name} was closed meanwhile")
-            await self._renew(renewal, self._keeper)
+            await _or_cut(partial(self._renew, renewal), self._keeper)
         except BaseException as error:
             self._drop_keeper()
             raise _explained(error) from None
@@ -349,6 +349,11 @@ async def _or_cut(work: Callable[[Any], Coroutine[Any, Any, T]], connection: Any
     except (asyncpg.ReadOnlySQLTransactionError, asyncpg.InternalClientError):
         _cut(connection)  # of a standby by now, or broken; a new one may do better
         raise
+    except AttributeError:
+        if not connection.is_closed():
+            raise
+        # cut between two messages of a call: for the second the driver looks for what it gave up with the connection
+        raise asyncpg.InterfaceError("the connection was closed during the call") from None
 
 
 def _is_live(connection: Any) -> bool:
