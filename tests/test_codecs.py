@@ -216,6 +216,7 @@ def test_only_the_class_itself_is_taken():
         ({"suit": True}, '["suit"]', "not bool"),
         ({"suit": 1.0}, '["suit"]', "not float"),
         ({"perm": 64}, '["perm"]', "is not the value of a Perm"),
+        ({"perm": -1}, '["perm"]', "is not the value of a Perm"),
         ({"level": "1"}, '["level"]', "not str"),
         ({"mode": "canary"}, '["mode"]', "should be one of"),
         ({"seen": "canary"}, '["seen"]', "is not the text of a datetime"),

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, datetime, timezone
-from enum import Enum
+from enum import Enum, Flag
 from typing import Any, Final, NoReturn, get_args
 from uuid import UUID
 
@@ -243,10 +244,11 @@ def enum_converter(cls: type[Enum], place: str) -> Converter:
     def decode(stored: Any) -> Enum:
         if type(stored) not in kinds:
             refuse_type(f"the value of a {cls.__name__}", stored)
-        try:
-            return cls(stored)
-        except ValueError:
-            raise Refused(f"is not the value of a {cls.__name__}") from None
+        with suppress(ValueError):
+            member = cls(stored)
+            if not isinstance(member, Flag) or member.value == stored:  # some flags drop the bits they do not know
+                return member
+        raise Refused(f"is not the value of a {cls.__name__}")
 
     return Converter(cls.__name__, encode, decode, (cls,), kinds)
 
