@@ -100,14 +100,14 @@ async def new_role(schema: str) -> AsyncIterator[tuple[str, str]]:
     """A user of the server who may do nothing yet, for one schema of a test: the name, and a DSN for it."""
     role = f"role_{schema[-12:]}"
     try:
-        await execute(f"CREATE ROLE {role} LOGIN")
+        await execute(f"CREATE ROLE {role} LOGIN PASSWORD '{role}'")
     except asyncpg.InsufficientPrivilegeError:
         # only a second user can have fewer rights, and whose server this is may not let us make one
         pytest.skip("this user may not make roles")
     try:
-        yield role, re.sub("//[^@]*@", f"//{role}@", POSTGRES)
+        yield role, re.sub("//[^@]*@", f"//{role}:{role}@", POSTGRES)
     finally:
-        await execute(f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+        await execute(f"GRANT {role} TO CURRENT_USER", f"DROP OWNED BY {role}", f"DROP ROLE {role}")
 
 
 async def until_a_lock_is_waited_for(connection: Any) -> None:
