@@ -102,6 +102,43 @@ async def test_f2c_the_same_for_an_open_that_does_not_join(clock, store, manager
     await end(clock, manager)
 
 
+@pytest.mark.parametrize("when_active", ["replace", "refuse"])
+async def test_f2e_a_session_that_another_open_has_returned_outlives_the_open_that_made_it(
+    clock, store, manager, when_active
+):
+    """Cancelled while its `identified` listeners run: by then somebody else has the session, and plays."""
+    gate = asyncio.Event()
+
+    @manager.on("identified")
+    async def wait(session: Any, *_: Any) -> None:
+        await gate.wait()
+
+    first = asyncio.ensure_future(manager.open(1, default={"n": 0}, when_active=when_active))
+    await turns()
+    session = await manager.open(1)
+    session.user_data["n"] = 5
+    first.cancel()
+    gate.set()
+    await turns()
+    assert session.alive, "ended under the caller who has it"
+    await end(clock, manager)
+    assert store.stored(1) == {"n": 5}
+
+
+async def test_f2f_nor_does_it_end_if_that_other_open_came_just_before_the_cancellation(clock, store, manager):
+    """Whichever turns of the loop those are."""
+    for count in range(30):
+        first = asyncio.ensure_future(manager.open(count, default={"n": 0}))
+        await turns(count)
+        second = asyncio.ensure_future(manager.open(count, default={"n": 0}))
+        await asyncio.sleep(0)
+        first.cancel()
+        session = await let_time_pass(clock, second)
+        await turns()
+        assert session.alive, f"cancelled after {count} turns"
+    await end(clock, manager)
+
+
 # F3: a claim that is granted in the very moment its caller is cancelled
 
 

@@ -69,9 +69,7 @@ class _Opening:
     def __init__(self) -> None:
         self.task: asyncio.Task[SessionCore] | None = None
         self.waiting = 0
-        self.is_new = False  # the session was made by it
-        self.is_taken = False  # somebody has the session
-        self.is_given_up = False  # everybody who waited has been cancelled
+        self.session: SessionCore | None = None  # that was made by it
 
 
 class Ownership:
@@ -84,6 +82,8 @@ class Ownership:
         self._encoding = encoding
         self._identifying: set[SessionCore] = set()
         self._opening: dict[int | str, _Opening] = {}
+        self._untaken: set[SessionCore] = set()
+        """Sessions made by an `open` that nobody has been given yet."""
 
     # The parts of Lifecycle that are there because there is a store
 
@@ -142,7 +142,7 @@ class Ownership:
         life.refuse_if_closed()
         opening = self._opening.get(user_id) if when_active == "join" else None
         if opening is None:
-            if when_active == "join" and (live := life.table.find_by_user(user_id)) is not None:
+            if when_active == "join" and (live := self._join(user_id)) is not None:
                 return live
             self._claims.refuse_inside(user_id)
             opening = _Opening()
@@ -154,7 +154,7 @@ class Ownership:
         opening.waiting += 1
         try:
             session = await asyncio.shield(opening.task)
-            opening.is_taken = True
+            self._untaken.discard(session)
             return session
         except asyncio.CancelledError:
             if opening.task.cancelled():
@@ -164,6 +164,13 @@ class Ownership:
             opening.waiting -= 1
             self._see_left(opening)
 
+    def _join(self, user_id: int | str) -> SessionCore | None:
+        """The live session of a user, for somebody who opens it."""
+        live = self._life.table.find_by_user(user_id)
+        if live is not None:
+            self._untaken.discard(live)
+        return live
+
     def _see_opened(self, user_id: int | str, opening: _Opening) -> None:
         if self._opening.get(user_id) is opening:
             del self._opening[user_id]
@@ -171,17 +178,17 @@ class Ownership:
 
     def _see_left(self, opening: _Opening) -> None:
         """If everybody who waited for a session has been cancelled, nobody is left who would end it."""
-        task = opening.task
-        if opening.waiting or opening.is_taken or task is None:
+        task, session = opening.task, opening.session
+        if opening.waiting or task is None or (session is not None and session not in self._untaken):
             return
         for user_id in [user_id for user_id, other in self._opening.items() if other is opening]:
             del self._opening[user_id]  # nobody is to join it
-        if not task.done():
-            opening.is_given_up = True
-            task.cancel()
-        elif not task.cancelled() and task.exception() is None and opening.is_new:
-            opening.is_taken = True
-            self._abandon(task.result())
+        is_lost = not task.done() or (not task.cancelled() and task.exception() is None)
+        task.cancel()
+        if session is not None:
+            self._untaken.discard(session)
+            if is_lost:
+                self._abandon(session)
 
     def _abandon(self, session: SessionCore) -> None:
         """Begin the end of a session that nobody has: at once, so that nobody finds it any more."""
@@ -196,9 +203,8 @@ class Ownership:
     async def _open(self, user_id: int | str, default: Any, when_active: str, opening: _Opening) -> SessionCore:
         life = self._life
         async with self._claims.turn(user_id):
-            if when_active == "join" and (live := life.table.find_by_user(user_id)) is not None:
+            if when_active == "join" and (live := self._join(user_id)) is not None:
                 return live
-            opening.is_new = True
             await self._make_room(user_id, when_active)
             loaded = await self._load(user_id, default)
             try:
@@ -207,18 +213,15 @@ class Ownership:
                     life.refuse_if_ending(session)
                     life.refuse_if_closed()
                     self._identify(session, loaded)
+                    opening.session = session
+                    self._untaken.add(session)
                 except BaseException:
                     await self._end_quietly(session)
                     raise
             except BaseException:
                 self._claims.let_go(loaded.user_id, loaded.epoch)
                 raise
-        try:
-            await life.emit_identified(session, user_id, session.user_data)
-        except asyncio.CancelledError:
-            if opening.is_given_up:  # else the loop is being shut down, and takes no new tasks
-                self._abandon(session)
-            raise
+        await life.emit_identified(session, user_id, session.user_data)
         return session
 
     def _identify(self, session: SessionCore, loaded: _Loaded) -> None:
