@@ -506,6 +506,47 @@ async def test_f20d_an_edit_that_is_refused_after_a_claim_made_again_lets_go_of_
     await end(clock, manager)
 
 
+@pytest.mark.parametrize("goes_on", ["has them", "has saved them"])
+async def test_f20e_an_edit_that_may_be_written_does_not_say_that_it_is_not(clock, store, manager, goes_on):
+    """The reply to the write is lost, and before the repeat somebody else takes the user over."""
+    store.put(1, b'{"n":0}')
+    other = MemoryStore(store.backing)
+    await other.open()
+
+    async def take_over(_: Any) -> None:
+        (claim,) = await other.claim_many([1], "b")
+        assert claim.record is not None
+        if goes_on == "has saved them":
+            await other.save_many([claim.record._replace(version=3, body=b'{"n":8}', release=True)])
+
+    store.script = ["lose", take_over]
+
+    async def edit() -> None:
+        async with manager.edit(1) as data:
+            data["n"] = 1
+
+    with pytest.raises(FencedError, match="whether this edit was written before that is not known"):
+        await let_time_pass(clock, edit())
+    await end(clock, manager)
+
+
+async def test_f20f_an_edit_that_cannot_be_written_says_so(clock, store, manager):
+    """Somebody else takes the user over before anything is sent, and has them."""
+    store.put(1, b'{"n":0}')
+    other = MemoryStore(store.backing)
+    await other.open()
+
+    async def edit() -> None:
+        async with manager.edit(1) as data:
+            store.bury(manager._life.owner)
+            await other.claim_many([1], "b")
+            data["n"] = 1
+
+    with pytest.raises(FencedError, match="nothing was written"):
+        await let_time_pass(clock, edit())
+    await end(clock, manager)
+
+
 # F21: a claim made again that comes late
 
 

@@ -24,6 +24,7 @@ from .errors import (
     EncodingError,
     FencedError,
     OptionError,
+    OwnedElsewhereError,
     SessionEndedError,
     StoreModeError,
     StoreUnavailableError,
@@ -344,17 +345,25 @@ class Ownership:
             gateway.store.shared,
         )
 
+        may_be_written = False
+
         async def save(_: int) -> None:
-            nonlocal record
-            ((outcome, detail),) = verdicts_of(gateway.store, await gateway.write([record]).answer(), 1)
-            if outcome == Outcome.FENCED and gateway.store.fenced and record.epoch == loaded.epoch:
-                epoch = await self._claim_again(loaded, record)
+            nonlocal record, may_be_written
+            try:
+                answer = await gateway.write([record]).answer()
+            except Exception:
+                may_be_written = True
+                raise
+            ((outcome, detail),) = verdicts_of(gateway.store, answer, 1)
+            if outcome == Outcome.FENCED:
+                lost = _taken_over(user_id, may_be_written)
+                if not gateway.store.fenced or record.epoch != loaded.epoch:
+                    raise lost
+                epoch = await self._claim_again(loaded, record, lost)
                 if epoch is None:
                     return
                 record = record._replace(epoch=epoch)
                 raise StoreUnavailableError(f"user {user_id!r:.80} had to be claimed again")
-            if outcome == Outcome.FENCED:
-                raise _taken_over(user_id)
             if outcome == Outcome.ERASED:
                 raise UserErasedError(f"user {user_id!r:.80} was erased meanwhile", user_id=user_id)
             if outcome == Outcome.INVALID:
@@ -364,18 +373,22 @@ class Ownership:
 
         await self._claims.persistently(save)
 
-    async def _claim_again(self, loaded: _Loaded, record: Record) -> int | None:
+    async def _claim_again(self, loaded: _Loaded, record: Record, lost: FencedError) -> int | None:
         """After a refusal by the fence, perhaps because of a late claim of our own: the epoch to write under.
 
-        None if an attempt that had no answer has written the record. Raises `FencedError` if somebody else has written.
+        None if an attempt that had no answer has written the record. Raises `lost` if somebody else has the user or has
+        written.
         """
-        claim = await self._claims.claim(loaded.user_id)
+        try:
+            claim = await self._claims.claim(loaded.user_id)
+        except OwnedElsewhereError:
+            raise lost from None
         found = (0, 0) if claim.record is None else (claim.record.version, self._saver.digest(claim.record.body))
         if found == (loaded.version, loaded.stored):
             return claim.epoch
         self._claims.let_go(loaded.user_id, claim.epoch)
         if found != (record.version, self._saver.digest(record.body)):
-            raise _taken_over(loaded.user_id)
+            raise lost
         return None
 
     async def erase(self, user_id: int | str) -> bool:
@@ -477,8 +490,9 @@ def _made(default: Callable[[], Any]) -> Any:
     return data
 
 
-def _taken_over(user_id: int | str) -> FencedError:
-    return FencedError(f"another server has taken over user {user_id!r:.80}; nothing was written", user_id=user_id)
+def _taken_over(user_id: int | str, may_be_written: bool) -> FencedError:
+    outcome = "whether this edit was written before that is not known" if may_be_written else "nothing was written"
+    return FencedError(f"another server has taken over user {user_id!r:.80}; {outcome}", user_id=user_id)
 
 
 def _not_found(user_id: int | str) -> UserNotFoundError:
