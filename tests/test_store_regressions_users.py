@@ -102,6 +102,43 @@ async def test_f2c_the_same_for_an_open_that_does_not_join(clock, store, manager
     await end(clock, manager)
 
 
+@pytest.mark.parametrize("when_active", ["replace", "refuse"])
+async def test_f2e_a_session_that_another_open_has_returned_outlives_the_open_that_made_it(
+    clock, store, manager, when_active
+):
+    """Cancelled while its `identified` listeners run: by then somebody else has the session, and plays."""
+    gate = asyncio.Event()
+
+    @manager.on("identified")
+    async def wait(session: Any, *_: Any) -> None:
+        await gate.wait()
+
+    first = asyncio.ensure_future(manager.open(1, default={"n": 0}, when_active=when_active))
+    await turns()
+    session = await manager.open(1)
+    session.user_data["n"] = 5
+    first.cancel()
+    gate.set()
+    await turns()
+    assert session.alive, "ended under the caller who has it"
+    await end(clock, manager)
+    assert store.stored(1) == {"n": 5}
+
+
+async def test_f2f_nor_does_it_end_if_that_other_open_came_just_before_the_cancellation(clock, store, manager):
+    """Whichever turns of the loop those are."""
+    for count in range(30):
+        first = asyncio.ensure_future(manager.open(count, default={"n": 0}))
+        await turns(count)
+        second = asyncio.ensure_future(manager.open(count, default={"n": 0}))
+        await asyncio.sleep(0)
+        first.cancel()
+        session = await let_time_pass(clock, second)
+        await turns()
+        assert session.alive, f"cancelled after {count} turns"
+    await end(clock, manager)
+
+
 # F3: a claim that is granted in the very moment its caller is cancelled
 
 
@@ -466,6 +503,47 @@ async def test_f20d_an_edit_that_is_refused_after_a_claim_made_again_lets_go_of_
         await let_time_pass(clock, edit())
     await clock.advance("1s")
     assert store.owner_of(1) == ""
+    await end(clock, manager)
+
+
+@pytest.mark.parametrize("goes_on", ["has them", "has saved them"])
+async def test_f20e_an_edit_that_may_be_written_does_not_say_that_it_is_not(clock, store, manager, goes_on):
+    """The reply to the write is lost, and before the repeat somebody else takes the user over."""
+    store.put(1, b'{"n":0}')
+    other = MemoryStore(store.backing)
+    await other.open()
+
+    async def take_over(_: Any) -> None:
+        (claim,) = await other.claim_many([1], "b")
+        assert claim.record is not None
+        if goes_on == "has saved them":
+            await other.save_many([claim.record._replace(version=3, body=b'{"n":8}', release=True)])
+
+    store.script = ["lose", take_over]
+
+    async def edit() -> None:
+        async with manager.edit(1) as data:
+            data["n"] = 1
+
+    with pytest.raises(FencedError, match="whether this edit was written before that is not known"):
+        await let_time_pass(clock, edit())
+    await end(clock, manager)
+
+
+async def test_f20f_an_edit_that_cannot_be_written_says_so(clock, store, manager):
+    """Somebody else takes the user over before anything is sent, and has them."""
+    store.put(1, b'{"n":0}')
+    other = MemoryStore(store.backing)
+    await other.open()
+
+    async def edit() -> None:
+        async with manager.edit(1) as data:
+            store.bury(manager._life.owner)
+            await other.claim_many([1], "b")
+            data["n"] = 1
+
+    with pytest.raises(FencedError, match="nothing was written"):
+        await let_time_pass(clock, edit())
     await end(clock, manager)
 
 

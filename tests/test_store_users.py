@@ -415,6 +415,37 @@ async def test_a_login_that_comes_as_all_claims_under_way_are_answered_does_not_
     await end(clock, manager)
 
 
+@pytest.mark.parametrize("when", ["before its first step", "while it waits for the store"])
+async def test_a_release_whose_task_is_cancelled_by_somebody_is_made_all_the_same(clock, store, manager, when):
+    """Else the other servers would wait for this user until this process is dead."""
+    gate = asyncio.Event()
+    release = store.release
+
+    async def hang(*args: Any) -> bool:
+        await gate.wait()
+        raise StoreUnavailableError("the connection is closed")
+
+    store.release = hang
+    opening = asyncio.ensure_future(manager.open(1))
+    tasks: list[asyncio.Task[Any]] = []
+    for _ in range(1000):
+        tasks = [task for task in asyncio.all_tasks() if task.get_name() == "cagey-sessions release"]
+        if tasks:
+            break
+        await asyncio.sleep(0)
+    if when == "while it waits for the store":
+        await turns()
+    tasks[0].cancel()
+    with pytest.raises(UserNotFoundError):
+        await opening
+    await turns()
+    gate.set()
+    store.release = release
+    await let_time_pass(clock, clock.sleep("3s"))
+    assert 1 in store.backing.rows and store.owner_of(1) == ""
+    await end(clock, manager)
+
+
 async def test_a_claim_whose_task_is_cancelled_by_somebody_is_let_go_of_when_it_is_granted(clock, store, manager):
     gate = asyncio.Event()
 

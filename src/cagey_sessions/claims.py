@@ -348,10 +348,22 @@ class Claims:
     def release_later(self, user_id: int | str, epoch: int) -> None:
         """Let go of a user, and go on trying while this process lives."""
         self._to_release.setdefault((user_id, epoch), 0)
+        self._begin_to_release()
+
+    def _begin_to_release(self) -> None:
         if len(self._releasers) < RELEASE_CALLS:
             task = self._life.spawn(self._release_all(), "release", Context())
             self._releasers.add(task)
-            task.add_done_callback(self._releasers.discard)
+            task.add_done_callback(self._see_releaser_gone)
+
+    def _see_releaser_gone(self, task: asyncio.Task[None]) -> None:
+        self._releasers.discard(task)
+        if task.cancelled() and not self._gateway.closed:  # by somebody else; the loop may be about to be shut down
+            self._life.clock.call_later(LONGEST_RETRY, self._go_on_to_release, Context())
+
+    def _go_on_to_release(self) -> None:
+        if self._to_release and not self._gateway.closed:
+            self._begin_to_release()
 
     async def _release_all(self) -> None:
         """Let go of whoever is to be let go of; after a failure it is the others' turn first."""
@@ -373,6 +385,9 @@ class Claims:
             try:
                 again = await self._release_once(user_id, epoch)
                 attempts = 0
+            except asyncio.CancelledError:
+                self._to_release[user_id, epoch] = attempts
+                raise
             except Exception as error:
                 attempts += not isinstance(error, StoreUnavailableError)
                 if attempts == MOST_ATTEMPTS:

@@ -24,6 +24,7 @@ from .errors import (
     EncodingError,
     FencedError,
     OptionError,
+    OwnedElsewhereError,
     SessionEndedError,
     StoreModeError,
     StoreUnavailableError,
@@ -69,9 +70,7 @@ class _Opening:
     def __init__(self) -> None:
         self.task: asyncio.Task[SessionCore] | None = None
         self.waiting = 0
-        self.is_new = False  # the session was made by it
-        self.is_taken = False  # somebody has the session
-        self.is_given_up = False  # everybody who waited has been cancelled
+        self.session: SessionCore | None = None  # that was made by it
 
 
 class Ownership:
@@ -84,6 +83,8 @@ class Ownership:
         self._encoding = encoding
         self._identifying: set[SessionCore] = set()
         self._opening: dict[int | str, _Opening] = {}
+        self._untaken: set[SessionCore] = set()
+        """Sessions made by an `open` that nobody has been given yet."""
 
     # The parts of Lifecycle that are there because there is a store
 
@@ -142,7 +143,7 @@ class Ownership:
         life.refuse_if_closed()
         opening = self._opening.get(user_id) if when_active == "join" else None
         if opening is None:
-            if when_active == "join" and (live := life.table.find_by_user(user_id)) is not None:
+            if when_active == "join" and (live := self._join(user_id)) is not None:
                 return live
             self._claims.refuse_inside(user_id)
             opening = _Opening()
@@ -154,7 +155,7 @@ class Ownership:
         opening.waiting += 1
         try:
             session = await asyncio.shield(opening.task)
-            opening.is_taken = True
+            self._untaken.discard(session)
             return session
         except asyncio.CancelledError:
             if opening.task.cancelled():
@@ -164,6 +165,13 @@ class Ownership:
             opening.waiting -= 1
             self._see_left(opening)
 
+    def _join(self, user_id: int | str) -> SessionCore | None:
+        """The live session of a user, for somebody who opens it."""
+        live = self._life.table.find_by_user(user_id)
+        if live is not None:
+            self._untaken.discard(live)
+        return live
+
     def _see_opened(self, user_id: int | str, opening: _Opening) -> None:
         if self._opening.get(user_id) is opening:
             del self._opening[user_id]
@@ -171,17 +179,17 @@ class Ownership:
 
     def _see_left(self, opening: _Opening) -> None:
         """If everybody who waited for a session has been cancelled, nobody is left who would end it."""
-        task = opening.task
-        if opening.waiting or opening.is_taken or task is None:
+        task, session = opening.task, opening.session
+        if opening.waiting or task is None or (session is not None and session not in self._untaken):
             return
         for user_id in [user_id for user_id, other in self._opening.items() if other is opening]:
             del self._opening[user_id]  # nobody is to join it
-        if not task.done():
-            opening.is_given_up = True
-            task.cancel()
-        elif not task.cancelled() and task.exception() is None and opening.is_new:
-            opening.is_taken = True
-            self._abandon(task.result())
+        is_lost = not task.done() or (not task.cancelled() and task.exception() is None)
+        task.cancel()
+        if session is not None:
+            self._untaken.discard(session)
+            if is_lost:
+                self._abandon(session)
 
     def _abandon(self, session: SessionCore) -> None:
         """Begin the end of a session that nobody has: at once, so that nobody finds it any more."""
@@ -196,9 +204,8 @@ class Ownership:
     async def _open(self, user_id: int | str, default: Any, when_active: str, opening: _Opening) -> SessionCore:
         life = self._life
         async with self._claims.turn(user_id):
-            if when_active == "join" and (live := life.table.find_by_user(user_id)) is not None:
+            if when_active == "join" and (live := self._join(user_id)) is not None:
                 return live
-            opening.is_new = True
             await self._make_room(user_id, when_active)
             loaded = await self._load(user_id, default)
             try:
@@ -207,18 +214,15 @@ class Ownership:
                     life.refuse_if_ending(session)
                     life.refuse_if_closed()
                     self._identify(session, loaded)
+                    opening.session = session
+                    self._untaken.add(session)
                 except BaseException:
                     await self._end_quietly(session)
                     raise
             except BaseException:
                 self._claims.let_go(loaded.user_id, loaded.epoch)
                 raise
-        try:
-            await life.emit_identified(session, user_id, session.user_data)
-        except asyncio.CancelledError:
-            if opening.is_given_up:  # else the loop is being shut down, and takes no new tasks
-                self._abandon(session)
-            raise
+        await life.emit_identified(session, user_id, session.user_data)
         return session
 
     def _identify(self, session: SessionCore, loaded: _Loaded) -> None:
@@ -341,17 +345,25 @@ class Ownership:
             gateway.store.shared,
         )
 
+        may_be_written = False
+
         async def save(_: int) -> None:
-            nonlocal record
-            ((outcome, detail),) = verdicts_of(gateway.store, await gateway.write([record]).answer(), 1)
-            if outcome == Outcome.FENCED and gateway.store.fenced and record.epoch == loaded.epoch:
-                epoch = await self._claim_again(loaded, record)
+            nonlocal record, may_be_written
+            try:
+                answer = await gateway.write([record]).answer()
+            except Exception:
+                may_be_written = True
+                raise
+            ((outcome, detail),) = verdicts_of(gateway.store, answer, 1)
+            if outcome == Outcome.FENCED:
+                lost = _taken_over(user_id, may_be_written)
+                if not gateway.store.fenced or record.epoch != loaded.epoch:
+                    raise lost
+                epoch = await self._claim_again(loaded, record, lost)
                 if epoch is None:
                     return
                 record = record._replace(epoch=epoch)
                 raise StoreUnavailableError(f"user {user_id!r:.80} had to be claimed again")
-            if outcome == Outcome.FENCED:
-                raise _taken_over(user_id)
             if outcome == Outcome.ERASED:
                 raise UserErasedError(f"user {user_id!r:.80} was erased meanwhile", user_id=user_id)
             if outcome == Outcome.INVALID:
@@ -361,18 +373,22 @@ class Ownership:
 
         await self._claims.persistently(save)
 
-    async def _claim_again(self, loaded: _Loaded, record: Record) -> int | None:
+    async def _claim_again(self, loaded: _Loaded, record: Record, lost: FencedError) -> int | None:
         """After a refusal by the fence, perhaps because of a late claim of our own: the epoch to write under.
 
-        None if an attempt that had no answer has written the record. Raises `FencedError` if somebody else has written.
+        None if an attempt that had no answer has written the record. Raises `lost` if somebody else has the user or has
+        written.
         """
-        claim = await self._claims.claim(loaded.user_id)
+        try:
+            claim = await self._claims.claim(loaded.user_id)
+        except OwnedElsewhereError:
+            raise lost from None
         found = (0, 0) if claim.record is None else (claim.record.version, self._saver.digest(claim.record.body))
         if found == (loaded.version, loaded.stored):
             return claim.epoch
         self._claims.let_go(loaded.user_id, claim.epoch)
         if found != (record.version, self._saver.digest(record.body)):
-            raise _taken_over(loaded.user_id)
+            raise lost
         return None
 
     async def erase(self, user_id: int | str) -> bool:
@@ -474,8 +490,9 @@ def _made(default: Callable[[], Any]) -> Any:
     return data
 
 
-def _taken_over(user_id: int | str) -> FencedError:
-    return FencedError(f"another server has taken over user {user_id!r:.80}; nothing was written", user_id=user_id)
+def _taken_over(user_id: int | str, may_be_written: bool) -> FencedError:
+    outcome = "whether this edit was written before that is not known" if may_be_written else "nothing was written"
+    return FencedError(f"another server has taken over user {user_id!r:.80}; {outcome}", user_id=user_id)
 
 
 def _not_found(user_id: int | str) -> UserNotFoundError:

@@ -101,6 +101,7 @@ class Spill:
         self._was_complete = True
         self._replayed: dict[int | str, None] = {}
         self._collected: list[SpillEntry] = []  # not in the file yet
+        self._written: list[SpillEntry] = []  # collected before, and perhaps still in the file
         self._settled: set[SpillEntry] = set()  # perhaps still in the file
         self._writing = threading.Lock()
         self._check()
@@ -187,7 +188,8 @@ class Spill:
     def drop(self, user_id: int | str) -> bool:
         """The user was erased, and is to be in no file either: whether they were."""
         dropped = [*self.pending.pop(user_id, ()), *self._conflicts.pop(user_id, ())]
-        dropped += [entry for entry in self._collected if entry.user_id == user_id]  # perhaps being written right now
+        ours = [*self._collected, *self._written]  # in this order: a write under way moves them
+        dropped += [entry for entry in ours if entry.user_id == user_id]
         self._settled.update(dropped)
         return bool(dropped)
 
@@ -223,6 +225,7 @@ class Spill:
                 savefile.write_whole(self.path, self._lines(kept, damaged), self._files)
             elif there:
                 savefile.remove_whole(self.path, self._files)
+            self._written = [entry for entry in (*self._written, *collected) if entry not in settled]
             del self._collected[: len(collected)]
             self._settled -= settled
             return len(collected)

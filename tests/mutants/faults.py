@@ -437,7 +437,29 @@ FAULTS = [
         "a login does not wait for the older session's last save",
         "ownership.py",
         "                await life.replace(older)\n                continue\n",
-        "                life.begin_end(older, True, EndReason.REPLACED)\n                life.table.forget(older)\n",
+        "                life.endings.begin_end(older, True, EndReason.REPLACED)\n"
+        "                life.table.forget(older)\n                continue\n",
+        USERS,
+    ),
+    Fault(
+        "a session is ended with the open that made it, whoever has been given it",
+        "ownership.py",
+        "        if live is not None:\n            self._untaken.discard(live)\n",
+        "",
+        ("tests/test_store_regressions_users.py",),
+    ),
+    Fault(
+        "an edit that may be written says that it is not",
+        "ownership.py",
+        "                may_be_written = True\n",
+        "                pass\n",
+        ("tests/test_store_regressions_users.py",),
+    ),
+    Fault(
+        "a release whose task is cancelled is forgotten",
+        "claims.py",
+        "                self._to_release[user_id, epoch] = attempts\n                raise\n",
+        "                raise\n",
         USERS,
     ),
     Fault(
@@ -546,8 +568,15 @@ FAULTS = [
     Fault(
         "who is erased before the spill is written stays in it",
         "spill.py",
-        "        dropped += [entry for entry in self._collected if entry.user_id == user_id]",
-        "        dropped += [entry for entry in self._collected if entry.user_id is None]",
+        "        ours = [*self._collected, *self._written]",
+        "        ours = [*self._written]",
+        ("tests/test_spill_found.py",),
+    ),
+    Fault(
+        "who is erased after the spill is written stays in it",
+        "spill.py",
+        "        ours = [*self._collected, *self._written]",
+        "        ours = [*self._collected]",
         ("tests/test_spill_found.py",),
     ),
     Fault(
