@@ -86,8 +86,6 @@ class Ownership:
         self._untaken: set[SessionCore] = set()
         """Sessions made by an `open` that nobody has been given yet."""
 
-    # The parts of Lifecycle that are there because there is a store
-
     def _require_store(self) -> StoreGateway:
         if self._life.gateway is None:
             raise StoreModeError(
