@@ -25,6 +25,7 @@ from .base import (
     HOT,
     PASSES,
     SEED,
+    Figure,
     Goal,
     Manager,
     Pair,
@@ -249,20 +250,21 @@ class _Mute(ast.NodeTransformer):
         return ast.Pass() if ast.unparse(node.test) == "False" else node
 
 
-def muted_kinds() -> tuple[type[lifecycle.Lifecycle], type[endings.Endings], int]:
-    """The classes of those methods with them compiled anew from their source, without their events; and how many looks
-    and emits were taken out."""
+def kinds_of(*, muted: bool) -> tuple[type[lifecycle.Lifecycle], type[endings.Endings], int]:
+    """The classes of those methods with them compiled anew from their source, without their events if `muted`; and how
+    many looks and emits were taken out."""
     found = 0
     kinds: list[Any] = []
     for module, kind, names in EMITTERS:
         methods: dict[str, Any] = {}
         for name in names:
-            mute = _Mute()
-            tree = mute.visit(ast.parse(textwrap.dedent(inspect.getsource(getattr(kind, name)))))
-            found += mute.found
-            code = compile(ast.fix_missing_locations(tree), f"<{name}>", "exec", dont_inherit=True)
-            exec(code, vars(module), methods)
-        kinds.append(type("Muted", (kind,), methods))
+            tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(kind, name))))
+            if muted:
+                mute = _Mute()
+                tree = ast.fix_missing_locations(mute.visit(tree))
+                found += mute.found
+            exec(compile(tree, f"<{name}>", "exec", dont_inherit=True), vars(module), methods)
+        kinds.append(type("Variant", (kind,), methods))
     return kinds[0], kinds[1], found
 
 
@@ -280,12 +282,12 @@ async def time_life(keys: Sequence[str]) -> float:
     return elapsed / len(keys)
 
 
-async def time_muted(keys: Sequence[str]) -> float:
-    """The coroutines that those calls are, where somebody listens, made to emit nothing."""
+async def time_coroutines(keys: Sequence[str], *, muted: bool) -> float:
+    """What those calls are where somebody listens, or there is a store; if `muted`, made to emit nothing."""
     manager = make_ours()
     life = manager._life
-    life.__class__, life.endings.__class__, found = muted_kinds()
-    assert found == 5, "these methods no longer look for listeners where this row thinks they do"
+    life.__class__, life.endings.__class__, found = kinds_of(muted=muted)
+    assert found == 5 * muted, "these methods no longer look for listeners where this row thinks they do"
     data = {"gold": 0}
     start = clock()
     for user, key in enumerate(keys):
@@ -301,7 +303,14 @@ async def time_muted(keys: Sequence[str]) -> float:
 @contextmanager
 def emit_none(sizes: Sizes) -> Iterator[Pair]:
     keys = keys_of(sizes.many // 4)
-    yield Pair(lambda: asyncio.run(time_life(keys)), lambda: asyncio.run(time_muted(keys)))
+
+    def coroutines(muted: bool) -> float:
+        return asyncio.run(time_coroutines(keys, muted=muted))
+
+    yield Pair(
+        lambda: (asyncio.run(time_life(keys)), coroutines(muted=False)),
+        lambda: (coroutines(muted=True),) * 2,
+    )
 
 
 WORKLOADS = (
@@ -342,6 +351,7 @@ WORKLOADS = (
         emit_none,
         Goal(ratio=1.05),
         plain("create + start + set_user + destroy that nobody listens to vs its coroutines without events"),
+        more=(Figure("emit_none_coroutines", Goal(), plain("those coroutines vs the same without events")),),
     ),
     Workload(
         "create_gc",
