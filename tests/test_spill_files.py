@@ -164,7 +164,7 @@ async def test_a_full_disk_is_reported_and_everybody_is_named(cluster):
     assert isinstance(error.exceptions[-1], SnapshotError) and "free some space" in str(error.exceptions[-1])
     assert [path.name for path in cluster.path.parent.iterdir()] == ["spill.lock"]
     manager._life.spill._files = DISK
-    manager._life.spill_at_exit()  # which tries once more
+    manager._life._spill_at_exit()  # which tries once more
     assert {entry.user_id for entry in read_snapshot(cluster.path).entries} == {"ann", "bob"}
 
 

@@ -10,7 +10,6 @@ slot is a mark in a row of the core, never a task or a body.
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Iterator
 from contextvars import Context
@@ -21,6 +20,7 @@ from .clock import Clock, TimerHandle
 from .errors import NothingSavesError, SaveOverdueError, UnsavableError
 from .flights import Flight, Flights, SaveOutcome
 from .options import SECOND, Options
+from .process import Identity
 from .records import Receipt
 from .timeslice import TimeSlice
 from .workers import Worker, WorkerPool
@@ -93,7 +93,9 @@ class Saver(Protocol):
 class Autosave:
     """The saves of one manager."""
 
-    def __init__(self, table: SessionTable, clock: Clock, options: Options, host: SaveHost, saver: Saver) -> None:
+    def __init__(
+        self, table: SessionTable, clock: Clock, options: Options, host: SaveHost, saver: Saver, identity: Identity
+    ) -> None:
         self._table = table
         self._clock = clock
         self._host = host
@@ -108,7 +110,7 @@ class Autosave:
         # with `debug` nobody is passed over, for how else would a forgotten mark be seen
         self._skip = self._interval_ticks if options.tracking == "marked" and not options.debug else 0
         self._overdue_after = options.interval or 30 * SECOND
-        self._jitter = random.Random(random.getrandbits(64))
+        self._identity = identity
         self._context = Context()  # not that of whoever happens to call first
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: TimerHandle | None = None
@@ -480,4 +482,4 @@ class Autosave:
             delay = min(delay, LONGEST_RETRY_IN_DRAIN)
         if is_patient:
             delay = min(delay, LONGEST_RETRY_FOR_CALLER)
-        return (self._clock.now() + int(delay * self._jitter.uniform(0.5, 1.0))) // self.tick
+        return (self._clock.now() + int(delay * self._identity.random.uniform(0.5, 1.0))) // self.tick

@@ -327,8 +327,7 @@ class Claims:
     def _is_known(self, session: SessionCore, stored: Record | None) -> bool:
         if stored is None:
             return self._life.table.versions(session)[1] == 0
-        assert self._life.store_saver is not None
-        return self._life.table.is_stored(session, stored.version, self._life.store_saver.digest(stored.body))
+        return self._life.table.is_stored(session, stored.version, self._life.identity.digest(stored.body))
 
     def let_go(self, user_id: int | str, epoch: int) -> None:
         """Release a claim that no session has taken over; nobody waits for that."""

@@ -10,7 +10,6 @@ are cancelled.
 from __future__ import annotations
 
 import asyncio
-import atexit
 from contextvars import Context
 from dataclasses import replace
 
@@ -159,7 +158,7 @@ class _Drain:
             await life.gateway.close()
             life.claims.close()
         if life.spill is not None and not life.spill.is_stale:  # else the exit tries once more
-            atexit.unregister(life.spill_at_exit)
+            life.unguard_exit()
         life.close()
         self.outcome.set_result(self.report())
 

@@ -9,7 +9,6 @@ let through to see whether it is back: the half-open state of a circuit breaker 
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Coroutine
 from contextvars import Context
 from typing import Any, Generic, TypeVar
@@ -17,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from .clock import Clock, TimerHandle
 from .errors import StoreError, StoreUnavailableError
 from .options import SECOND
+from .process import Identity
 from .stores import Record, Store, Verdict
 
 __all__ = ["Call", "CallTimedOutError", "StoreGateway"]
@@ -82,14 +82,14 @@ class Call(Generic[T]):
 class StoreGateway:
     """All calls of one store."""
 
-    def __init__(self, store: Store, clock: Clock, timeout: int, say: Callable[..., None]) -> None:
+    def __init__(self, store: Store, clock: Clock, timeout: int, identity: Identity, say: Callable[..., None]) -> None:
         self.store = store
         self.name: str = store.name
         self.timeout = timeout
         self.now: Callable[[], int] = clock.now
         self._clock = clock
         self._say = say
-        self._jitter = random.Random(random.getrandbits(64))
+        self._identity = identity
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opening: asyncio.Task[None] | None = None
         self._calls: dict[asyncio.Task[Any], None] = {}  # in the order in which they began
@@ -320,7 +320,7 @@ class StoreGateway:
             )
         elif self._probe_timer is not None and now < self._probe_at:
             return  # of several calls that fail at once the first has set the time
-        self._probe_at = now + int(self._probe_delay * self._jitter.uniform(0.5, 1.0))
+        self._probe_at = now + int(self._probe_delay * self._identity.random.uniform(0.5, 1.0))
         self._probe_delay = min(self._probe_delay * 2, LONGEST_PROBE)
         self._stop_probing()
         self._probe_timer = self._clock.call_later(self._probe_at - now, self._let_probe, Context())

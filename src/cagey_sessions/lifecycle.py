@@ -5,17 +5,16 @@ share. What must not: the choice of when to save, the steps of an end, or public
 from __future__ import annotations
 
 import asyncio
-import os
-import random
 import time
-from collections.abc import Coroutine, Iterator
+import weakref
+from collections.abc import Callable, Coroutine, Iterator
 from contextvars import Context
 from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 import orjson
 
-from ._core import SessionCore, SessionTable, check_user_id, is_plain
+from ._core import Counters, SessionCore, SessionTable, check_user_id, is_plain
 from .autosave import Autosave, Saver
 from .clock import Clock, SystemClock
 from .encoding import Encoding
@@ -41,6 +40,7 @@ from .flights import Flight, SaveOutcome
 from .gateway import StoreGateway
 from .listener_saver import ListenerSaver
 from .options import Options
+from .process import Identity, at_exit, is_forked_worker
 from .records import EndReason, Receipt, SnapshotEntry
 from .reports import Reports, fresh
 from .sanitizer import Sanitizer
@@ -81,10 +81,17 @@ class Claimed(Releases, Protocol):
         ...
 
 
+class SaveIntent:
+    """Whether a manager is meant to save at all; nobody wants a warning from one that is not."""
+
+    def __init__(self, is_there: bool) -> None:
+        self.is_there = is_there
+
+
 class Lifecycle:
     """All sessions of one manager, and everything that happens to them.
 
-    Saves go to `store`, if there is one, as `encoding` writes them and in the name of `owner`; to listeners otherwise.
+    Saves go to `store`, if there is one, as `encoding` writes them; to listeners otherwise.
     """
 
     def __init__(
@@ -94,21 +101,18 @@ class Lifecycle:
         clock: Clock,
         store: Store | None = None,
         encoding: Encoding | None = None,
-        owner: str = "",
         spill: Spill | None = None,
     ) -> None:
         self.options = options
         self.clock = clock
-        self.owner = owner
+        self.identity = Identity()
         self.encoding: Encoding = encoding or Encoding()
         self.spill = spill
         self.loop: asyncio.AbstractEventLoop | None = None
         self.claims: Claimed
         self.ownership: Any
         """What is done with users of the store; both stand above this room."""
-        self.table: SessionTable = SessionTable(
-            session_type, self, seed=random.getrandbits(64), stored=store is not None
-        )
+        self.table: SessionTable = SessionTable(session_type, self, stored=store is not None)
         self.sanitizer: Sanitizer | None = (
             Sanitizer(self.table, self.encoding, self.fingerprint_of, self.report) if options.debug else None
         )
@@ -120,16 +124,21 @@ class Lifecycle:
         if store is None:
             saver = ListenerSaver(self.table, self)
         else:
-            self.gateway = StoreGateway(store, clock, options.save_timeout, self.reports.say)
+            self.gateway = StoreGateway(store, clock, options.save_timeout, self.identity, self.reports.say)
             saver = self.store_saver = StoreSaver(
-                self.table, self.gateway, self.encoding, clock, options, self, owner, self.sanitizer
+                self.table, self.gateway, self.encoding, clock, options, self, self.identity, self.sanitizer
             )
-        self.autosave: Autosave = Autosave(self.table, clock, options, self, saver)
+        self.autosave: Autosave = Autosave(self.table, clock, options, self, saver, self.identity)
+        self.intent = SaveIntent(store is not None or options.interval is not None or bool(options.persist_on))
+        self.warning: weakref.finalize[Any, Any] = weakref.finalize(
+            self, _warn_of_unsaved, self.table.counters, self.intent, options.log, self.identity
+        )
+        """Called when a manager vanishes, or the process exits, without `SessionManager.destroy`."""
         self._drain: Drain | None = None
         self.end_wanted: asyncio.Event = asyncio.Event()
         """Set once the end of everybody has begun, or is about to."""
         self.closed: bool = False
-        self._pid = os.getpid()
+        self._unguard_exit: Callable[[], object] = lambda: None
         self._tasks: set[asyncio.Task[Any]] = set()
         self.endings: Endings = Endings(self)
         self.table.attend(
@@ -152,13 +161,24 @@ class Lifecycle:
         if loop is not self.loop:
             if self.loop is not None:
                 raise WrongLoopError("this manager belongs to another event loop; make one manager for each loop")
-            self.loop = loop
-            self.table.bind_thread()
-            self.table.bind_loop(loop)
-            self.autosave.bind(loop)
-            if self.gateway is not None:
-                self.gateway.bind(loop)
+            self._begin(loop)
+        else:
+            self.table.require_thread()  # a forked child has the same loop
         return loop
+
+    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Belong to this loop and this process; until here a fork may have made several of us."""
+        self.loop = loop
+        self.identity.begin()
+        self.table.reseed(self.identity.random.getrandbits(64))
+        self.table.bind_thread()
+        self.table.bind_loop(loop)
+        self.autosave.bind(loop)
+        if self.gateway is not None and self.store_saver is not None:
+            self.gateway.bind(loop)
+            self.store_saver.begin()
+        if is_forked_worker():
+            at_exit(self.warning)
 
     def spawn(self, work: Coroutine[Any, Any, T], name: str, context: Context | None = None) -> asyncio.Task[T]:
         """Start a task that this manager owns; not by the loop's factory, which may run it here and now."""
@@ -166,6 +186,11 @@ class Lifecycle:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    @property
+    def owner(self) -> str:
+        """The name under which users are claimed; empty until the first awaited call."""
+        return self.identity.owner
 
     @property
     def drain(self) -> Drain | None:
@@ -411,7 +436,9 @@ class Lifecycle:
         body = self.store_saver.body(session)
         _, acknowledged = self.table.versions(session)
         epoch = self.table.epoch(session)
-        return SnapshotEntry(session.user_id, session.key, epoch, self.owner, acknowledged, self.encoding.schema, body)
+        return SnapshotEntry(
+            session.user_id, session.key, epoch, self.identity.owner, acknowledged, self.encoding.schema, body
+        )
 
     # Who is not saved in the end
 
@@ -437,13 +464,21 @@ class Lifecycle:
             entry.schema,
             entry.body,
             time.time(),
-            self.store_saver.digest_key,
+            self.identity.digest_key,
             self.store_saver.known_stored(session),
         )
 
-    def spill_at_exit(self) -> None:
+    def guard_exit(self) -> None:
+        """Spill whatever is unsaved when the process exits. Keeps this object alive until `unguard_exit`."""
+        self._unguard_exit = at_exit(self._spill_at_exit)
+
+    def unguard_exit(self) -> None:
+        """Everything that was unsaved is in the spill file."""
+        self._unguard_exit()
+
+    def _spill_at_exit(self) -> None:
         """The interpreter exits, and nobody has ended this manager: keep what is unsaved."""
-        if self.spill is None or self.store_saver is None or os.getpid() != self._pid:
+        if self.spill is None or self.store_saver is None or not self.identity.is_this_process():
             return
         if self.closed and not self.spill.is_stale:
             return
@@ -456,7 +491,7 @@ class Lifecycle:
                 except UnsavableError:
                     lost += 1
                     continue
-                if not self.table.is_current(session, self.store_saver.digest(entry.body)):
+                if not self.table.is_current(session, self.identity.digest(entry.body)):
                     self.spill.collect(entry)
         try:
             kept = self.spill.write()
@@ -472,6 +507,14 @@ class Lifecycle:
             return False
         asker = self.endings.under_way.get(session) or self.drain
         return asker is None or asker.persist
+
+
+def _warn_of_unsaved(counters: Counters, intent: SaveIntent, log: Any, identity: Identity) -> None:
+    if intent.is_there and counters.identified and identity.is_this_process():
+        log.warning(
+            "unsaved users: %d; `await manager.destroy(persist=True)` was not called, or did not finish",
+            counters.identified,
+        )
 
 
 def name_some(user_ids: list[int | str]) -> str:

@@ -5,15 +5,13 @@ forgotten. What must not: anything a session does by itself.
 from __future__ import annotations
 
 import os
-import socket
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast, overload
 
 from . import health
-from ._core import Counters, ManagerCore, direct
+from ._core import ManagerCore, direct
 from .claims import Claims
 from .clock import Clock, SystemClock
 from .drain import drain
@@ -99,7 +97,8 @@ class SessionManager(ManagerCore, Generic[T]):
     Notes
     -----
     The manager belongs to the event loop of its first awaited call, or of ``async with``. From another loop or thread,
-    or after a fork, every call raises `WrongLoopError`. Wrong settings raise `OptionError`.
+    or after a fork, every call raises `WrongLoopError`. A manager that is made before a fork and first used after it
+    is another one in each process. Wrong settings raise `OptionError`.
     """
 
     def __init__(
@@ -150,19 +149,12 @@ class SessionManager(ManagerCore, Generic[T]):
             debug=debug,
         )
         spilled = None if spill is None else Spill(spill)
-        # fresh at each start, so that nobody takes what an earlier process of the same name has claimed for ours
-        owner = f"{socket.gethostname()}-{os.getpid()}-{os.urandom(8).hex()}"
-        self._life = Lifecycle(Session, checked, clock or SystemClock(), store, encoding, owner, spilled)
+        self._life = Lifecycle(Session, checked, clock or SystemClock(), store, encoding, spilled)
         self._attend(self._life.table)
         self._life.claims = claims = Claims(self._life)
         self._replay = Replay(self._life, claims)
         self._life.ownership = self._ownership = Ownership(self._life, encoding, claims, self._replay)
-        self._saves = _Saves()
-        self._warning = weakref.finalize(
-            self._life, _warn_of_unsaved, self._life.table.counters, self._saves, checked.log, os.getpid()
-        )
         self._is_over = False
-        self._saves.configured = store is not None or checked.interval is not None or bool(checked.persist_on)
 
     if TYPE_CHECKING:
 
@@ -300,7 +292,7 @@ class SessionManager(ManagerCore, Generic[T]):
             persist = self._life.gateway is not None
         report = await drain(self._life, bool(persist), longest)
         if self._life.closed:
-            self._warning.detach()
+            self._life.warning.detach()
         return report
 
     async def run_until_signal(self, *, deadline: Duration = "25s") -> int:
@@ -406,7 +398,7 @@ class SessionManager(ManagerCore, Generic[T]):
             )
         self._life.listeners.add(name, listener, once=once)
         if name == "persist_user_data":
-            self._saves.configured = True
+            self._life.intent.is_there = True
             self._life.autosave.kick()
 
 
@@ -421,18 +413,3 @@ def create(apis: Mapping[str, Any] | None = None, options: Mapping[str, Any] | N
         if name != "log":
             raise OptionError(f"there is no api {name!r:.80}{suggest(str(name), ('log',))}")
     return SessionManager(options, log=(apis or {}).get("log"))
-
-
-class _Saves:
-    """Whether a manager was meant to save at all."""
-
-    configured = False
-
-
-def _warn_of_unsaved(counters: Counters, saves: _Saves, log: Any, pid: int) -> None:
-    """Called when a manager vanishes, or the process ends, without `SessionManager.destroy`."""
-    if saves.configured and counters.identified and os.getpid() == pid:
-        log.warning(
-            "unsaved users: %d; `await manager.destroy(persist=True)` was not called, or did not finish",
-            counters.identified,
-        )

@@ -303,7 +303,7 @@ class Ownership:
             try:
                 yield loaded.data
                 body = self._encoding.dump(loaded.data)
-                if loaded.version and self._saver.digest(body) == loaded.digest:
+                if loaded.version and self._life.identity.digest(body) == loaded.digest:
                     self._claims.let_go(user_id, loaded.epoch)
                 else:
                     await self._write(loaded, body)
@@ -381,11 +381,13 @@ class Ownership:
             claim = await self._claims.claim(loaded.user_id)
         except OwnedElsewhereError:
             raise lost from None
-        found = (0, 0) if claim.record is None else (claim.record.version, self._saver.digest(claim.record.body))
+        found = (
+            (0, 0) if claim.record is None else (claim.record.version, self._life.identity.digest(claim.record.body))
+        )
         if found == (loaded.version, loaded.stored):
             return claim.epoch
         self._claims.let_go(loaded.user_id, claim.epoch)
-        if found != (record.version, self._saver.digest(record.body)):
+        if found != (record.version, self._life.identity.digest(record.body)):
             raise lost
         return None
 
@@ -451,7 +453,7 @@ class Ownership:
             else:
                 data = _made(default) if callable(default) else self._encoding.copy(default)
                 version = 0
-            digest = self._saver.digest
+            digest = self._life.identity.digest
             stored = 0 if claim.record is None else digest(claim.record.body)
             return _Loaded(user_id, claim.epoch, version, digest(self._dump(claim, data)), stored, data, losses)
         except BaseException:

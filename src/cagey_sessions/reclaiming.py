@@ -5,9 +5,10 @@ follows.
 
 from __future__ import annotations
 
-from ._core import Digest, SessionTable
+from ._core import SessionTable
 from .errors import StoreContractError, StoreUnavailableError
 from .gateway import StoreGateway
+from .process import Identity
 from .settlement import Row, Settlement, StoreHost
 from .stores import MAX_NUMBER, Claim
 
@@ -24,15 +25,13 @@ class Reclaiming:
         self,
         table: SessionTable,
         gateway: StoreGateway,
-        digest: Digest,
-        owner: str,
+        identity: Identity,
         host: StoreHost,
         settlement: Settlement,
     ) -> None:
         self._table = table
         self._gateway = gateway
-        self._digest = digest
-        self._owner = owner
+        self._identity = identity
         self._host = host
         self._settlement = settlement
 
@@ -51,7 +50,7 @@ class Reclaiming:
         if not self._gateway.may_call():
             settlement.fail_all(rows, StoreUnavailableError(f"{self._gateway.name} is down"), report=False)
             return []
-        call = self._gateway.start(self._gateway.store.claim_many, [row.user_id for row in rows], self._owner)
+        call = self._gateway.start(self._gateway.store.claim_many, [row.user_id for row in rows], self._identity.owner)
         try:
             answers = {claim.user_id: claim for claim in await call.answer() if is_sound(claim)}
         except BaseException as error:
@@ -97,9 +96,9 @@ class Reclaiming:
             return stored is None or stored.version <= acknowledged
         if stored is None:
             return not (row.was_fenced and acknowledged)  # else it was erased, and is new
-        found = stored.version, self._digest(stored.body)
+        found = stored.version, self._identity.digest(stored.body)
         return (
-            found == (row.version, self._digest(row.record.body))
+            found == (row.version, self._identity.digest(row.record.body))
             or self._table.is_stored(row.session, *found)
             or found in self._settlement.unknown.get(row.session, ())
         )

@@ -5,7 +5,6 @@ must not: the file, or when an entry of it may be saved (`spill.py`).
 from __future__ import annotations
 
 import asyncio
-import atexit
 from contextlib import AsyncExitStack
 from contextvars import Context
 
@@ -61,7 +60,7 @@ class Replay:
                     await in_thread(spill.open)
         await self._gateway.open()
         if spill is not None and self._task is None:
-            atexit.register(self._life.spill_at_exit)  # keeps the manager, as long as there may be something unsaved
+            self._life.guard_exit()
             self._task = self._life.spawn(self._replay_all(), "replay of the spill", Context())
 
     async def _replay_all(self) -> None:

@@ -8,7 +8,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Protocol
 
-from ._core import Digest, SessionCore, SessionTable
+from ._core import SessionCore, SessionTable
 from .autosave import Autosave, SaveHost
 from .errors import (
     CageySessionsError,
@@ -21,6 +21,7 @@ from .errors import (
 )
 from .flights import Flight
 from .gateway import StoreGateway
+from .process import Identity
 from .records import Receipt
 from .stores import Claim, Outcome, Record
 from .stores.base import verdicts_of
@@ -88,12 +89,12 @@ class Settlement:
     """Settles rows: tells autosave and the host what became of each."""
 
     def __init__(
-        self, autosave: Autosave, table: SessionTable, gateway: StoreGateway, digest: Digest, host: StoreHost
+        self, autosave: Autosave, table: SessionTable, gateway: StoreGateway, identity: Identity, host: StoreHost
     ) -> None:
         self._autosave = autosave
         self._table = table
         self._gateway = gateway
-        self._digest = digest
+        self._identity = identity
         self._host = host
         self.fenced: int = 0
         self.unsavable: dict[SessionCore, str] = {}
@@ -131,7 +132,7 @@ class Settlement:
             reason = detail or "it does not say why"
             invalid = UnsavableError(f"the store refuses the data of user {user_id!r:.80}: {reason}", user_id=user_id)
             if session.end_reason is None:
-                self.refused[session] = (self._digest(record.body), invalid)
+                self.refused[session] = (self._identity.digest(record.body), invalid)
             self.refuse(row, invalid)
         elif outcome is Outcome.FAILED or row.claims >= MOST_CLAIMS:
             failed = StoreUnavailableError(

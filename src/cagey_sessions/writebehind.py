@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import os
 import time
 from collections.abc import Callable
 from contextvars import Context
 from functools import partial
 
-from ._core import Digest, SaveBatch, SaveBatches, SessionCore, SessionTable
+from ._core import SaveBatch, SaveBatches, SessionCore, SessionTable
 from .autosave import Autosave
 from .clock import Clock, TimerHandle
 from .encoding import Encoding
@@ -25,6 +24,7 @@ from .flights import Flight
 from .gateway import StoreGateway
 from .options import Options
 from .pacing import Pacing
+from .process import Identity
 from .reclaiming import Reclaiming
 from .sanitizer import Sanitizer
 from .settlement import Row, Settlement, StoreHost
@@ -55,12 +55,12 @@ class StoreSaver:
         clock: Clock,
         options: Options,
         host: StoreHost,
-        owner: str,
+        identity: Identity,
         sanitizer: Sanitizer | None = None,
     ) -> None:
         self.patience: int | None = options.save_timeout
         self.encoding = encoding
-        self.owner = owner
+        self._identity = identity
         self.unchanged: int = 0
         self._table = table
         self._gateway = gateway
@@ -72,9 +72,7 @@ class StoreSaver:
             self._before_save = sanitizer.before_save(options.before_save)
         self._is_marked_only = options.tracking == "marked"
         self._host = host
-        self.digest_key: bytes = os.urandom(16)
-        self.digest: Digest = Digest(self.digest_key)
-        self._batches = self._plan_batches()
+        self._batches: SaveBatches | None = None
         self._batch_is_next = False  # else whoever is asked for
         self._doubt_timer: TimerHandle | None = None
         self._autosave: Autosave
@@ -88,10 +86,14 @@ class StoreSaver:
         self._autosave = autosave
         self._slice = autosave.slice
         self._pacing = Pacing(self._clock, table, self._interval, autosave.kick)
-        settlement = self._settlement = Settlement(autosave, table, gateway, self.digest, self._host)
-        reclaiming = Reclaiming(table, gateway, self.digest, self.owner, self._host, settlement)
-        self._writer = Writer(autosave, gateway, self._clock, settlement, reclaiming)
+        settlement = self._settlement = Settlement(autosave, table, gateway, self._identity, self._host)
+        reclaiming = Reclaiming(table, gateway, self._identity, self._host, settlement)
+        self._writer = Writer(autosave, gateway, self._clock, settlement, reclaiming, self._identity)
         gateway.watch(autosave.kick, self._pacing.begin, self._see_loss)
+
+    def begin(self) -> None:
+        """The process is known."""
+        self._batches = self._plan_batches()
 
     def _plan_batches(self) -> SaveBatches | None:
         """How most saves are made; None where there is more to each of them than its bytes."""
@@ -99,11 +101,11 @@ class StoreSaver:
             return None
         return SaveBatches(
             self._table,
-            self.digest,
+            self._identity.digest,
             record=Record,
             verdict=Verdict,
             saved=(Outcome.SAVED, Outcome.ALREADY),
-            owner=self.owner,
+            owner=self._identity.owner,
             schema=self.encoding.schema,
             dump=self.encoding.dump if self.encoding.converts else None,
             max_bytes=self.encoding.max_bytes,
@@ -297,7 +299,7 @@ class StoreSaver:
         except UnsavableError as error:
             self._settlement.refuse(row, error.with_traceback(None))
             return 0
-        fingerprint = self.digest(body)
+        fingerprint = self._identity.digest(body)
         refused = self._settlement.refused.get(session)
         if refused is not None and refused[0] == fingerprint:
             self._settlement.refuse(row, refused[1])
@@ -322,7 +324,7 @@ class StoreSaver:
         row.record = Record(
             user_id,
             self._table.epoch(session),
-            self.owner,
+            self._identity.owner,
             row.version,
             self.encoding.schema,
             body,
@@ -352,7 +354,7 @@ class StoreSaver:
     def fingerprint(self, data: object) -> int | None:
         """The digest of what would be saved; None if it cannot be."""
         try:
-            return self.digest(self.encoding.dump(data))
+            return self._identity.digest(self.encoding.dump(data))
         except Exception:
             return None
 
@@ -363,7 +365,7 @@ class StoreSaver:
         except UnsavableError as error:
             return error.with_traceback(None)
         refused = self._settlement.refused.get(session)
-        if refused is not None and refused[0] == self.digest(body):
+        if refused is not None and refused[0] == self._identity.digest(body):
             return refused[1]
         return None
 

@@ -5,7 +5,6 @@ must not: whose rows these are, what is in them, or what a verdict means.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable
 from functools import partial
 
@@ -14,6 +13,7 @@ from .autosave import Autosave
 from .clock import Clock
 from .errors import StoreUnavailableError
 from .gateway import Call, CallTimedOutError, StoreGateway
+from .process import Identity
 from .reclaiming import Reclaiming
 from .settlement import Row, Settlement
 from .stores import Record, Verdict
@@ -33,14 +33,20 @@ class Writer:
     """Writes the rows of one worker after the other. Each has a list of those of its calls that hang."""
 
     def __init__(
-        self, autosave: Autosave, gateway: StoreGateway, clock: Clock, settlement: Settlement, reclaiming: Reclaiming
+        self,
+        autosave: Autosave,
+        gateway: StoreGateway,
+        clock: Clock,
+        settlement: Settlement,
+        reclaiming: Reclaiming,
+        identity: Identity,
     ) -> None:
         self._autosave = autosave
         self._gateway = gateway
         self._clock = clock
         self._settlement = settlement
         self._reclaiming = reclaiming
-        self._order = random.Random(random.getrandbits(64))
+        self._identity = identity
 
     async def write(
         self, rows: list[Row], hanging: list[Hanging], *, suspects: bool = False, tried: Exception | None = None
@@ -82,7 +88,7 @@ class Writer:
 
     async def write_suspects(self, rows: list[Row], hanging: list[Hanging]) -> None:
         """Write rows that have failed before: the more often, the fewer at a time."""
-        self._order.shuffle(rows)
+        self._identity.random.shuffle(rows)
         while rows:
             most = max(1, MOST_ROWS >> max(self._settlement.failures(row) for row in rows))
             part, rows = rows[:most], rows[most:]

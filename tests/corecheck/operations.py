@@ -207,6 +207,8 @@ def make_a_table(world: World) -> None:
     table.oldest_first()
 
 
+operation("SessionTable.reseed")(lambda world: core.SessionTable(Session, world.host).reseed(7))
+refused("SessionTable.reseed: with a session", lambda world: world.table.reseed(7))
 refused("SessionTable: of no sessions", lambda world: core.SessionTable(Host, world.host))  # type: ignore[arg-type]
 refused("SessionTable.__reduce__", lambda world: world.table.__reduce__())
 operation("Counters")(lambda world: [getattr(world.table.counters, name) for name in dir(world.table.counters)])

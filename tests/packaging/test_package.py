@@ -23,7 +23,7 @@ FLOORS = [
     {"stores", "encoding", "codecs", "savefile"},
     {"waits"},
     {"sanitizer"},
-    {"events", "spill", "flights", "pacing", "timeslice", "workers"},
+    {"events", "spill", "flights", "pacing", "timeslice", "workers", "process"},
     {"autosave", "gateway", "reports"},
     {"listener_saver", "settlement"},
     {"reclaiming"},

@@ -120,6 +120,13 @@ cdef class SessionTable(SessionLanes):
         """Whether new sessions and users are taken, from now on."""
         self.loud = self.loud & ~<uint32_t> LOUD_CLOSED if admits else self.loud | LOUD_CLOSED
 
+    def reseed(self, uint64_t seed):
+        """Spread deadlines, and hash keys, by another seed. Raises `UsageError` once there is a session."""
+        if self.counters.created:
+            raise UsageError("a table that has sessions keeps its seed")
+        self.random = seed
+        self.salt = mixed(seed)
+
     def bind_loop(self, loop):
         """Do calls in one step only while this loop runs in this thread."""
         self.loop = loop

@@ -5,7 +5,6 @@ What must not: random faults and crashes (`crash.py`), anything the library itse
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
 import random
 from collections.abc import Callable, Coroutine, Iterator
@@ -80,8 +79,8 @@ class Server:
         """Let go of what a process has left in memory. What its clean-up code does has no effect on the world."""
         self.is_alive = False
         self.store.cut()
-        self.manager._warning.detach()
-        atexit.unregister(self.manager._life.spill_at_exit)
+        self.manager._life.warning.detach()
+        self.manager._life.unguard_exit()
         for _ in range(ROUNDS_AT_THE_END):  # some clean-up waits for other tasks, some starts new ones
             for task in asyncio.all_tasks(self.loop):
                 task.cancel()
