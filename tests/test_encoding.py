@@ -106,11 +106,12 @@ def test_a_decode_that_raises_is_a_corrupt_record_with_the_cause():
     assert "canary" not in str(caught.value)
 
 
-def test_a_decode_never_stops_what_is_no_exception():
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, SystemExit])
+def test_a_decode_may_end_the_process(ends: type[BaseException]):
     def decode(value: Any) -> Any:
-        raise asyncio.CancelledError
+        raise ends
 
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(ends):
         load_json(b"{}", decode=decode)
 
 

@@ -10,6 +10,7 @@ import pytest
 from cagey_sessions import (
     DrainError,
     InvalidListenerError,
+    ListenerCancelledError,
     ListenerError,
     SessionManager,
     UnknownEventError,
@@ -184,7 +185,7 @@ async def test_a_session_has_only_its_own_events(make_manager):
     await manager.destroy()
 
 
-async def test_base_exceptions_are_never_grouped_or_swallowed(make_manager):
+async def test_what_is_no_exception_is_in_the_group_as_the_cause_of_one(make_manager):
     class Stop(BaseException):
         pass
 
@@ -195,10 +196,13 @@ async def test_base_exceptions_are_never_grouped_or_swallowed(make_manager):
 
     manager.on("started", stop)
     session = await manager.create()
-    with pytest.raises(Stop):
+    with pytest.raises(ListenerError) as caught:
         await session.start()
+    (error,) = caught.value.exceptions
+    assert isinstance(error, ListenerCancelledError) and "raised Stop" in str(error)
+    assert isinstance(error.__cause__, Stop)
     manager.on("created", stop)
-    with pytest.raises(Stop):
+    with pytest.raises(ListenerError):
         await manager.create("k")
     await turns()
     assert manager.find_by_key("k") is None

@@ -198,6 +198,7 @@ async def test_a_drain_stopped_after_its_deadline_leaves_a_manager_that_saves(ma
     session.on("before_destroy", asyncio.Event().wait)
     drain = asyncio.create_task(manager.destroy(True, deadline="1s"))
     await clock.advance("1100ms")
+    drain.cancel()
     for task in asyncio.all_tasks():
         if task.get_name().startswith("cagey-sessions drain"):
             task.cancel()

@@ -19,7 +19,6 @@ from ._core import SessionCore
 from .errors import (
     CageySessionsError,
     OwnedElsewhereError,
-    StoreContractError,
     StoreError,
     StoreUnavailableError,
     WouldDeadlockError,
@@ -27,8 +26,9 @@ from .errors import (
 from .gateway import StoreGateway
 from .lifecycle import Lifecycle
 from .options import SECOND
-from .reclaiming import is_sound
+from .reclaiming import claims_of
 from .stores import Claim, Record
+from .stores.base import Answers
 from .waits import ends_inside
 
 __all__ = ["CLAIMS_IN_A_CALL", "CLAIM_CALLS", "Claims"]
@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 CLAIMS_IN_A_CALL = 64
 CLAIM_CALLS = 4
+"""At a time. Where each user is claimed by a call of its own, there are as many calls as one would have users."""
 LOOKS_AT_DOUBTFUL = (SECOND, 5 * SECOND, 30 * SECOND)
 """How long after a claim that had no answer somebody looks whether it came to anything."""
 ENDED_REMEMBERED = 10_000
@@ -146,7 +147,7 @@ class Claims:
     async def _wait_for_claim(self, user_id: int | str, until: int) -> Claim:
         future: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
         self._wanted[user_id] = future
-        if len(self._claimers) < CLAIM_CALLS:
+        if len(self._claimers) < (CLAIMS_IN_A_CALL if self._gateway.store.independent else CLAIM_CALLS):
             task = self._life.spawn(self._claim_all(), "claims", Context())
             self._claimers.add(task)
             task.add_done_callback(self._see_claimer_gone)
@@ -190,7 +191,8 @@ class Claims:
                 _refuse(future, StoreUnavailableError(f"{self._gateway.name} is down"))
             self._wanted.clear()
             return
-        wanted = {user_id: self._wanted.pop(user_id) for user_id in list(islice(self._wanted, CLAIMS_IN_A_CALL))}
+        most = 1 if self._gateway.store.independent else CLAIMS_IN_A_CALL
+        wanted = {user_id: self._wanted.pop(user_id) for user_id in list(islice(self._wanted, most))}
         try:
             error = await self._claim_some(wanted) if wanted else None
             if error is None:
@@ -211,12 +213,10 @@ class Claims:
         gateway = self._gateway
         if gateway.closed:
             return StoreUnavailableError(f"{gateway.name} is closed: the manager was destroyed")
-        call = gateway.start(gateway.store.claim_many, list(wanted), self._life.owner)
+        user_ids = list(wanted)
+        call = gateway.start(user_ids, gateway.store.claim_many, user_ids, self._life.owner)
         try:
-            claims = await call.answer()
-            answers = {claim.user_id: claim for claim in claims}
-            if answers.keys() != wanted.keys() or not all(is_sound(claim) for claim in claims):
-                raise StoreContractError(f"{gateway.name} did not answer with one claim for each user")
+            claims = claims_of(gateway.store, await call.answer(), user_ids)
         except asyncio.CancelledError:
             self.doubt(wanted, call.task)
             raise
@@ -227,24 +227,27 @@ class Claims:
             unavailable = StoreUnavailableError(f"{gateway.name} could not load: {type(error).__name__}")
             unavailable.__cause__ = error
             return error if len(wanted) > 1 else unavailable
-        for user_id, future in wanted.items():
-            claim = answers[user_id]
-            if not future.done():
+        for future, claim in zip(wanted.values(), claims, strict=True):
+            if isinstance(claim, StoreError):
+                _refuse(future, claim)
+            elif not future.done():
                 future.set_result(claim)
             elif claim.granted:
                 self.disown(claim)  # whoever wanted it has been cancelled
         return None
 
-    def _see_late(self, task: asyncio.Task[list[Claim]]) -> None:
+    def _see_late(self, task: asyncio.Task[Answers]) -> None:
         """A claim was given up on, and has been granted after all."""
         if task.cancelled() or task.exception() is not None or self._gateway.closed:
             return
         for claim in task.result():
+            if isinstance(claim, StoreError):
+                continue
             self._doubtful.pop(claim.user_id, None)
             if claim.granted:
                 self.disown(claim)
 
-    def doubt(self, user_ids: Iterable[int | str], call: asyncio.Task[list[Claim]]) -> None:
+    def doubt(self, user_ids: Iterable[int | str], call: asyncio.Task[Answers]) -> None:
         """A claim of these users had no answer, and may be granted all the same: see that nobody is kept by nobody."""
         if not call.done():
             call.add_done_callback(self._see_late)

@@ -20,6 +20,7 @@ from .lifecycle import Lifecycle, name_some
 from .options import SECOND
 from .records import DrainReport, EndReason, UnsavedUser
 from .savefile import in_thread
+from .user_code import current_task, is_for_this_task
 from .waits import within_host
 
 __all__ = ["drain"]
@@ -36,17 +37,25 @@ MOST_ERRORS = 1000
 async def drain(life: Lifecycle, persist: bool, deadline: int) -> DrainReport:
     """End all sessions within `deadline` nanoseconds; whoever calls again joins. Raises `DrainError`."""
     life.enter()
-    current = life.drain
-    if persist and life.table.counters.identified and not (isinstance(current, _Drain) and current.persist):
-        life.require_saver()
-    if not isinstance(current, _Drain):
-        current = life.drain = _Drain(life, persist)
-        current.begin(deadline)
-    elif persist and not current.persist:
-        current.save_after_all()
-    if within_host(life):
-        return current.report()
-    report = await asyncio.shield(current.outcome)
+    until = life.clock.now() + deadline
+    while True:
+        current = life.drain
+        if persist and life.table.counters.identified and not (isinstance(current, _Drain) and current.persist):
+            life.require_saver()
+        if not isinstance(current, _Drain):
+            current = life.drain = _Drain(life, persist)
+            current.begin(max(0, until - life.clock.now()))
+        elif persist and not current.persist:
+            current.save_after_all()
+        if within_host(life):
+            return current.report()
+        try:
+            report = await asyncio.shield(current.outcome)
+            break
+        except asyncio.CancelledError as error:
+            if not current.outcome.cancelled() or is_for_this_task(error, current_task()):
+                raise
+            # somebody has cancelled the task of this end, but not this call, which begins the end anew
     errors: list[Exception] = [*(user.error for user in report.unsaved), *current.errors]
     if errors:
         user_ids = [user.user_id for user in report.unsaved]

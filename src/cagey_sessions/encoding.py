@@ -20,6 +20,7 @@ import orjson
 
 from ._core import encode_plain
 from .errors import CorruptRecordError, EncodingError, NewerSchemaError, OptionError
+from .user_code import END_OF_PROCESS
 
 __all__ = ["MAX_BYTES", "Encoding", "Stored"]
 
@@ -94,7 +95,9 @@ class Encoding:
             value = self._encode(value)
         except EncodingError:
             raise
-        except Exception as error:
+        except END_OF_PROCESS:
+            raise
+        except BaseException as error:
             raise EncodingError(f"user_data: encode raised {type(error).__name__}") from error
         _refuse_none(value, "encode returned None; it returns the JSON value to store")
         try:
@@ -144,7 +147,9 @@ class Encoding:
             value = self._decode(value, schema=schema) if self._tells_schema else self._decode(value)
         except EncodingError:
             raise
-        except Exception as error:
+        except END_OF_PROCESS:
+            raise
+        except BaseException as error:
             raise EncodingError(f"user_data: decode raised {type(error).__name__}") from error
         _refuse_none(value, "decode returned None; it returns the user's data")
         _refuse_awaitable(value, "decode")

@@ -41,7 +41,7 @@
     |-- UnsavedError                 a group: users who could not be saved, in `.user_ids`
     |   `-- DrainError               the same at the end of a manager, with a `.report`
     |-- SaveOverdueError             saves take longer than they should; reported, never raised
-    |-- ListenerCancelledError       a listener was cancelled from outside: it failed like one that raises
+    |-- ListenerCancelledError       a listener was cancelled from outside, or raised what is no Exception
     `-- DrainDeadlineError           the time of a drain was over before a user was saved
 
 Those named with an exception of Python's own can be caught as that, too.
@@ -343,7 +343,10 @@ class SaveOverdueError(CageySessionsError):
 
 
 class ListenerCancelledError(CageySessionsError):
-    """A listener was cancelled from outside; it failed like one that raises."""
+    """A listener was cancelled from outside, or raised what is no `Exception`; it failed like one that raises.
+
+    `__cause__` is what came out of it.
+    """
 
 
 class DrainDeadlineError(CageySessionsError):

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from types import AsyncGeneratorType, GeneratorType
 
 from ._core import SessionCore
-from .errors import InvalidListenerError, ListenerCancelledError, ListenerError
+from .errors import InvalidListenerError, ListenerError
 from .options import known_event, name_of
 from .sanitizer import Sanitizer
+from .user_code import as_exception, current_task, is_for_this_task
 
 __all__ = ["MANAGER_EVENTS", "SESSION_EVENTS", "Listener", "Listeners", "listener_error"]
 
@@ -89,6 +90,7 @@ class Listeners:
         Once the session it is `about` has ended, nobody else is called. Returns how many were passed over.
         """
         passed_over = 0
+        task = current_task()
         for registration in tuple(self._by_name.get(name, ())):
             if registration.removed or (about is not None and about.end_reason is not None):
                 passed_over += 1
@@ -102,15 +104,10 @@ class Listeners:
                     result = self._sanitizer.call(name, registration.function, args)
                 if result is not None:
                     await _finish(result)
-            except asyncio.CancelledError as error:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
+            except BaseException as error:
+                if is_for_this_task(error, task):
                     raise
-                cancelled = ListenerCancelledError("a listener was cancelled from outside")
-                cancelled.__cause__ = error
-                errors.append(_with_name(cancelled, name, registration))
-            except Exception as error:
-                errors.append(_with_name(error, name, registration))
+                errors.append(_with_name(as_exception(error), name, registration))
         return passed_over
 
     async def emit(self, name: str, session: SessionCore, *args: object, errors: list[Exception]) -> None:
@@ -139,9 +136,29 @@ async def _finish(result: object) -> None:
     if inspect.isawaitable(result):
         await result
     elif isinstance(result, concurrent.futures.Future):
-        await asyncio.wrap_future(result)
+        await _finish_in_thread(result)
     elif isinstance(result, GeneratorType | AsyncGeneratorType):
         raise InvalidListenerError("a listener with a `yield` in it does nothing when it is called")
+
+
+async def _finish_in_thread(future: concurrent.futures.Future[object]) -> None:
+    """Wait for a future of a thread, and raise what it holds. asyncio's own way to wait hangs on a `StopIteration`."""
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+
+    def wake(_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(lambda: done.done() or done.set_result(None))
+
+    future.add_done_callback(wake)
+    try:
+        await done
+    except asyncio.CancelledError:
+        future.cancel()
+        raise
+    if future.cancelled():
+        raise asyncio.CancelledError
+    future.result()
 
 
 def _with_name(error: Exception, name: str, registration: _Registration) -> Exception:

@@ -9,7 +9,7 @@ let through to see whether it is back: the half-open state of a circuit breaker 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextvars import Context
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +18,7 @@ from .errors import StoreError, StoreUnavailableError
 from .options import SECOND
 from .process import Identity
 from .stores import Record, Store, Verdict
+from .user_code import END_OF_PROCESS, is_for_this_task
 
 __all__ = ["Call", "CallTimedOutError", "StoreGateway"]
 
@@ -29,6 +30,9 @@ LONGEST_PROBE = SECOND
 """but at least this often."""
 AVERAGE_OVER = 16
 """The latency is averaged over about so many calls."""
+MOST_FAILING = 8
+"""Of users who fail alone, how many calls may fail, each for others, with none that succeeds in between: if it is more,
+it is the store."""
 CLOSING = SECOND
 """How long the calls under way, and then the store itself, are waited for at the end."""
 
@@ -40,10 +44,18 @@ class CallTimedOutError(StoreUnavailableError):
 class Call(Generic[T]):
     """One call of the store, until it returns, however late that is."""
 
-    __slots__ = ("_gateway", "is_probe", "started", "task")
+    __slots__ = ("_gateway", "is_probe", "started", "task", "users")
 
-    def __init__(self, gateway: StoreGateway, task: asyncio.Task[T], started: int, is_probe: bool) -> None:
+    def __init__(
+        self,
+        gateway: StoreGateway,
+        task: asyncio.Task[T],
+        started: int,
+        is_probe: bool,
+        users: frozenset[int | str],
+    ) -> None:
         self._gateway = gateway
+        self.users = users
         self.task: asyncio.Task[T] = task
         self.started: int = started
         self.is_probe: bool = is_probe
@@ -74,7 +86,8 @@ class Call(Generic[T]):
         error = self.task.exception()
         if error is None:
             return self.task.result()
-        if isinstance(error, StoreError) or not isinstance(error, (OSError, TimeoutError)):
+        is_of_users = self._gateway.store.independent  # and not of what lies under all of them
+        if isinstance(error, StoreError) or is_of_users or not isinstance(error, (OSError, TimeoutError)):
             raise error
         raise StoreUnavailableError(f"{self._gateway.name} cannot be reached ({type(error).__name__})") from error
 
@@ -96,6 +109,8 @@ class StoreGateway:
         self.writes: dict[int | str, asyncio.Task[Any]] = {}
         """The writes and erasures under way by user, where the store fences off nothing that comes late."""
         self._last_success = -1
+        self._failing: list[frozenset[int | str]] = []
+        """Where users fail alone: the users of each call that has failed since the last one that succeeded."""
         self._probe: Call[Any] | None = None
         self._probe_delay = FIRST_PROBE
         self._probe_at = 0
@@ -167,21 +182,32 @@ class StoreGateway:
 
     # Calling
 
-    def start(self, method: Callable[..., Coroutine[Any, Any, T]], *args: object) -> Call[T]:
-        """Begin a call."""
-        call = Call(self, self._spawn(method, *args), self.now(), self.down)
+    def start(
+        self, users: Iterable[int | str], method: Callable[..., Coroutine[Any, Any, T]], *args: object
+    ) -> Call[T]:
+        """Begin a call for some users."""
+        call = Call(self, self._spawn(method, *args), self.now(), self.down, frozenset(users))
         if call.is_probe:
             self._probe = call
         call.task.add_done_callback(lambda _: self._see_returned(call))
         return call
 
-    async def ask(self, method: Callable[..., Coroutine[Any, Any, T]], *args: object) -> T:
-        """Begin a call and wait for its answer."""
-        return await self.start(method, *args).answer()
+    async def ask(self, method: Callable[..., Coroutine[Any, Any, T]], user_id: int | str, *args: object) -> T:
+        """Begin a call for one user and wait for its answer."""
+        return await self.start((user_id,), method, user_id, *args).answer()
 
     def _spawn(self, method: Callable[..., Coroutine[Any, Any, T]], *args: object) -> asyncio.Task[T]:
         async def run() -> T:
-            return await method(*args)  # here, so that what it raises before its first await is raised here too
+            task = asyncio.current_task()
+            try:
+                return await method(*args)  # here, so that what it raises before its first await is raised here too
+            except Exception:
+                raise
+            except BaseException as error:
+                if is_for_this_task(error, task):
+                    raise
+                raised = f"a call of {self.name} raised {type(error).__name__}; what it has done is unknown"
+                raise StoreUnavailableError(raised) from error
 
         task = asyncio.Task(run(), loop=self._loop, name="cagey-sessions store call", context=Context())
         self._calls[task] = None
@@ -213,10 +239,12 @@ class StoreGateway:
         """The deadline of a call has passed."""
         if self._probe is call:
             self._probe = None  # it may never return; the next one has a place of its own
-        self.failed(call.started, CallTimedOutError(f"{self.name} does not answer"))
+        self._failed_call(call, CallTimedOutError(f"{self.name} does not answer"))
         try:
             self.store.abort(call.task)
-        except Exception as error:
+        except END_OF_PROCESS:
+            raise
+        except BaseException as error:
             self._say("error", "%s could not abort a call: %s", self.name, type(error).__name__)
 
     def bound(self, call: Call[Any], left: int) -> None:
@@ -231,13 +259,14 @@ class StoreGateway:
 
     def write(self, records: list[Record]) -> Call[list[Verdict]]:
         """Begin a call of `Store.save_many`, and know of it until it returns, whoever still waits for it."""
-        call = self.start(self.store.save_many, records)
-        self._remember(call.task, [record.user_id for record in records])
+        user_ids = [record.user_id for record in records]
+        call = self.start(user_ids, self.store.save_many, records)
+        self._remember(call.task, user_ids)
         return call
 
     def erase(self, user_id: int | str, owner: str) -> Call[bool]:
         """Begin a call of `Store.erase`, and know of it as of a write."""
-        call = self.start(self.store.erase, user_id, owner)
+        call = self.start((user_id,), self.store.erase, user_id, owner)
         self._remember(call.task, [user_id])
         return call
 
@@ -263,14 +292,23 @@ class StoreGateway:
         error = call.task.exception()
         if error is None:
             self._succeeded(call)
-        elif isinstance(error, (StoreUnavailableError, OSError, TimeoutError)):
+        elif isinstance(error, StoreUnavailableError):
             self.failed(call.started, error)
+        elif isinstance(error, (OSError, TimeoutError)):
+            self._failed_call(call, error)
         elif call.is_probe and isinstance(error, Exception):
             self.failed(call.started, error)  # whatever it says, it is not well
+        elif self.store.independent and isinstance(error, Exception) and not isinstance(error, StoreError):
+            self._failed_call(call, error)
         else:
             self._wake()
 
     # Up and down
+
+    @property
+    def fails_for_several(self) -> bool:
+        """Whether calls of different users have failed one after the other, where users fail alone."""
+        return len(self._failing) > 1
 
     @property
     def down(self) -> bool:
@@ -291,6 +329,7 @@ class StoreGateway:
     def _succeeded(self, call: Call[Any]) -> None:
         now = self.now()
         self._last_success = max(self._last_success, call.started)
+        self._failing.clear()
         taken = (now - call.started) / SECOND
         if self.store.incarnation != self._incarnation:
             before, self._incarnation = self._incarnation, self.store.incarnation
@@ -305,6 +344,19 @@ class StoreGateway:
             self._probe_delay = FIRST_PROBE
             self._stop_probing()
             self._on_return()
+            self._wake()
+
+    def _failed_call(self, call: Call[Any], error: Exception) -> None:
+        """A call has failed or hangs. Where users fail alone it takes several of them to say that the store is down."""
+        if not self.store.independent or self.down:
+            self.failed(call.started, error)
+            return
+        self.last_error = error
+        if call.started > self._last_success and all(call.users.isdisjoint(others) for others in self._failing):
+            self._failing.append(call.users)
+        if len(self._failing) > MOST_FAILING:
+            self.failed(call.started, error)
+        else:
             self._wake()
 
     def failed(self, started: int, error: Exception) -> None:

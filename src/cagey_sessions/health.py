@@ -63,6 +63,10 @@ def health(life: Lifecycle) -> Health:
         return Health("down", f"{life.gateway.name} has been down for {seconds:.1f} s: {why}")
     if life.options.interval is not None and life.table.counters.identified and not life.can_save():
         return Health("down", "nobody listens to 'persist_user_data', and there is no store")
+    if life.gateway is not None and life.gateway.fails_for_several:
+        return Health(
+            "degraded", f"{life.gateway.name} fails for several users: {type(life.gateway.last_error).__name__}"
+        )
     found = statistics(life)
     limit = 2 * (life.options.interval or 0) / SECOND
     if limit and found.oldest_unsaved is not None and found.oldest_unsaved > limit:

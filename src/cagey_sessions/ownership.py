@@ -42,6 +42,7 @@ from .records import EndReason
 from .replay import Replay
 from .stores import Claim, Outcome, Record
 from .stores.base import verdicts_of
+from .user_code import END_OF_PROCESS
 from .waits import Wait, would_deadlock
 from .writebehind import StoreSaver
 
@@ -480,7 +481,12 @@ class Ownership:
 
 
 def _made(default: Callable[[], Any]) -> Any:
-    data = default()
+    try:
+        data = default()
+    except (Exception, *END_OF_PROCESS):
+        raise
+    except BaseException as error:
+        raise OptionError(f"default raised {type(error).__name__}; it returns data, or raises an Exception") from error
     if inspect.isawaitable(data):
         if inspect.iscoroutine(data):
             data.close()

@@ -5,14 +5,16 @@ follows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ._core import SessionTable
-from .errors import StoreContractError, StoreUnavailableError
+from .errors import StoreContractError, StoreError, StoreUnavailableError
 from .gateway import StoreGateway
 from .process import Identity
 from .settlement import Row, Settlement, StoreHost
-from .stores import MAX_NUMBER, Claim
+from .stores import MAX_NUMBER, Claim, Store
 
-__all__ = ["Reclaiming", "is_sound"]
+__all__ = ["Reclaiming", "claims_of"]
 
 MOST_REFUSALS = 8
 """How many saves in a row may fail because an engine has lost our claim, and so the release before it."""
@@ -50,21 +52,21 @@ class Reclaiming:
         if not self._gateway.may_call():
             settlement.fail_all(rows, StoreUnavailableError(f"{self._gateway.name} is down"), report=False)
             return []
-        call = self._gateway.start(self._gateway.store.claim_many, [row.user_id for row in rows], self._identity.owner)
+        user_ids = [row.user_id for row in rows]
+        call = self._gateway.start(user_ids, self._gateway.store.claim_many, user_ids, self._identity.owner)
         try:
-            answers = {claim.user_id: claim for claim in await call.answer() if is_sound(claim)}
+            answers = claims_of(self._gateway.store, await call.answer(), user_ids)
         except BaseException as error:
-            self._host.doubt([row.user_id for row in rows], call.task)
+            self._host.doubt(user_ids, call.task)
             if not isinstance(error, Exception):
                 raise
             settlement.fail_all(rows, error)
             return []
         owned = []
-        for row in rows:
+        for row, claim in zip(rows, answers, strict=True):
             assert row.record is not None
-            claim = answers.get(row.user_id)
-            if claim is None:
-                settlement.fail(row, StoreContractError("a claim was not answered"))
+            if isinstance(claim, StoreError):
+                settlement.fail(row, claim)
             elif not claim.granted and self._has_lost_ours(row, claim):
                 settlement.fail(row, StoreUnavailableError(f"{claim.owner} has not let go of this user again"))
             elif not claim.granted:
@@ -104,7 +106,27 @@ class Reclaiming:
         )
 
 
-def is_sound(claim: Claim) -> bool:
-    """Whether an answer to a claim can be used."""
-    epoch = claim.epoch
-    return type(epoch) is int and (0 < epoch < MAX_NUMBER or not claim.granted)
+def claims_of(store: Store, answers: object, user_ids: Sequence[int | str]) -> list[Claim | StoreError]:
+    """What `Store.claim_many` has answered: for each user, in their order, a claim or what is wrong with the row.
+
+    Raises `StoreContractError` if it is anything else.
+    """
+    if (
+        isinstance(answers, list | tuple)
+        and len(answers) == len(user_ids)
+        and all(_is_sound(answer, user_id) for answer, user_id in zip(answers, user_ids, strict=True))
+    ):
+        return list(answers)
+    raise StoreContractError(f"{store.name} did not answer with one claim for each user")
+
+
+def _is_sound(answer: object, user_id: int | str) -> bool:
+    if not isinstance(answer, Claim):
+        return isinstance(answer, StoreError)
+    epoch = answer.epoch
+    return (
+        type(answer.user_id) is type(user_id)
+        and answer.user_id == user_id
+        and type(epoch) is int
+        and (0 < epoch < MAX_NUMBER or not answer.granted)
+    )

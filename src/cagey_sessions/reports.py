@@ -7,12 +7,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from typing import Any
 
 from ._core import SessionCore
 from .errors import CageySessionsError, ListenerError, UnsavableError
 from .events import Listeners
+from .user_code import END_OF_PROCESS
 
 __all__ = ["Reports", "drop_tracebacks", "fresh"]
 
@@ -34,8 +34,12 @@ class Reports:
 
     def say(self, level: str, message: str, *args: object) -> None:
         """Log, and let no logger that fails stop a save."""
-        with suppress(Exception):
+        try:
             getattr(self._log, level)(message, *args)
+        except END_OF_PROCESS:
+            raise
+        except BaseException:
+            return  # there is nowhere else to say it
 
     def error(self, error: Exception, session: SessionCore | None) -> None:
         """Log an error that no caller waits for and hand it to the listeners of ``error``."""

@@ -21,6 +21,7 @@ from typing import Any
 from ._core import SessionCore, SessionTable, path_of
 from .encoding import Encoding
 from .options import name_of
+from .user_code import END_OF_PROCESS, as_exception
 
 __all__ = ["Sanitizer", "UserDataWarning"]
 
@@ -68,8 +69,10 @@ class Sanitizer:
         self._told.add((kind, who))
         try:
             warnings.warn(text, UserDataWarning, stacklevel=2)
-        except Exception as error:
-            self._report(error, session)
+        except END_OF_PROCESS:
+            raise
+        except BaseException as error:
+            self._report(as_exception(error), session)
 
     # Saves
 
@@ -102,8 +105,10 @@ class Sanitizer:
             if self._encoding.converts:
                 self._look_at_conversion(session, user_id, data)
             self._look_at_ended(LOOKS_PER_SAVE)
-        except Exception as error:  # of a class of the program's, most likely
-            self._report(error, session)
+        except END_OF_PROCESS:
+            raise
+        except BaseException as error:  # of a class of the program's, most likely
+            self._report(as_exception(error), session)
 
     def _look_for_sharing(self, session: SessionCore, user_id: int | str, data: object) -> None:
         self._let_go(session)
@@ -133,7 +138,9 @@ class Sanitizer:
     def _look_at_conversion(self, session: SessionCore, user_id: int | str, data: object) -> None:
         try:
             found = _difference(data, self._encoding.copy(data))
-        except Exception as error:
+        except END_OF_PROCESS:
+            raise
+        except BaseException as error:
             found = (), f"cannot be read again ({type(error).__name__})"
         if found is not None:
             path, what = found
@@ -150,8 +157,10 @@ class Sanitizer:
         try:
             data = session.user_data
             fingerprint = self._fingerprint(data)
-        except Exception as error:
-            self._report(error, session)
+        except END_OF_PROCESS:
+            raise
+        except BaseException as error:
+            self._report(as_exception(error), session)
             return
         if fingerprint is not None:
             self._ended.append((session.user_id, data, fingerprint))

@@ -24,7 +24,7 @@ from .gateway import StoreGateway
 from .process import Identity
 from .records import Receipt
 from .stores import Claim, Outcome, Record
-from .stores.base import verdicts_of
+from .stores.base import Answers, verdicts_of
 
 __all__ = ["Row", "Settlement", "StoreHost"]
 
@@ -55,7 +55,7 @@ class StoreHost(SaveHost, Protocol):
         """Let go of a claim that turned out not to be wanted."""
         ...
 
-    def doubt(self, user_ids: list[int | str], call: asyncio.Task[list[Claim]]) -> None:
+    def doubt(self, user_ids: list[int | str], call: asyncio.Task[Answers]) -> None:
         """A claim of these users had no answer, and may be granted all the same."""
         ...
 

@@ -30,6 +30,7 @@ from .sanitizer import Sanitizer
 from .settlement import Row, Settlement, StoreHost
 from .stores import Outcome, Record, Verdict
 from .timeslice import TimeSlice
+from .user_code import END_OF_PROCESS
 from .workers import Worker
 from .writer import MOST_ROWS, Hanging, Writer
 
@@ -341,7 +342,9 @@ class StoreSaver:
             if self._before_save is not None:
                 self._copy_live_state(self._before_save, session)
             return self.encoding.dump(session.user_data)
-        except Exception as error:
+        except END_OF_PROCESS:
+            raise
+        except BaseException as error:
             raise _unsavable(session.user_id, error) from error
 
     def _copy_live_state(self, before_save: Callable[[SessionCore], object], session: SessionCore) -> None:
@@ -370,7 +373,7 @@ class StoreSaver:
         return None
 
 
-def _unsavable(user_id: int | str, error: Exception) -> UnsavableError:
+def _unsavable(user_id: int | str, error: BaseException) -> UnsavableError:
     path = error.path if isinstance(error, EncodingError) else None
     reason = str(error) if isinstance(error, EncodingError) else f"before_save raised {type(error).__name__}"
     message = f"the data of user {user_id!r:.80} cannot be saved: {reason}"

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "src" / "cagey_sessions"
 FLOORS = [
     {"_version", "records", "clock"},
     {"errors"},
-    {"_core", "options", "converters"},
+    {"_core", "options", "converters", "user_code"},
     {"stores", "encoding", "codecs", "savefile"},
     {"waits"},
     {"sanitizer"},

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import pytest
 
-from cagey_sessions import OptionError, StoreContractError, StoreModeError
+from cagey_sessions import OptionError, StoreContractError, StoreModeError, StoreUnavailableError
 from cagey_sessions.stores import CallbackStore, Claim, Outcome, Record, Store, Verdict
 from support import turns
 
@@ -246,35 +246,29 @@ async def test_one_user_is_loaded_once_a_claim():
     assert claims[0] == claims[2]
 
 
-async def test_after_a_failed_load_none_is_begun_and_none_is_cut():
+async def test_a_load_that_fails_is_the_answer_for_its_user_alone():
     gate = Gate()
     store = CallbackStore(gate.load, print)
-    claiming = asyncio.ensure_future(store.claim_many(range(40), "node"))
+    claiming = asyncio.ensure_future(store.claim_many(range(3), "node"))
     await turns()
-    gate.let[5].set_exception(OSError("down"))
+    failed = OSError("no such file")
+    gate.let[1].set_exception(failed)
     await turns()
     assert not claiming.done()
-    for waiting in list(gate.let.values())[:-1]:
-        assert not waiting.cancelled()
-        waiting.set_result(None)
-    await turns()
-    assert not claiming.done(), "the last one is still under way"
-    next(iter(gate.let.values())).set_exception(ValueError("late"))
-    with pytest.raises(OSError, match="down"):
-        await claiming
-    assert gate.begun == list(range(16))
+    for user_id in (0, 2):
+        gate.let[user_id].set_result(None)
+    one, two, three = await claiming
+    assert (one.user_id, three.user_id) == (0, 2) and one.granted and three.granted
+    assert isinstance(two, StoreUnavailableError) and two.__cause__ is failed
+    assert "no such file" not in str(two), "it may quote data"
 
 
-async def test_a_plain_function_that_fails_is_not_called_again():
-    called = []
-
+async def test_where_all_loads_fail_the_claim_raises_what_the_first_has_raised():
     def load(user_id):
-        called.append(user_id)
-        raise OSError("down")
+        raise OSError(f"down {user_id}")
 
-    with pytest.raises(OSError, match="down"):
+    with pytest.raises(OSError, match="down 0"):
         await CallbackStore(load, print).claim_many(range(40), "node")
-    assert called == [0]
 
 
 # Erasing and listing

@@ -20,13 +20,24 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import orjson
 
-from ..errors import StoreContractError
+from ..errors import StoreContractError, StoreError
 
-__all__ = ["MAX_NUMBER", "Claim", "Outcome", "Record", "Store", "Verdict", "latest_of", "text_of", "verdicts_of"]
+__all__ = [
+    "MAX_NUMBER",
+    "Answers",
+    "Claim",
+    "Outcome",
+    "Record",
+    "Store",
+    "Verdict",
+    "latest_of",
+    "text_of",
+    "verdicts_of",
+]
 
 MAX_NUMBER = 2**53
 """Epochs and versions stay below it, so that any engine and any JSON reader keeps them exact."""
@@ -106,11 +117,16 @@ class Claim(NamedTuple):
         return not self.owner
 
 
+Answers: TypeAlias = Sequence[Claim | StoreError]
+"""What `Store.claim_many` returns."""
+
+
 class Store(ABC):
     """Where user data is kept. Subclass it to write an adapter; `cagey_sessions` calls every method on one event loop.
 
     A method that cannot reach its engine, or does not know what became of a call, raises `StoreUnavailableError`; it
-    never answers "new" because a read failed. Any other exception of a call counts as a failure of the whole call.
+    never answers "new" because a read failed. Any other exception of a call counts as a failure of the whole call: a
+    call for several users is then repeated for fewer of them.
     Methods are called concurrently. They are not cancelled by the library while the loop runs: `abort` ends a call.
     """
 
@@ -123,6 +139,12 @@ class Store(ABC):
     """Whether several processes use the store at a time. Where they do, the library releases users it no longer has."""
     keeps_schema: bool = True
     """Whether the schema of a record comes back with it; where not, what is loaded is taken to be of today's."""
+    independent: bool = False
+    """Whether a call that fails or hangs says nothing about other users than its own.
+
+    Where it does not, the store counts as down only after the calls of several users have failed one after the other,
+    and each user is claimed by a call of its own.
+    """
     can_erase: bool = True
     """Whether `erase` is there at all."""
     loss_class: str = ""
@@ -151,8 +173,11 @@ class Store(ABC):
         """Finish what is under way and let go of everything; does nothing on a store that is not open."""
 
     @abstractmethod
-    async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> list[Claim]:
+    async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> Answers:
         """Claim users for `owner`, each in one atomic step; answers in the order of `user_ids`, which are distinct.
+
+        What is wrong with one row is the answer for that row: a `StoreError`, such as a `CorruptRecordError`, in the
+        place of its claim. It is raised to whoever wants that user, and the row stays as it was.
 
         Granted if the user is new, released, erased, owned by this very `owner`, or owned by one that is dead by the
         store's own rule; the epoch is then raised by one. Refused otherwise, and nothing changes. A new row gets an

@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
 
 from .._core import encode_plain
-from ..errors import EncodingError, OptionError, StoreContractError, StoreModeError, StoreUnavailableError
+from ..errors import EncodingError, OptionError, StoreContractError, StoreError, StoreModeError, StoreUnavailableError
+from ..user_code import current_task, is_for_this_task
 from .base import Claim, Outcome, Record, Store, Verdict, latest_of
 
 __all__ = ["CallbackStore", "Erase", "Load", "SaveMany", "Saved"]
@@ -53,6 +54,7 @@ class CallbackStore(Store):
 
     fenced = False
     shared = False
+    independent = True
     keeps_schema = False
     loss_class = "as your functions and their database give"
 
@@ -73,24 +75,23 @@ class CallbackStore(Store):
     async def close(self) -> None:
         """Do nothing: what the functions use is the program's."""
 
-    async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> list[Claim]:
+    async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> list[Claim | StoreError]:
         """Load users, each once, and grant every claim.
 
-        Raises what `load` raised, or `StoreContractError`, for all of them: no further load is begun after the first
-        that fails, and those under way are waited for.
+        The answer for a user whose `load` raised is a `StoreError` that says so. Raises what `load` raised, or
+        `StoreContractError`, if it failed for all of them.
         """
-        claims = {}
+        answers: dict[int | str, Claim | StoreError] = {}
         failures: list[Exception] = []
         waiting = iter(dict.fromkeys(user_ids))
 
         async def work() -> None:
             for user_id in waiting:  # one iterator for all the workers
-                if failures:
-                    return
                 try:
-                    claims[user_id] = await self._claim(user_id, owner)
+                    answers[user_id] = await self._claim(user_id, owner)
                 except Exception as error:
                     failures.append(error)
+                    answers[user_id] = _failed_load(user_id, error)
 
         if len(user_ids) <= 1:
             await work()
@@ -98,9 +99,9 @@ class CallbackStore(Store):
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(len(user_ids), LOADS_AT_A_TIME)):
                     group.create_task(work(), name="cagey-sessions load")
-        if failures:
+        if failures and len(failures) == len(answers):
             raise failures[0]
-        return [claims[user_id] for user_id in user_ids]
+        return [answers[user_id] for user_id in user_ids]
 
     async def save_many(self, records: Sequence[Record]) -> list[Verdict]:
         """Hand records to the program's `save_many`, of each user only the latest; nothing is called for no records.
@@ -165,15 +166,30 @@ def _check_function(name: str, function: object) -> None:
             raise OptionError(f"{name} has a `yield` in it, so that it does nothing when it is called; use `return`")
 
 
+class FunctionInterruptedError(Exception):
+    """A function of the program's was cancelled from outside, or raised what is no `Exception`."""
+
+
 async def _call(name: str, function: Callable[[Any], object], argument: object) -> object:
+    task = current_task()
     try:
         result = function(argument)
         return await result if inspect.isawaitable(result) else result
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
+    except Exception:
+        raise
+    except BaseException as error:
+        if is_for_this_task(error, task):
             raise
-        raise StoreUnavailableError(f"{name} was cancelled from outside; what it has done is unknown") from error
+        what = "was cancelled from outside" if isinstance(error, asyncio.CancelledError) else "was interrupted"
+        raise FunctionInterruptedError(f"{name} {what}; what it has done is unknown") from error
+
+
+def _failed_load(user_id: int | str, error: Exception) -> StoreError:
+    if isinstance(error, StoreError):
+        return error
+    failed = StoreUnavailableError(f"load raised {type(error).__name__} for user {user_id!r:.80}")
+    failed.__cause__ = error
+    return failed
 
 
 def _body(user_id: int | str, data: object) -> bytes:
