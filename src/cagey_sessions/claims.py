@@ -13,9 +13,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ._core import SessionCore
+from .clock import Clock
 from .errors import (
     CageySessionsError,
     OwnedElsewhereError,
@@ -29,7 +30,7 @@ from .options import SECOND
 from .reclaiming import claims_of
 from .stores import Claim, Record
 from .stores.base import Answers
-from .waits import ends_inside
+from .waits import Frame, Kind, Wait, listening, waiting_for, would_deadlock
 
 __all__ = ["CLAIMS_IN_A_CALL", "CLAIM_CALLS", "Claims"]
 
@@ -49,12 +50,45 @@ LONGEST_RETRY = SECOND
 
 
 class _Turn:
-    """Who is at work on a user in this process, and how many are or wait for it."""
+    """The turn with one user: one call in this process has it, others wait in the order in which they came."""
 
     def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.users = 0
-        self.holder: asyncio.Task[Any] | None = None
+        self.is_taken = False
+        self.calls = 0
+        """That have the turn or wait for it."""
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def take(self, clock: Clock, until: int | None) -> None:
+        """Wait for the turn, no longer than until then. Raises `TimeoutError`."""
+        if not self.is_taken:
+            self.is_taken = True
+            return
+        called: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def lose_patience() -> None:
+            if not called.done():
+                called.set_exception(TimeoutError())
+
+        self._waiting.append(called)
+        timer = None if until is None else clock.call_later(max(0, until - clock.now()), lose_patience, Context())
+        try:
+            await called
+        except asyncio.CancelledError:
+            if called.done() and not called.cancelled() and called.exception() is None:
+                self.give()  # the turn and the cancellation came at the same time
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def give(self) -> None:
+        """It is the turn of the next call that still waits."""
+        while self._waiting:
+            called = self._waiting.popleft()
+            if not called.done():
+                called.set_result(None)
+                return
+        self.is_taken = False
 
 
 class Claims:
@@ -90,38 +124,44 @@ class Claims:
     # Turns
 
     @asynccontextmanager
-    async def turn(self, user_id: int | str) -> AsyncIterator[None]:
-        """Within this block nobody else in this process loads, edits or erases the same user."""
-        self.refuse_inside(user_id)
+    async def turn(self, user_id: int | str, until: int | None = None) -> AsyncIterator[Frame]:
+        """Within this block no other call in this process loads, edits or erases the same user.
+
+        Waits until then, in nanoseconds of the clock, or without end. Raises `WouldDeadlockError` where the call that
+        has the turn waits for this very code, over however many steps, and `StoreUnavailableError`.
+        """
         turn = self._turns.setdefault(user_id, _Turn())
-        turn.users += 1
+        target = Wait(turn, Kind.TURN)
+        if would_deadlock(target):
+            raise WouldDeadlockError(
+                f"a call that is at work on user {user_id!r:.80} waits for this very code, which would wait for that "
+                "call; do it outside of that listener or edit block"
+            )
+        turn.calls += 1
         try:
-            async with turn.lock:
-                turn.holder = asyncio.current_task()
-                try:
-                    yield
-                finally:
-                    turn.holder = None
+            await self._take(turn, target, user_id, until)
+            try:
+                with listening(target, None) as frame:
+                    yield frame
+            finally:
+                turn.give()
         finally:
-            turn.users -= 1
-            if not turn.users:
+            turn.calls -= 1
+            if not turn.calls:
                 del self._turns[user_id]
+
+    async def _take(self, turn: _Turn, target: Wait, user_id: int | str, until: int | None) -> None:
+        try:
+            with waiting_for(target):
+                await turn.take(self._life.clock, until)
+        except TimeoutError:
+            raise StoreUnavailableError(
+                f"another call is at work on user {user_id!r:.80} and has not come to its end; try again later"
+            ) from None
 
     def is_at_work(self, user_id: int | str) -> bool:
         """Whether anybody in this process has the turn, or waits for it."""
         return user_id in self._turns
-
-    def refuse_inside(self, user_id: int | str) -> None:
-        """Raise `WouldDeadlockError` where whoever has the turn waits for this very code."""
-        turn = self._turns.get(user_id)
-        if turn is None or turn.holder is None:
-            return
-        if turn.holder is asyncio.current_task():
-            raise WouldDeadlockError(f"user {user_id!r:.80} is being edited right here: leave that block first")
-        if any(getattr(session, "user_id", None) == user_id for session in ends_inside()):
-            raise WouldDeadlockError(
-                f"somebody who wants user {user_id!r:.80} waits for the end that waits for this listener"
-            )
 
     async def outlast(self, user_id: int | str) -> None:
         """Where nothing fences off a late write, wait for the end of any before the user is read."""
@@ -172,7 +212,7 @@ class Claims:
         self._claimers.discard(task)
         if task.cancelled():
             for future in self._wanted.values():
-                future.cancel()
+                _refuse(future, _cancelled(self._gateway.name))
             self._wanted.clear()
 
     async def _claim_all(self) -> None:
@@ -206,7 +246,7 @@ class Claims:
                     _refuse(future, error)
         except asyncio.CancelledError:
             for future in wanted.values():
-                future.cancel()
+                _refuse(future, _cancelled(self._gateway.name))
             raise
 
     async def _claim_some(self, wanted: dict[int | str, asyncio.Future[Claim]]) -> Exception | None:
@@ -478,6 +518,11 @@ class Claims:
 def _refuse(future: asyncio.Future[Claim], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
+
+
+def _cancelled(name: str) -> StoreUnavailableError:
+    """Whoever waits for a claim has not been cancelled, and asks again."""
+    return StoreUnavailableError(f"a claim in {name} was cancelled from outside")
 
 
 def _leave(tasks: set[asyncio.Task[None]]) -> None:

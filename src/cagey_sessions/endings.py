@@ -32,7 +32,7 @@ from .gateway import StoreGateway
 from .records import EndReason
 from .reports import Reports, drop_tracebacks, fresh
 from .sanitizer import Sanitizer
-from .waits import Wait, listening, waiting_for, would_deadlock
+from .waits import Kind, Wait, listening, waiting_for, would_deadlock
 from .writebehind import StoreSaver
 
 __all__ = ["UNSEEN", "Drain", "EndHost", "Ending", "Endings", "Releases"]
@@ -198,7 +198,7 @@ class Endings:
 
     async def join(self, session: SessionCore, ending: Ending) -> Exception | None:
         """Wait for an attempt to end a session; inside a listener that it waits for itself, do not."""
-        target = Wait(session, is_save=False)
+        target = Wait(session, Kind.END)
         if would_deadlock(target):
             return None
         ending.waiting += 1
@@ -318,7 +318,7 @@ class Endings:
                 self.at_work -= 1
                 self.announcing += 1
                 try:
-                    with listening(Wait(session, is_save=False), self._host):
+                    with listening(Wait(session, Kind.END), self._host):
                         await self._listeners.emit("before_destroy", session, errors=ending.errors)
                 finally:
                     self.announcing -= 1
@@ -347,7 +347,7 @@ class Endings:
         if self.under_way.get(session) is not ending:
             return
         self._forget(session, ending)
-        with listening(Wait(session, is_save=False), self._host):
+        with listening(Wait(session, Kind.END), self._host):
             await self._listeners.emit("destroy", session, errors=ending.errors)
         if self.under_way.get(session) is ending:
             self.finish(session, ending)
@@ -487,7 +487,7 @@ class Endings:
         loop = self._host.enter()
         if session.end_reason is not None:
             return EndReason(session.end_reason)
-        target = Wait(session, is_save=False)
+        target = Wait(session, Kind.END)
         if would_deadlock(target):
             raise WouldDeadlockError("this listener would wait for an end that waits for this listener")
         waiting = self.waited_for.get(session)

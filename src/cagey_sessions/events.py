@@ -148,7 +148,11 @@ async def _finish_in_thread(future: concurrent.futures.Future[object]) -> None:
 
     def wake(_: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(lambda: done.done() or done.set_result(None))
+            loop.call_soon_threadsafe(see_done)
+
+    def see_done() -> None:
+        if not done.done():
+            done.set_result(None)
 
     future.add_done_callback(wake)
     try:

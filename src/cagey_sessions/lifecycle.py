@@ -47,7 +47,7 @@ from .sanitizer import Sanitizer
 from .spill import Spill, SpillEntry
 from .stores import Claim, Store
 from .stores.base import Answers
-from .waits import Wait, saves_inside, waiting_for, would_deadlock
+from .waits import Kind, Wait, saves_inside, waiting_for, would_deadlock
 from .writebehind import StoreSaver
 
 __all__ = ["Claimed", "Lifecycle", "name_some"]
@@ -261,7 +261,7 @@ class Lifecycle:
         return outcome
 
     async def _save_waiting(self, session: SessionCore) -> SaveOutcome:
-        target = Wait(session, is_save=True)
+        target = Wait(session, Kind.SAVE)
         if would_deadlock(target):
             raise WouldDeadlockError("this listener would wait for a save that waits for this listener")
         with waiting_for(target):

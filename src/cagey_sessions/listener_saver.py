@@ -10,7 +10,7 @@ from typing import Protocol
 from ._core import SessionCore, SessionTable
 from .autosave import Autosave, SaveHost
 from .errors import ListenerCancelledError
-from .waits import Wait, listening
+from .waits import Kind, Wait, listening
 from .workers import Worker
 
 __all__ = ["ListenerHost", "ListenerSaver"]
@@ -66,7 +66,7 @@ class ListenerSaver:
         try:
             if self._table.is_ending(session):
                 flight.fingerprint = self._host.fingerprint(session)
-            with listening(Wait(session, is_save=True), self._host, autosave.lend):
+            with listening(Wait(session, Kind.SAVE), self._host, autosave.lend):
                 await self._host.perform(session)
             error = None
         except asyncio.CancelledError:

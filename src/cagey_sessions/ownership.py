@@ -13,6 +13,7 @@ import inspect
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from contextvars import Context
 from typing import Any, NamedTuple
 
 from ._core import SessionCore, check_user_id
@@ -37,13 +38,13 @@ from .errors import (
 )
 from .gateway import StoreGateway
 from .lifecycle import Lifecycle
-from .options import quote, suggest
+from .options import SECOND, quote, suggest
 from .records import EndReason
 from .replay import Replay
 from .stores import Claim, Outcome, Record
 from .stores.base import verdicts_of
 from .user_code import END_OF_PROCESS
-from .waits import Wait, would_deadlock
+from .waits import Kind, Wait, would_deadlock
 from .writebehind import StoreSaver
 
 __all__ = ["NO_DEFAULT", "Ownership"]
@@ -65,15 +66,6 @@ class _Loaded(NamedTuple):
     losses: int  # that the engine had had before the claim
 
 
-class _Opening:
-    """An `open` under way, and who waits for it."""
-
-    def __init__(self) -> None:
-        self.task: asyncio.Task[SessionCore] | None = None
-        self.waiting = 0
-        self.session: SessionCore | None = None  # that was made by it
-
-
 class Ownership:
     """What a manager and its sessions do with users of the store."""
 
@@ -83,9 +75,8 @@ class Ownership:
         self._replay = replay
         self._encoding = encoding
         self._identifying: set[SessionCore] = set()
-        self._opening: dict[int | str, _Opening] = {}
         self._untaken: set[SessionCore] = set()
-        """Sessions made by an `open` that nobody has been given yet."""
+        """Sessions made by an `open` that no caller has been given yet."""
 
     def _require_store(self) -> StoreGateway:
         if self._life.gateway is None:
@@ -119,7 +110,7 @@ class Ownership:
         life.refuse_if_closed()
         self._identifying.add(session)
         try:
-            async with self._claims.turn(user_id):
+            async with self._claims.turn(user_id, self._patience_ends()):
                 await self._make_room(user_id, when_active)
                 loaded = await self._load(user_id, default)
                 try:
@@ -140,71 +131,12 @@ class Ownership:
         self._require_store()
         self._check(user_id, default, when_active, WHEN_ACTIVE)
         life.refuse_if_closed()
-        opening = self._opening.get(user_id) if when_active == "join" else None
-        if opening is None:
-            if when_active == "join" and (live := self._join(user_id)) is not None:
-                return live
-            self._claims.refuse_inside(user_id)
-            opening = _Opening()
-            if when_active == "join":
-                self._opening[user_id] = opening
-            opening.task = life.spawn(self._open(user_id, default, when_active, opening), "open")
-            opening.task.add_done_callback(lambda _: self._see_opened(user_id, opening))
-        assert opening.task is not None
-        opening.waiting += 1
-        try:
-            session = await asyncio.shield(opening.task)
-            self._untaken.discard(session)
-            return session
-        except asyncio.CancelledError:
-            if opening.task.cancelled():
-                raise StoreUnavailableError("opening this user was cancelled; try again") from None
-            raise
-        finally:
-            opening.waiting -= 1
-            self._see_left(opening)
-
-    def _join(self, user_id: int | str) -> SessionCore | None:
-        """The live session of a user, for somebody who opens it."""
-        live = self._life.table.find_by_user(user_id)
-        if live is not None:
-            self._untaken.discard(live)
-        return live
-
-    def _see_opened(self, user_id: int | str, opening: _Opening) -> None:
-        if self._opening.get(user_id) is opening:
-            del self._opening[user_id]
-        self._see_left(opening)
-
-    def _see_left(self, opening: _Opening) -> None:
-        """If everybody who waited for a session has been cancelled, nobody is left who would end it."""
-        task, session = opening.task, opening.session
-        if opening.waiting or task is None or (session is not None and session not in self._untaken):
-            return
-        for user_id in [user_id for user_id, other in self._opening.items() if other is opening]:
-            del self._opening[user_id]  # nobody is to join it
-        is_lost = not task.done() or (not task.cancelled() and task.exception() is None)
-        task.cancel()
-        if session is not None:
-            self._untaken.discard(session)
-            if is_lost:
-                self._abandon(session)
-
-    def _abandon(self, session: SessionCore) -> None:
-        """Begin the end of a session that nobody has: at once, so that nobody finds it any more."""
-        endings = self._life.endings
-        if not self._life.table.is_ending(session) and not endings.end_at_once(session, EndReason.DESTROYED):
-            endings.begin_end(session, False, EndReason.DESTROYED)
-
-    async def _end_quietly(self, session: SessionCore) -> None:
-        with suppress(Exception):  # it has been reported where it was raised
-            await self._life.endings.end(session, False)
-
-    async def _open(self, user_id: int | str, default: Any, when_active: str, opening: _Opening) -> SessionCore:
-        life = self._life
-        async with self._claims.turn(user_id):
-            if when_active == "join" and (live := self._join(user_id)) is not None:
-                return live
+        joins = when_active == "join"
+        if joins and (live := self._join(user_id)) is not None:
+            return live
+        async with self._claims.turn(user_id, self._patience_ends()):
+            if joins and (live := self._join(user_id)) is not None:
+                return live  # a call that had the turn before has made it
             await self._make_room(user_id, when_active)
             loaded = await self._load(user_id, default)
             try:
@@ -213,16 +145,63 @@ class Ownership:
                     life.refuse_if_ending(session)
                     life.refuse_if_closed()
                     self._identify(session, loaded)
-                    opening.session = session
-                    self._untaken.add(session)
                 except BaseException:
                     await self._end_quietly(session)
                     raise
             except BaseException:
                 self._claims.let_go(loaded.user_id, loaded.epoch)
                 raise
-        await life.emit_identified(session, user_id, session.user_data)
+        self._untaken.add(session)
+        try:
+            await life.emit_identified(session, user_id, session.user_data)
+        except asyncio.CancelledError:
+            self._abandon(session, user_id)
+            raise
+        except BaseException:
+            self._untaken.discard(session)
+            raise
+        self._untaken.discard(session)
         return session
+
+    def _patience_ends(self) -> int:
+        """Until when a call that begins now waits for its turn with a user."""
+        return self._life.clock.now() + self._life.options.save_timeout
+
+    def _join(self, user_id: int | str) -> SessionCore | None:
+        """The live session of a user, for a call that is given it."""
+        live = self._life.table.find_by_user(user_id)
+        if live is not None:
+            self._untaken.discard(live)
+        return live
+
+    def _abandon(self, session: SessionCore, user_id: int | str) -> None:
+        """The `open` that has made a session was cancelled: end it, unless another call has been given it meanwhile.
+
+        At once, so that no call finds it any more; but an edit under way, which has the turn, comes to its end first.
+        """
+        if self._claims.is_at_work(user_id):
+            self._life.spawn(self._abandon_later(session, user_id), "abandoned session", Context())
+        else:
+            self._end_untaken(session)
+
+    async def _abandon_later(self, session: SessionCore, user_id: int | str) -> None:
+        try:
+            async with self._claims.turn(user_id):
+                pass
+        finally:
+            self._end_untaken(session)
+
+    def _end_untaken(self, session: SessionCore) -> None:
+        if session not in self._untaken:
+            return
+        self._untaken.discard(session)
+        endings = self._life.endings
+        if not self._life.table.is_ending(session) and not endings.end_at_once(session, EndReason.DESTROYED):
+            endings.begin_end(session, False, EndReason.DESTROYED)
+
+    async def _end_quietly(self, session: SessionCore) -> None:
+        with suppress(Exception):  # it has been reported where it was raised
+            await self._life.endings.end(session, False)
 
     def _identify(self, session: SessionCore, loaded: _Loaded) -> None:
         self._life.autosave.identify(session, loaded.user_id, loaded.data)
@@ -242,24 +221,30 @@ class Ownership:
             if not life.table.is_ending(older):
                 if when_active == "refuse":
                     raise UserActiveError(f"user {user_id!r:.80} has a live session", session=older)
-                await life.replace(older)
+                # a save, and then an end; each of them has the patience of a caller
+                if not await self._within_patience(life.replace(older), 2 * self._gateway.timeout + SECOND):
+                    raise StoreUnavailableError(
+                        f"the earlier session of user {user_id!r:.80} has not ended: its last save is not "
+                        "acknowledged, or a listener of its end has not returned; try again later"
+                    )
                 continue
             ending = life.endings.under_way.get(older)
             if ending is not None and ending.parked:
                 life.endings.resume(older, ending)  # somebody waits now
-            if not await self._within_patience(life.endings.wait_ended(older)):
+            if not await self._within_patience(life.endings.wait_ended(older), self._gateway.timeout):
                 raise StoreUnavailableError(
                     f"the last save of the earlier session of user {user_id!r:.80} is not acknowledged; try again later"
                 )
 
-    async def _within_patience(self, waiting: Coroutine[Any, Any, object]) -> bool:
-        """Await something for as long as callers are made to wait: whether it came to its end."""
+    async def _within_patience(self, waiting: Coroutine[Any, Any, object], limit: int) -> bool:
+        """Await something for so many nanoseconds: whether it came to its end."""
         task = self._life.spawn(waiting, "wait")
         try:
-            await self._gateway.wait_for(task, self._gateway.timeout)
-            if task.done():
-                task.result()
-            return task.done()
+            await self._gateway.wait_for(task, limit)
+            if not task.done() or task.cancelled():
+                return False
+            task.result()
+            return True
         finally:
             if not task.done():
                 task.cancel()
@@ -288,20 +273,17 @@ class Ownership:
         self._require_store()
         self._check(user_id, default, "join", WHEN_ACTIVE)
         life.refuse_if_closed()
-        live = life.table.find_by_user(user_id)
-        if live is not None:
-            async with self._edit_live(live) as data:
-                yield data
-            return
-        async with self._claims.turn(user_id):
+        async with self._claims.turn(user_id, self._patience_ends()) as frame:
             live = life.table.find_by_user(user_id)
-            if live is not None:  # who had the turn before has logged in
+            if live is not None:
+                frame.confine()
                 async with self._edit_live(live) as data:
                     yield data
                 return
             await self._make_room(user_id, "replace")
             loaded = await self._load(user_id, default)
             try:
+                frame.confine()
                 yield loaded.data
                 body = self._encoding.dump(loaded.data)
                 if loaded.version and self._life.identity.digest(body) == loaded.digest:
@@ -403,9 +385,9 @@ class Ownership:
                 f"this {gateway.name} cannot erase users; give it a function: CallbackStore(load, save_many, erase=...)"
             )
         session = life.table.active_session(user_id)
-        if session is not None and would_deadlock(Wait(session, is_save=False)):
+        if session is not None and would_deadlock(Wait(session, Kind.END)):
             raise WouldDeadlockError("this listener would wait for an end that waits for this listener")
-        async with self._claims.turn(user_id):
+        async with self._claims.turn(user_id, self._patience_ends()):
             if not gateway.store.fenced:  # then the last write has to come first
                 await self._claims.persistently(
                     lambda _: gateway.ask(gateway.store.load, user_id)

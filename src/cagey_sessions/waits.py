@@ -1,42 +1,68 @@
-"""Who waits for whom. What lives here: frames, which tell that code runs inside a listener that something waits for,
-and the graph of those waits. What must not: the waiting itself.
+"""Who waits for whom. What lives here: frames, which tell that code runs inside something that others wait for, and the
+graph of those waits. What must not: the waiting itself.
 
-A save waits for its listeners; an end waits for the listeners of its two events and for every save of its session. A
-listener that waits in turn for a save or an end may close a circle, over any number of sessions; `would_deadlock`,
-asked before the wait, finds that out. Cost: one look at each wait under way, and none outside listeners.
+A save waits for its listeners; an end waits for the listeners of its two events and for every save of its session; the
+turn with a user passes to the next call when the code that has it is done. Code inside one of them that waits for
+a save, an end or a turn may close a circle, over any number of sessions and users; `would_deadlock`, asked before the
+wait, finds that out. Cost: one look at each wait under way, and none outside such code.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import NamedTuple
+from enum import Enum, auto
+from typing import Any, NamedTuple
 
-__all__ = ["Wait", "ends_inside", "listening", "saves_inside", "waiting_for", "within_host", "would_deadlock"]
+from .user_code import current_task
+
+__all__ = ["Frame", "Kind", "Wait", "listening", "saves_inside", "waiting_for", "within_host", "would_deadlock"]
+
+
+class Kind(Enum):
+    """What can be waited for."""
+
+    SAVE = auto()
+    """The next save of a session."""
+    END = auto()
+    """The end of a session, which waits for its saves, too."""
+    TURN = auto()
+    """The turn with a user."""
 
 
 class Wait(NamedTuple):
-    """Something that can be waited for: the next save of a session, or its end."""
+    """A save or an end of a session, or the turn with a user: something that can be waited for."""
 
-    session: object
-    is_save: bool
+    subject: object
+    kind: Kind
 
 
 Lend = Callable[[int], None]
 
 
-class _Frame:
-    """The listeners of one emit, under way."""
+class Frame:
+    """The listeners of one emit, or a block that has a turn: under way."""
 
-    __slots__ = ("host", "lend", "wait", "waiting")
+    __slots__ = ("host", "lend", "task", "wait", "waiting")
 
     def __init__(self, wait: Wait, host: object, lend: Lend | None) -> None:
         self.wait: Wait | None = wait
         self.host: object = host
         self.lend = lend
+        self.task: asyncio.Task[Any] | None = None
+        """The only task that is inside, if so."""
         self.waiting = 0
+
+    def confine(self) -> None:
+        """From now on the tasks that are started inside are outside: this is a block of the program's, in its task."""
+        self.task = current_task()
+
+    def is_around(self, task: asyncio.Task[Any] | None) -> bool:
+        """Whether code that runs in that task is inside."""
+        return self.wait is not None and (self.task is None or self.task is task)
 
     def begin_waiting(self) -> None:
         self.waiting += 1
@@ -55,23 +81,23 @@ class _Frame:
         self.wait = self.host = self.lend = None
 
 
-_frames: ContextVar[tuple[_Frame, ...]] = ContextVar("cagey_sessions_frames", default=())
+_frames: ContextVar[tuple[Frame, ...]] = ContextVar("cagey_sessions_frames", default=())
 _waits: dict[Wait, Counter[Wait]] = {}
 
 
 @contextmanager
-def listening(wait: Wait, host: object, lend: Lend | None = None) -> Iterator[None]:
-    """Within this block listeners run that `wait` waits for.
+def listening(wait: Wait, host: object, lend: Lend | None = None) -> Iterator[Frame]:
+    """Within this block code runs that `wait` waits for.
 
-    Tasks that a listener starts inherit the frame, for it may well wait for them; once the block is left the frame is
-    empty, and what is still running counts as outside. While anything inside waits for a save or an end, `lend` is told
+    Tasks that such code starts inherit the frame, for it may well wait for them; once the block is left the frame is
+    empty, and what is still running counts as outside. While anything inside waits for something here, `lend` is told
     so, once with 1 and then with -1.
     """
-    frame = _Frame(wait, host, lend)
+    frame = Frame(wait, host, lend)
     outer = tuple(other for other in _frames.get() if other.wait is not None)
     token = _frames.set((*outer, frame))
     try:
-        yield
+        yield frame
     finally:
         frame.close()
         with suppress(ValueError):  # a task that is thrown away is closed in another context
@@ -79,8 +105,16 @@ def listening(wait: Wait, host: object, lend: Lend | None = None) -> Iterator[No
 
 
 def _inside() -> list[Wait]:
-    """The waits for the listeners this code runs inside."""
-    return [frame.wait for frame in _frames.get() if frame.wait is not None]
+    """What waits for the code that runs here."""
+    return [frame.wait for frame in _around() if frame.wait is not None]
+
+
+def _around() -> list[Frame]:
+    frames = _frames.get()
+    if not frames:
+        return []
+    task = current_task()
+    return [frame for frame in frames if frame.is_around(task)]
 
 
 def would_deadlock(target: Wait) -> bool:
@@ -97,16 +131,16 @@ def would_deadlock(target: Wait) -> bool:
         if wait not in seen:
             seen.add(wait)
             ahead += _waits.get(wait, ())
-            if not wait.is_save:
-                ahead.append(Wait(wait.session, is_save=True))
+            if wait.kind is Kind.END:
+                ahead.append(Wait(wait.subject, Kind.SAVE))
     return False
 
 
 @contextmanager
 def waiting_for(target: Wait) -> Iterator[None]:
-    """Within this block the listeners this code runs inside wait for `target`."""
-    frames = [frame for frame in _frames.get() if frame.wait is not None]
-    inside = _inside()
+    """Within this block all that this code runs inside of waits for `target`."""
+    frames = _around()
+    inside = [frame.wait for frame in frames if frame.wait is not None]
     for wait in inside:
         _waits.setdefault(wait, Counter())[target] += 1
     for frame in frames:
@@ -130,11 +164,8 @@ def within_host(host: object) -> bool:
     return any(frame.host is host for frame in _frames.get())
 
 
-def ends_inside() -> list[object]:
-    """The sessions whose ends wait for the listeners this code runs inside."""
-    return [wait.session for wait in _inside() if not wait.is_save]
-
-
 def saves_inside(host: object) -> int:
     """Inside how many listeners this code runs that saves within `host` wait for."""
-    return sum(frame.host is host and frame.wait is not None and frame.wait.is_save for frame in _frames.get())
+    return sum(
+        frame.host is host and frame.wait is not None and frame.wait.kind is Kind.SAVE for frame in _frames.get()
+    )

@@ -436,9 +436,9 @@ FAULTS = [
     Fault(
         "a login does not wait for the older session's last save",
         "ownership.py",
-        "                await life.replace(older)\n                continue\n",
+        "                if not await self._within_patience(life.replace(older), 2 * self._gateway.timeout + SECOND):\n",
         "                life.endings.begin_end(older, True, EndReason.REPLACED)\n"
-        "                life.table.forget(older)\n                continue\n",
+        "                life.table.forget(older)\n                if False:\n",
         USERS,
     ),
     Fault(
