@@ -28,7 +28,9 @@ def functions(path: Path) -> set[str]:
 def test_every_guarantee_names_a_test_that_exists():
     page = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
     rows = [
-        line for line in page.splitlines() if line.startswith("| ") and "---" not in line and "promise |" not in line
+        line
+        for line in page.splitlines()
+        if line.startswith("| ") and "---" not in line and not line.endswith("| test |")
     ]
     assert len(rows) > 25
     for row in rows:
