@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from ._core import SessionCore
 from .errors import (
     CageySessionsError,
+    CorruptRecordError,
     OwnedElsewhereError,
     StoreContractError,
     StoreError,
@@ -29,6 +30,8 @@ from .lifecycle import Lifecycle
 from .options import SECOND
 from .reclaiming import is_sound
 from .stores import Claim, Record
+from .stores.base import Answers
+from .stores.rows import check_claim
 from .waits import ends_inside
 
 __all__ = ["CLAIMS_IN_A_CALL", "CLAIM_CALLS", "Claims"]
@@ -134,13 +137,19 @@ class Claims:
     async def claim(self, user_id: int | str) -> Claim:
         """Claim one user, in one call of the store with whoever asks at the same time.
 
-        Raises `OwnedElsewhereError`, and `StoreUnavailableError` after as long as callers are made to wait.
+        Raises `OwnedElsewhereError` and `CorruptRecordError`, and `StoreUnavailableError` after as long as callers are
+        made to wait.
         """
         claim = await self.persistently(lambda until: self._wait_for_claim(user_id, until))
         if not claim.granted:
             raise OwnedElsewhereError(
                 f"user {user_id!r:.80} is on another server ({claim.owner})", user_id=user_id, owner=claim.owner
             )
+        try:
+            check_claim(claim)
+        except CorruptRecordError:
+            self.let_go(user_id, claim.epoch)
+            raise
         return claim
 
     async def _wait_for_claim(self, user_id: int | str, until: int) -> Claim:
@@ -213,9 +222,11 @@ class Claims:
             return StoreUnavailableError(f"{gateway.name} is closed: the manager was destroyed")
         call = gateway.start(gateway.store.claim_many, list(wanted), self._life.owner)
         try:
-            claims = await call.answer()
-            answers = {claim.user_id: claim for claim in claims}
-            if answers.keys() != wanted.keys() or not all(is_sound(claim) for claim in claims):
+            answers = await call.answer()
+            if len(answers) != len(wanted) or not all(
+                isinstance(answer, StoreError) or (answer.user_id == user_id and is_sound(answer))
+                for user_id, answer in zip(wanted, answers, strict=True)
+            ):
                 raise StoreContractError(f"{gateway.name} did not answer with one claim for each user")
         except asyncio.CancelledError:
             self.doubt(wanted, call.task)
@@ -227,24 +238,27 @@ class Claims:
             unavailable = StoreUnavailableError(f"{gateway.name} could not load: {type(error).__name__}")
             unavailable.__cause__ = error
             return error if len(wanted) > 1 else unavailable
-        for user_id, future in wanted.items():
-            claim = answers[user_id]
-            if not future.done():
-                future.set_result(claim)
-            elif claim.granted:
-                self.disown(claim)  # whoever wanted it has been cancelled
+        for future, answer in zip(wanted.values(), answers, strict=True):
+            if isinstance(answer, StoreError):
+                _refuse(future, answer)  # what is wrong with one row is that user's alone
+            elif not future.done():
+                future.set_result(answer)
+            elif answer.granted:
+                self.disown(answer)  # whoever wanted it has been cancelled
         return None
 
-    def _see_late(self, task: asyncio.Task[list[Claim]]) -> None:
+    def _see_late(self, task: asyncio.Task[Answers]) -> None:
         """A claim was given up on, and has been granted after all."""
         if task.cancelled() or task.exception() is not None or self._gateway.closed:
             return
         for claim in task.result():
+            if isinstance(claim, StoreError):
+                continue
             self._doubtful.pop(claim.user_id, None)
             if claim.granted:
                 self.disown(claim)
 
-    def doubt(self, user_ids: Iterable[int | str], call: asyncio.Task[list[Claim]]) -> None:
+    def doubt(self, user_ids: Iterable[int | str], call: asyncio.Task[Answers]) -> None:
         """A claim of these users had no answer, and may be granted all the same: see that nobody is kept by nobody."""
         if not call.done():
             call.add_done_callback(self._see_late)

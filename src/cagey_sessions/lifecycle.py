@@ -46,6 +46,7 @@ from .reports import Reports, fresh
 from .sanitizer import Sanitizer
 from .spill import Spill, SpillEntry
 from .stores import Claim, Store
+from .stores.base import Answers
 from .waits import Wait, saves_inside, waiting_for, would_deadlock
 from .writebehind import StoreSaver
 
@@ -64,7 +65,7 @@ class Claimed(Releases, Protocol):
         """Let go of a claim that turned out not to be wanted."""
         ...
 
-    def doubt(self, user_ids: list[int | str], call: asyncio.Task[list[Claim]]) -> None:
+    def doubt(self, user_ids: list[int | str], call: asyncio.Task[Answers]) -> None:
         """A claim of these users had no answer, and may be granted all the same."""
         ...
 
@@ -394,7 +395,7 @@ class Lifecycle:
     def disown(self, claim: Claim) -> None:
         self.claims.disown(claim)
 
-    def doubt(self, user_ids: list[int | str], call: asyncio.Task[list[Claim]]) -> None:
+    def doubt(self, user_ids: list[int | str], call: asyncio.Task[Answers]) -> None:
         self.claims.doubt(user_ids, call)
 
     def see_loss(self) -> None:

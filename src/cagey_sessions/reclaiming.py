@@ -6,7 +6,7 @@ follows.
 from __future__ import annotations
 
 from ._core import Digest, SessionTable
-from .errors import StoreContractError, StoreUnavailableError
+from .errors import StoreContractError, StoreError, StoreUnavailableError
 from .gateway import StoreGateway
 from .settlement import Row, Settlement, StoreHost
 from .stores import MAX_NUMBER, Claim
@@ -53,7 +53,7 @@ class Reclaiming:
             return []
         call = self._gateway.start(self._gateway.store.claim_many, [row.user_id for row in rows], self._owner)
         try:
-            answers = {claim.user_id: claim for claim in await call.answer() if is_sound(claim)}
+            answers = dict(zip([row.user_id for row in rows], await call.answer(), strict=False))
         except BaseException as error:
             self._host.doubt([row.user_id for row in rows], call.task)
             if not isinstance(error, Exception):
@@ -64,7 +64,9 @@ class Reclaiming:
         for row in rows:
             assert row.record is not None
             claim = answers.get(row.user_id)
-            if claim is None:
+            if isinstance(claim, StoreError):
+                settlement.fail(row, claim)
+            elif claim is None or claim.user_id != row.user_id or not is_sound(claim):
                 settlement.fail(row, StoreContractError("a claim was not answered"))
             elif not claim.granted and self._has_lost_ours(row, claim):
                 settlement.fail(row, StoreUnavailableError(f"{claim.owner} has not let go of this user again"))

@@ -23,7 +23,7 @@ from .flights import Flight
 from .gateway import StoreGateway
 from .records import Receipt
 from .stores import Claim, Outcome, Record
-from .stores.base import verdicts_of
+from .stores.base import Answers, verdicts_of
 
 __all__ = ["Row", "Settlement", "StoreHost"]
 
@@ -54,7 +54,7 @@ class StoreHost(SaveHost, Protocol):
         """Let go of a claim that turned out not to be wanted."""
         ...
 
-    def doubt(self, user_ids: list[int | str], call: asyncio.Task[list[Claim]]) -> None:
+    def doubt(self, user_ids: list[int | str], call: asyncio.Task[Answers]) -> None:
         """A claim of these users had no answer, and may be granted all the same."""
         ...
 
