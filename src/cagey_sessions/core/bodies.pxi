@@ -132,10 +132,10 @@ cdef Loss loss_in(bytes body, value, Py_ssize_t* where) except *:
     return NOTHING_LOST if members == members_in(<PyObject*> value) else MEMBER_TWICE
 
 
-def decode_plain(bytes body not None, what="user_data"):
+def decode_plain(bytes body not None, prefix="user_data: "):
     """The value of a body: JSON in UTF-8.
 
-    Raises `EncodingError`, which begins with `what` and holds nothing of the body, for what is not JSON, and for what a
+    Raises `EncodingError`, which begins with `prefix` and holds nothing of the body, for what is not JSON, and for what a
     value cannot hold as it is there: an int that does not fit into 64 bits, a number of more digits than a float has,
     an object with two members of one name. O(size).
     """
@@ -147,7 +147,7 @@ def decode_plain(bytes body not None, what="user_data"):
     except JSONDecodeError as error:
         reason = f"not JSON in UTF-8, at character {error.pos}"
     if reason:
-        raise EncodingError(f"{what}: {reason}")  # out here: the error of the parser holds the whole body
+        raise EncodingError(f"{prefix}{reason}")  # out here: the error of the parser holds the whole body
     try:
         again = call_one(orjson_dumps, value)
     except TypeError:  # it reads deeper than it writes
@@ -163,4 +163,4 @@ def decode_plain(bytes body not None, what="user_data"):
         reason = "an object has two members of one name"
     else:
         return value
-    raise EncodingError(f"{what}: {reason}")
+    raise EncodingError(f"{prefix}{reason}")

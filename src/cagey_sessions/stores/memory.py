@@ -16,7 +16,7 @@ class Row:
 
     __slots__ = ("claimant", "epoch", "erased", "record", "released")
 
-    def __init__(self, epoch: int = 1) -> None:
+    def __init__(self, epoch: int = 0) -> None:
         self.epoch: int = epoch
         self.claimant: str = ""
         self.released: bool = True

@@ -159,7 +159,7 @@ class SimulatedStore(MemoryStore):
             elif self.fenced:
                 (verdict,) = await super().save_many([record])
             else:
-                self.backing.rows.setdefault(record.user_id, Row()).record = record
+                self.backing.rows.setdefault(record.user_id, Row(record.epoch)).record = record
                 verdict = Verdict(Outcome.SAVED)
             database.log.append(Applied(database.universe.seconds, record, verdict))
             verdicts.append(verdict)
