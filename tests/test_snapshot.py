@@ -287,7 +287,7 @@ def test_of_a_thousand_entries_one_is_cut_short_and_one_has_a_wrong_type(tmp_pat
     ]
     assert [bad.reason for bad in found.damaged] == [
         "the checksum is that of other bytes",
-        "version is not a whole number",
+        "version is not a whole number from 0 to 2**53 - 1",
     ]
     assert found.expected == 1000 and not found.complete
 

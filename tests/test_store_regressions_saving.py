@@ -65,7 +65,7 @@ class UnfencedStore(ScriptedStore):
     fenced = shared = False
 
     def _save(self, record: Any) -> Outcome:
-        row = self.backing.rows.setdefault(record.user_id, Row())
+        row = self.backing.rows.setdefault(record.user_id, Row(record.epoch))
         row.record, row.erased = record, False
         return Outcome.SAVED
 

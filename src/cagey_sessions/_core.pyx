@@ -7,6 +7,7 @@ they move. What must not: asyncio, I/O, a clock. The core is handed ``now`` in w
 The rooms, in the order they are included:
 
 ``core/values.pxi``    which values are plain data, and their bytes
+``core/bodies.pxi``    bytes back to a value, without a loss
 ``core/digest.pxi``    a number that stands for some bytes
 ``core/wheel.pxi``     a hierarchical timing wheel over slot numbers
 ``core/saves.pxi``     the states of a save, as one table
@@ -36,7 +37,7 @@ from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.math cimport isfinite
-from libc.string cimport memset
+from libc.string cimport memcmp, memset
 
 import os
 
@@ -137,6 +138,7 @@ cdef struct Row:
 
 
 include "core/values.pxi"
+include "core/bodies.pxi"
 include "core/digest.pxi"
 include "core/wheel.pxi"
 include "core/saves.pxi"

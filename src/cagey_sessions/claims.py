@@ -19,6 +19,7 @@ from ._core import SessionCore
 from .clock import Clock
 from .errors import (
     CageySessionsError,
+    CorruptRecordError,
     OwnedElsewhereError,
     StoreError,
     StoreUnavailableError,
@@ -30,6 +31,7 @@ from .options import SECOND
 from .reclaiming import claims_of
 from .stores import Claim, Record
 from .stores.base import Answers
+from .stores.rows import check_claim
 from .waits import Frame, Kind, Wait, listening, waiting_for, would_deadlock
 
 __all__ = ["CLAIMS_IN_A_CALL", "CLAIM_CALLS", "Claims"]
@@ -175,13 +177,19 @@ class Claims:
     async def claim(self, user_id: int | str) -> Claim:
         """Claim one user, in one call of the store with whoever asks at the same time.
 
-        Raises `OwnedElsewhereError`, and `StoreUnavailableError` after as long as callers are made to wait.
+        Raises `OwnedElsewhereError` and `CorruptRecordError`, and `StoreUnavailableError` after as long as callers are
+        made to wait.
         """
         claim = await self.persistently(lambda until: self._wait_for_claim(user_id, until))
         if not claim.granted:
             raise OwnedElsewhereError(
                 f"user {user_id!r:.80} is on another server ({claim.owner})", user_id=user_id, owner=claim.owner
             )
+        try:
+            check_claim(claim)
+        except CorruptRecordError:
+            self.let_go(user_id, claim.epoch)
+            raise
         return claim
 
     async def _wait_for_claim(self, user_id: int | str, until: int) -> Claim:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,14 @@ import orjson
 
 from . import tools
 from ._version import __version__
-from .errors import CageySessionsError, DurationError, InvalidUserIdError, OptionError, OwnedElsewhereError
+from .errors import (
+    CageySessionsError,
+    CorruptRecordError,
+    DurationError,
+    InvalidUserIdError,
+    OptionError,
+    OwnedElsewhereError,
+)
 from .options import SECOND, SHORTEST_INTERVAL, duration_of, parse_duration
 from .stores.urls import engine_of
 
@@ -55,7 +62,8 @@ Exit status: 0 done, 1 something was refused, left out or not found, 2 the argum
 """
 STATS = """\
 Reads every user. Times are from the servers' clocks. "owned" counts the users whom a server has now; it is null for
-SQLite, where one process has them all.
+SQLite, where one process has them all. "damaged" counts rows that no server could load; each is named, and in no other
+figure.
 
   cagey-sessions store stats sqlite:///players.db
 """
@@ -205,13 +213,17 @@ def _add_store(commands: Commands) -> None:
 
 
 def _stats(arguments: argparse.Namespace) -> int:
-    _print_json(tools.statistics(arguments.url))
-    return 0
+    figures = tools.statistics(arguments.url, _say)
+    _print_json(figures)
+    return 1 if figures["damaged"] else 0
 
 
 def _show(arguments: argparse.Namespace) -> int:
     user_id = _user_id(arguments)
-    record, owner = tools.find(arguments.url, user_id)
+    try:
+        record, owner = tools.find(arguments.url, user_id)
+    except CorruptRecordError as error:
+        return _show_damaged({"user_id": user_id}, error)
     if record is None:
         has = f"; {owner} has them, and has not saved them yet" if owner else ""
         return _not_done(f"{user_id!r:.80} is not stored{has}")
@@ -225,10 +237,14 @@ def _show(arguments: argparse.Namespace) -> int:
     }
     try:
         _print_json({**fields, "body": record.value()})
-    except ValueError:
-        _print_json({**fields, "damaged_body": record.body.decode(errors="replace")})
-        return _not_done("the body is not JSON")
+    except CorruptRecordError as error:
+        return _show_damaged(fields, error)
     return 0
+
+
+def _show_damaged(fields: Mapping[str, object], error: CorruptRecordError) -> int:
+    _print_json({**fields, "damaged_body": error.body.decode(errors="replace")})
+    return _not_done(str(error))
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -247,8 +263,11 @@ def _import(arguments: argparse.Namespace) -> int:
 
 def _erase(arguments: argparse.Namespace) -> int:
     user_id = _user_id(arguments)
-    if tools.find(arguments.url, user_id).record is None:
-        return _not_done(f"{user_id!r:.80} is not stored; nothing was erased")
+    try:
+        if tools.find(arguments.url, user_id).record is None:
+            return _not_done(f"{user_id!r:.80} is not stored; nothing was erased")
+    except CorruptRecordError as error:
+        _say(f"cagey-sessions: {error}")
     if not arguments.yes:
         if not sys.stdin.isatty():
             return _refuse("stdin is not a terminal to ask at; add --yes")

@@ -4,7 +4,7 @@
 What is stored is what comes back, of the same types, or the step is refused with the path of the offending value:
 
     value --encode=--> JSON value --exact check, orjson--> body        `Encoding.dump`
-    value <--decode=-- JSON value <----------------orjson-- body       `Encoding.load`
+    value <--decode=-- JSON value <--exact check, orjson--- body       `Encoding.load`
 
 A codec (`codecs.py`) is the pair of functions in the outer column; so are any two of a program's own.
 """
@@ -16,9 +16,7 @@ import types
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import orjson
-
-from ._core import encode_plain
+from ._core import decode_plain, encode_plain
 from .errors import CorruptRecordError, EncodingError, NewerSchemaError, OptionError
 from .user_code import END_OF_PROCESS
 
@@ -110,7 +108,8 @@ class Encoding:
         """The value of a record's body.
 
         Raises `NewerSchemaError` if a newer version of the program wrote it, and `CorruptRecordError`, which has the
-        body, if it is not JSON, if `decode` raises, or if the value is None. O(size).
+        body, if it is not JSON, if a value cannot hold what it says (see `decode_plain`), if `decode` raises, or if the
+        value is None. O(size).
         """
         if record.schema > self.schema:
             raise NewerSchemaError(
@@ -136,10 +135,7 @@ class Encoding:
         return self._read(self.dump(value), self.schema)
 
     def _read(self, body: bytes, schema: int) -> Any:
-        try:
-            value = orjson.loads(body)
-        except orjson.JSONDecodeError as error:  # not chained: it carries the body
-            raise EncodingError(f"user_data: not JSON in UTF-8, at character {error.pos}") from None
+        value = decode_plain(body)
         if self._decode is None:
             _refuse_none(value, "null stands for no data")
             return value

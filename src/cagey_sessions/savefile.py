@@ -28,13 +28,14 @@ from zlib import crc32
 
 import orjson
 
-from ._core import check_user_id
-from .errors import InvalidUserIdError, SnapshotError
+from ._core import check_user_id, decode_plain
+from .errors import EncodingError, InvalidUserIdError, SnapshotError
 from .records import DamagedEntry, Snapshot, SnapshotEntry
 
 __all__ = [
     "CHUNK",
     "DISK",
+    "MOST",
     "Files",
     "NewFile",
     "entry_line",
@@ -51,6 +52,8 @@ T = TypeVar("T")
 
 FORMAT = "cagey_sessions"
 VERSION = 1
+MOST = 2**53
+"""Epochs, versions and schemas stay below it, as in every store."""
 CHUNK = 1024 * 1024
 """How much is written at a time."""
 _BODY = b',"body":'  # no JSON string can hold this: the quote would have a backslash before it
@@ -208,8 +211,8 @@ def read_entry(fields: dict[str, Any], body: bytes) -> SnapshotEntry:
     if not (key is None or isinstance(key, str)) or not isinstance(owner, str):
         raise ValueError("key or owner is not a str")
     for name in ("epoch", "version", "schema"):
-        if type(fields[name]) is not int or fields[name] < 0:
-            raise ValueError(f"{name} is not a whole number")
+        if type(fields[name]) is not int or not 0 <= fields[name] < MOST:
+            raise ValueError(f"{name} is not a whole number from 0 to 2**53 - 1")
     return SnapshotEntry(fields["user_id"], key, fields["epoch"], owner, fields["version"], fields["schema"], body)
 
 
@@ -290,7 +293,7 @@ class _Reader:
         if not isinstance(kind, str) or type(fields.get("end", 0)) is not int:
             raise _Damaged("neither the first nor the last line of a snapshot")
         if "end" not in fields and not (
-            isinstance(fields.get("owner"), str) and isinstance(fields.get("taken_at"), (int, float))
+            isinstance(fields.get("owner"), str) and type(fields.get("taken_at")) in (int, float)
         ):
             raise _Damaged("the first line says neither when nor by whom it was written")
         if self._kind is not None and kind != self._kind:
@@ -303,10 +306,7 @@ class _Reader:
             raise _Damaged("no entry")
         body = body[:-1]
         fields = _object(head + b"}")
-        try:
-            orjson.loads(body)
-        except orjson.JSONDecodeError:
-            raise _Damaged("the body is not JSON") from None
+        _parsed(body, "the body: ")
         try:
             return self._parse(fields, body)
         except InvalidUserIdError:
@@ -324,11 +324,15 @@ def _checked(raw: bytes) -> bytes:
     return content
 
 
-def _object(content: bytes) -> dict[str, Any]:
+def _parsed(content: bytes, prefix: str = "") -> Any:
     try:
-        fields = orjson.loads(content)
-    except orjson.JSONDecodeError:
-        raise _Damaged("not JSON") from None
+        return decode_plain(content, prefix)
+    except EncodingError as error:
+        raise _Damaged(str(error)) from None
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    fields: dict[str, Any] = _parsed(content)
     if not isinstance(fields, dict):
         raise _Damaged("not a JSON object")
     return fields

@@ -10,6 +10,7 @@ of digests differ from process to process and a file may have entries of several
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -277,9 +278,9 @@ def _record(
 def _parse(fields: dict[str, Any], body: bytes) -> SpillEntry:
     entry = savefile.read_entry(fields, body)
     fixed_at, digest_key = fields["fixed_at"], bytes.fromhex(fields["digest_key"])
-    if not isinstance(fixed_at, (int, float)) or len(digest_key) != 16:
+    if type(fixed_at) not in (int, float) or len(digest_key) != 16:
         raise ValueError("fixed_at or digest_key is wrong")
-    known = frozenset((int(version), int(digest, 16)) for version, digest in fields["known"])
+    known = frozenset(_known(*each) for each in fields["known"])
     return SpillEntry(
         entry.user_id,
         entry.key,
@@ -292,3 +293,12 @@ def _parse(fields: dict[str, Any], body: bytes) -> SpillEntry:
         digest_key,
         known,
     )
+
+
+def _known(version: Any, digest: Any) -> tuple[int, int]:
+    if type(version) is not int or not 0 < version < savefile.MOST or not _DIGEST.fullmatch(digest):
+        raise ValueError("known is wrong")
+    return version, int(digest, 16)
+
+
+_DIGEST = re.compile("[0-9a-f]{16}")

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from ._core import check_user_id
+from ._core import check_user_id, decode_plain
 from .encoding import LAST_SCHEMA, Encoding
-from .errors import InvalidUserIdError, OptionError, OwnedElsewhereError, SnapshotError
+from .errors import InvalidUserIdError, OptionError, OwnedElsewhereError, SnapshotError, StoreError
 from .options import suggest
 from .savefile import CHUNK, NewFile
 from .stores import MAX_NUMBER, Claim, Outcome, Record, Store, open_store
@@ -41,6 +41,8 @@ FIELDS = ("user_id", "version", "schema", "saved_at", "body")
 SHOW_AFTER = 0.5
 """Seconds of work from which on it is worth a bar."""
 SHOW_EVERY = 0.1
+LAST_VERSION = MAX_NUMBER // 2
+"""Of what is imported: there has to be room for more versions than anybody saves."""
 ENCODING = Encoding(max_bytes=sys.maxsize)
 """So that what is brought in is what a server can load; how large it may be is each program's own."""
 
@@ -70,19 +72,23 @@ async def _opened(store: Store) -> AsyncIterator[Store]:
 # Looking
 
 
-def statistics(url: str) -> dict[str, Any]:
-    """Figures of a whole store; reads every body."""
-    return asyncio.run(_statistics(_store(url, READ)))
+def statistics(url: str, say: Say) -> dict[str, Any]:
+    """Figures of a whole store; reads every body. `say` is told of each row that is damaged, and in none of them."""
+    return asyncio.run(_statistics(_store(url, READ), say))
 
 
-async def _statistics(store: Store) -> dict[str, Any]:
-    users = size = owned = largest = 0
+async def _statistics(store: Store, say: Say) -> dict[str, Any]:
+    users = damaged = size = owned = largest = 0
     largest_user: int | str | None = None
     oldest, newest = math.inf, -math.inf
     schemas: Counter[int] = Counter()
     async with _opened(store):
         with _progress("users read") as tell:
             async for record in store.scan():
+                if isinstance(record, StoreError):
+                    damaged += 1
+                    say(f"passed over: {record}")
+                    continue
                 users += 1
                 size += len(record.body)
                 owned += bool(record.owner)
@@ -95,6 +101,7 @@ async def _statistics(store: Store) -> dict[str, Any]:
             "store": store.name,
             "loss_class": store.loss_class,
             "users": users,
+            "damaged": damaged,
             # one process has the whole of a store that is not shared, and its users are not released one by one
             "owned": owned if store.shared else None,
             "released": users - owned if store.shared else None,
@@ -126,7 +133,7 @@ class Found(NamedTuple):
 
 
 def find(url: str, user_id: int | str) -> Found:
-    """One user, and who has them."""
+    """One user, and who has them. Raises `CorruptRecordError` for a damaged row."""
 
     async def look(store: Store) -> Found:
         async with _opened(store):
@@ -164,8 +171,8 @@ _IF_DEAD = "if that server is gone, ask again in some seconds: it is given the t
 def export_users(url: str, path: Path | None, say: Say, *, replace: bool = False) -> tuple[int, int]:
     """Write all users as lines of JSON, to a file or to stdout: how many were written, and how many left out.
 
-    Left out is who has a body that is not JSON; `say` is told of each. The file is put in its place as a whole, at the
-    end; one that is there is an `OptionError`, unless `replace`.
+    Left out is whose row is damaged, and whose body could not be loaded as it is; `say` is told of each. The file is
+    put in its place as a whole, at the end; one that is there is an `OptionError`, unless `replace`.
     """
     if path is None:
         return asyncio.run(_export(_store(url, READ), sys.stdout.buffer.write, say, sys.stdout.isatty()))
@@ -189,10 +196,12 @@ async def _export(store: Store, write: Callable[[bytes], object], say: Say, hidd
         with _progress("users exported", hidden=hidden) as tell:
             async for record in store.scan():
                 try:
+                    if isinstance(record, StoreError):
+                        raise record
                     lines.append(_line(record))
-                except orjson.JSONDecodeError:
+                except StoreError as error:
                     damaged += 1
-                    say(f"left out: the body of user {record.user_id!r:.80} is not JSON; look at it with show")
+                    say(f"left out: {error}")
                     continue
                 written += 1
                 size += len(lines[-1])
@@ -205,7 +214,7 @@ async def _export(store: Store, write: Callable[[bytes], object], say: Say, hidd
 
 
 def _line(record: Record) -> bytes:
-    orjson.loads(record.body)
+    record.value()  # raises for a body that no server could load, nor an import take
     # a body changed by hand may have line ends, which JSON has between tokens only
     body = orjson.Fragment(record.body.replace(b"\n", b" ").replace(b"\r", b" "))
     values = (record.user_id, record.version, record.schema, record.saved_at, body)
@@ -281,10 +290,7 @@ def _users(lines: Iterable[bytes]) -> Iterator[_User]:
 
 
 def _user(line: bytes) -> _User:
-    try:
-        fields = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    fields = decode_plain(line, "")
     if not isinstance(fields, dict):
         raise ValueError("not a JSON object")
     for name in fields:
@@ -295,8 +301,8 @@ def _user(line: bytes) -> _User:
             raise ValueError(f"there is no {name}")
     check_user_id(fields["user_id"])
     version, schema, saved_at = fields.get("version", 1), fields.get("schema", 0), fields.get("saved_at", time.time())
-    if type(version) is not int or not 0 < version < MAX_NUMBER:
-        raise ValueError("version is not a whole number from 1")
+    if type(version) is not int or not 0 < version <= LAST_VERSION:
+        raise ValueError(f"version is not a whole number from 1 to {LAST_VERSION}")
     if type(schema) is not int or not 0 <= schema <= LAST_SCHEMA:
         raise ValueError(f"schema is not a whole number from 0 to {LAST_SCHEMA}")
     if type(saved_at) not in (int, float):
@@ -344,7 +350,10 @@ class _Importer:
         records: list[Record] = []
         unused: list[Claim] = []
         for user, claim in zip(users, claims, strict=True):
-            if not claim.granted:
+            if isinstance(claim, StoreError):
+                self.refused += 1
+                self._say(f"refused: {claim}; --replace does not write over it, erase does away with it")
+            elif not claim.granted:
                 self._refuse(user.user_id, f"is on another server ({claim.owner}) now; {_IF_DEAD}")
             elif claim.record is not None and not self._replace:
                 self._refuse(user.user_id, "is there already; --replace writes over them")

@@ -119,6 +119,12 @@ for why, value in {
     "inside itself": ITSELF,
 }.items():
     refused(f"encode_plain: {why}", lambda world, value=value: core.encode_plain(value))  # type: ignore[misc]
+operation("decode_plain")(lambda world: core.decode_plain(world.body))
+operation("decode_plain: of another writer")(
+    lambda world: core.decode_plain(b'{"a": [1, 0.1000000000000000055511, {}]}')
+)
+for text in (b"[", b"[18446744073709551616]", b"[0.12345678901234567]", b'{"a":1,"a":2}'):
+    refused(f"decode_plain: {text.decode()}", lambda world, text=text: core.decode_plain(text))  # type: ignore[misc]
 refused("encode_plain: too large", lambda world: core.encode_plain(world.data, 10))
 refused("encode_plain: too large when written", lambda world: core.encode_plain({"a": "\x01" * 50}, 100))
 

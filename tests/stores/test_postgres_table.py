@@ -367,7 +367,7 @@ async def test_a_save_that_waits_for_a_change_of_another_column_keeps_that(schem
 async def test_a_claim_that_waits_for_a_release_loads_what_was_saved_by_it(schema):
     async with opened(await players(schema)) as store:
         await claim(store, 7)
-        last = f"UPDATE players SET gold = 77; UPDATE {SIDE} SET released = true, version = 5"
+        last = f"UPDATE players SET gold = 77; UPDATE {SIDE} SET released = true, version = 5, saved_at = 1.5"
         taken = await while_locked(schema, last, claim(store, 7, "b"))
         assert taken.granted
         assert (taken.record.version, taken.record.value()["gold"]) == (5, 77)

@@ -10,12 +10,13 @@ import redis
 from hypothesis.stateful import rule
 
 from cagey_sessions import (
+    CorruptRecordError,
     OptionError,
     StoreError,
     StoreLayoutError,
     StoreUnavailableError,
 )
-from cagey_sessions.stores import Outcome, RedisStore
+from cagey_sessions.stores import Claim, Outcome, Record, RedisStore
 from cagey_sessions.testing.conformance.base import ERASED, FENCED, SAVED
 from cagey_sessions.testing.conformance.histories import OWNERS
 from cagey_sessions.testing.store_conformance import (
@@ -221,16 +222,30 @@ async def test_something_else_under_the_key_of_a_user_makes_no_other_fail(engine
     async with opened(RedisStore(URL, prefix=prefix)) as store:
         epochs = {each.user_id: each.epoch for each in await store.claim_many([1, 2, 3], "a")}
         engine.set(f"{prefix}user:2", "mine")
-        with pytest.raises(StoreError, match="WRONGTYPE"):
-            await everything(store)
-        assert (await store.load(1)) is None, "no reply is left for whoever comes next"
+        answers = await store.claim_many([1, 2, 3], "a")
+        assert [type(each) for each in answers] == [Claim, CorruptRecordError, Claim]
+        epochs |= {each.user_id: each.epoch for each in answers if isinstance(each, Claim)}
+        for look in (store.load, store.holder):
+            with pytest.raises(CorruptRecordError, match="something else than a hash"):
+                await look(2)
+        assert await store.load(1) is None, "no reply is left for whoever comes next"
         verdicts = await store.save_many([record(user, epoch=epoch) for user, epoch in epochs.items()])
         assert [verdict.outcome for verdict in verdicts] == [SAVED, Outcome.FAILED, SAVED]
+        assert not await store.release(2, epochs[2], "a")
         assert engine.get(f"{prefix}user:2") == b"mine"
-        engine.delete(f"{prefix}user:2")
-        engine.hset(f"{prefix}user:mine", mapping={"body": "mine"})
-        with pytest.raises(StoreError, match="none of ours"):
-            await everything(store)
+
+
+async def test_keys_among_the_users_that_are_of_nobody_are_told_and_passed_over(engine, prefix):
+    async with opened(RedisStore(URL, prefix=prefix)) as store:
+        assert await save(store, record(7, epoch=(await claim(store, 7)).epoch)) == [SAVED]
+        odd = [b"mine", b'"ann', b'"', b"7.0", b"07", b"+7", b"7_0", b" 7", b'"\xff"', b"9" * 30, b'""', b""]
+        for key in odd:
+            engine.hset(f"{prefix}user:".encode() + key, mapping={"body": "mine"})
+        found = [each async for each in store.scan()]
+        assert [each.user_id for each in found if isinstance(each, Record)] == [7]
+        errors = [each for each in found if isinstance(each, StoreError)]
+        assert len(errors) == len(odd)
+        assert all("none of ours" in str(each) for each in errors)
 
 
 async def test_records_of_several_owners_are_each_written_as_theirs(prefix):

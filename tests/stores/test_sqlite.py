@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cagey_sessions import OptionError, StoreUnavailableError, WrongLoopError
-from cagey_sessions.stores import SQLiteStore, sqlite, sqlite_rows
+from cagey_sessions.stores import SQLiteStore, sqlite_rows
 from cagey_sessions.testing.conformance.base import ALREADY, ERASED, FENCED, INVALID, MISSING, SAVED, every_call
 from cagey_sessions.testing.store_conformance import (
     StoreConformance,
@@ -280,7 +280,7 @@ async def test_abort_ends_a_statement_that_does_not_end(store, writer, monkeypat
         writer.at["SELECT 1, " if reads else "INSERT"] = running.set
         with monkeypatch.context() as patch:
             if reads:
-                patch.setattr(sqlite, "LOAD", f"SELECT 1, ?, {ENDLESS}")
+                patch.setattr(sqlite_rows, "LOAD", f"SELECT 1, ?, ?, {ENDLESS}")
                 call = asyncio.ensure_future(store.load(1))
             else:
                 patch.setattr(sqlite_rows, "SAVE", f"{sqlite_rows.SAVE} WHERE {ENDLESS} > 0")

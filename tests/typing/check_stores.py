@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, assert_type
 
-from cagey_sessions import Clock, SessionManager, Snapshot, read_snapshot
+from cagey_sessions import Clock, SessionManager, Snapshot, StoreError, read_snapshot
 from cagey_sessions.stores import (
     CallbackStore,
     Claim,
@@ -50,7 +50,7 @@ CallbackStore(load, save_wrongly)  # type: ignore[arg-type]  # pyright: ignore[r
 
 async def contract(store: Store, table: PostgresTable) -> None:
     of_its_own: Store = table
-    claims: Sequence[Claim] = await store.claim_many(["bob"], "me")
+    claims: Sequence[Claim | StoreError] = await store.claim_many(["bob"], "me")
     verdicts: Sequence[Verdict] = await store.save_many([])
     record: Record | None = await store.load("bob")
     assert_type(await store.erase("bob"), bool)

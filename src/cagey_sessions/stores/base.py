@@ -12,6 +12,9 @@ The words *new*, *released*, *owned* and *erased* below are the four states of a
     released   body and version, no owner                              everybody
     owned      the owner; body and version unless never saved          the same owner; anybody, if the owner is dead
     erased     a tombstone with the epoch; no body                     everybody; it is new again
+
+A row that is in none of them is *damaged*: fields are missing, of another type or out of bounds. It is of nobody and is
+not new, so whoever asks for its user is told (`CorruptRecordError`) and it stays as it is, until it is erased.
 """
 
 from __future__ import annotations
@@ -22,9 +25,8 @@ from collections.abc import AsyncIterator, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeAlias
 
-import orjson
-
-from ..errors import StoreContractError, StoreError
+from .._core import decode_plain
+from ..errors import CorruptRecordError, EncodingError, StoreContractError, StoreError
 
 __all__ = [
     "MAX_NUMBER",
@@ -67,8 +69,19 @@ class Record(NamedTuple):
     """This is the last save: the user is released by the same write."""
 
     def value(self) -> Any:
-        """The data as plain Python values: `body`, parsed. O(size)."""
-        return orjson.loads(self.body)
+        """The data as plain Python values: `body`, parsed.
+
+        Raises `CorruptRecordError` if it is not JSON, or if a value cannot hold what it says. O(size).
+        """
+        try:
+            return decode_plain(self.body)
+        except EncodingError as error:
+            reason = str(error)
+        raise CorruptRecordError(
+            f"the record of user {self.user_id!r:.80} cannot be read, and is left as it is: {reason}",
+            user_id=self.user_id,
+            body=self.body,
+        )
 
 
 class Outcome(StrEnum):
@@ -183,6 +196,10 @@ class Store(ABC):
         store's own rule; the epoch is then raised by one. Refused otherwise, and nothing changes. A new row gets an
         epoch above any that was ever given for that user, also by an engine that has lost rows since: its clock in
         microseconds is one.
+
+        What is wrong with one row is that user's alone: in the place of the claim stands a `StoreError`, which is
+        raised to whoever wants that user, and the row is not changed. For a damaged row, or one without a next epoch or
+        version below `MAX_NUMBER`, that is a `CorruptRecordError`.
         """
 
     @abstractmethod
@@ -195,36 +212,49 @@ class Store(ABC):
         released since or not, for the version that is there and for a lower one, which has come late and changes
         nothing, a release included. A later version for a row that has been released is ``fenced``. Of several records
         of one user the latest, by epoch and version, is written, and all of them get its verdict. A record that can
-        never be written makes no other fail.
+        never be written makes no other fail. Nothing is written to a row of which epoch, owner, version or flags are
+        damaged: ``failed``.
         """
 
     @abstractmethod
     async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
-        """Let go of a user without a save, if it is still owned by `owner` under `epoch`: whether it was."""
+        """Let go of a user without a save, if it is still owned by `owner` under `epoch`: whether it was.
+
+        A row is removed by that only if it was never saved.
+        """
 
     @abstractmethod
     async def erase(self, user_id: int | str, owner: str = "") -> bool:
         """Put a tombstone in the place of a user, with the epoch raised by one: whether there was anything to erase.
 
-        Raises `OwnedElsewhereError` while a live owner other than `owner` has the user.
+        A damaged row is erased, too, which is how one gets rid of it; where its epoch cannot be told the tombstone gets
+        that of a new row. Raises `OwnedElsewhereError` while a live owner other than `owner` has the user.
         """
 
     @abstractmethod
     async def load(self, user_id: int | str) -> Record | None:
-        """The record as stored, whoever owns it; None for a user who is new or erased. Claims nothing."""
+        """The record as stored, whoever owns it; None for a user who is new or erased. Claims nothing.
+
+        Raises `CorruptRecordError` for a damaged row.
+        """
 
     async def holder(self, user_id: int | str) -> tuple[str, int]:
         """Who has a user, empty if nobody, and the epoch of the row; ("", 0) where there is none. Claims nothing.
 
         As it is here it sees the rows that `load` sees. A shared store answers for those without a body, too: else a
-        user who was never saved stays with a process whose claim came in late, until that process ends.
+        user who was never saved stays with a process whose claim came in late, until that process ends. Raises
+        `CorruptRecordError` where a damaged row does not say it.
         """
         record = await self.load(user_id)
         return ("", 0) if record is None else (record.owner, record.epoch)
 
     @abstractmethod
-    def scan(self) -> AsyncIterator[Record]:
-        """All records with a body, in no order; for tools. Saves go on meanwhile."""
+    def scan(self) -> AsyncIterator[Record | StoreError]:
+        """All records with a body, in no order; for tools. Saves go on meanwhile.
+
+        In the place of a damaged row stands its error, and the scan goes on: a `CorruptRecordError`, or for a row that
+        is of no user a `StoreError`.
+        """
 
     def abort(self, call: asyncio.Task[Any]) -> None:
         """End a call that has not returned at its deadline, by closing the connection under it.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 
-from ..errors import OwnedElsewhereError, StoreContractError, StoreUnavailableError
-from .base import Claim, Outcome, Record, Store, Verdict, latest_of
+from ..errors import CorruptRecordError, OwnedElsewhereError, StoreContractError, StoreError, StoreUnavailableError
+from .base import Answers, Claim, Outcome, Record, Store, Verdict, latest_of
+from .rows import StoredRow, verdict_of_damage
 
 __all__ = ["MemoryBacking", "MemoryStore", "Row"]
 
@@ -26,8 +27,10 @@ class Row:
     def owner(self) -> str:
         return "" if self.released else self.claimant
 
-    def as_stored(self) -> Record | None:
-        return None if self.record is None else self.record._replace(epoch=self.epoch, owner=self.owner)
+    def as_stored(self) -> StoredRow:
+        """All of it; what is in the record was given to us, and may be anything."""
+        version, schema, body, saved_at = (0, 0, None, None) if self.record is None else self.record[3:7]
+        return StoredRow(self.epoch, self.claimant, self.released, version, schema, body, saved_at, self.erased)
 
 
 class MemoryBacking:
@@ -65,27 +68,34 @@ class MemoryStore(Store):
         """Declare an owner dead: what it has may be claimed by others, and its late writes are fenced off by that."""
         self.backing.dead.add(owner)
 
-    async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> list[Claim]:
+    async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> Answers:
         self._require_open()
         return [self._claim(user_id, owner) for user_id in user_ids]
 
-    def _claim(self, user_id: int | str, owner: str) -> Claim:
+    def _claim(self, user_id: int | str, owner: str) -> Claim | StoreError:
         row = self.backing.rows.get(user_id)
         if row is None:
             row = self.backing.rows[user_id] = Row(self.backing.highest_lost)
+        elif refusal := row.as_stored().claim_refusal(user_id):
+            return refusal
         if row.owner and row.owner != owner and row.owner not in self.backing.dead:
             return Claim(user_id, row.epoch, None, row.owner)
         row.epoch += 1
         row.claimant = owner
         row.released = False
         row.erased = False
-        return Claim(user_id, row.epoch, row.as_stored())
+        return Claim(user_id, row.epoch, row.as_stored().record(user_id))
 
     async def save_many(self, records: Sequence[Record]) -> list[Verdict]:
         self._require_open()
         latest = latest_of(records)
-        outcomes = {user_id: Verdict(self._save(record)) for user_id, record in latest.items()}
-        return [outcomes[record.user_id] for record in records]
+        verdicts = {user_id: self._verdict(record) for user_id, record in latest.items()}
+        return [verdicts[record.user_id] for record in records]
+
+    def _verdict(self, record: Record) -> Verdict:
+        row = self.backing.rows.get(record.user_id)
+        fault = "" if row is None else row.as_stored().fence_fault()
+        return verdict_of_damage(fault) if fault else Verdict(self._save(record))
 
     def _save(self, record: Record) -> Outcome:
         row = self.backing.rows.get(record.user_id)
@@ -134,18 +144,23 @@ class MemoryStore(Store):
     async def load(self, user_id: int | str) -> Record | None:
         self._require_open()
         row = self.backing.rows.get(user_id)
-        return None if row is None else row.as_stored()
+        return None if row is None else row.as_stored().record(user_id)
 
     async def holder(self, user_id: int | str) -> tuple[str, int]:
         self._require_open()
         row = self.backing.rows.get(user_id)
         return ("", 0) if row is None else (row.owner, row.epoch)
 
-    async def scan(self) -> AsyncIterator[Record]:
+    async def scan(self) -> AsyncIterator[Record | StoreError]:
         self._require_open()
-        for row in list(self.backing.rows.values()):
-            if (record := row.as_stored()) is not None:
-                yield record
+        for user_id, row in list(self.backing.rows.items()):
+            try:
+                record = row.as_stored().record(user_id)
+            except CorruptRecordError as error:
+                yield error
+            else:
+                if record is not None:
+                    yield record
 
     def _require_open(self) -> None:
         if not self._is_open:

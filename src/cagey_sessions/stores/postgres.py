@@ -15,10 +15,11 @@ from functools import partial
 from operator import itemgetter
 from typing import Any
 
-from ..errors import OptionError, OwnedElsewhereError, StoreLayoutError
+from ..errors import OptionError, OwnedElsewhereError, StoreError, StoreLayoutError
 from ..options import Duration
-from .base import Claim, Outcome, Record, Verdict, latest_of, text_of
+from .base import MAX_NUMBER, Answers, Claim, Outcome, Record, Verdict, latest_of, text_of
 from .postgres_engine import DOUBT, NODES, PostgresEngine, asyncpg, quoted, verdict_on
+from .rows import LAST_CLAIMED, StoredRow, key_of, user_id_of
 
 __all__ = ["PostgresStore"]
 
@@ -41,19 +42,43 @@ COMMENT ON TABLE {users} IS 'cagey-sessions, layout {layout}';
 """
 """Half of each page is left free, so that a row that is saved again stays in its page and the index is not touched."""
 
+COLUMNS = {
+    "user_id": ("text",),
+    "epoch": ("bigint",),
+    "owner": ("text",),
+    "released": ("boolean",),
+    "version": ("bigint",),
+    "schema": ("bigint",),
+    "body": ("json", "text"),
+    "saved_at": ("double precision",),
+    "erased": ("boolean",),
+}
+"""What each is of. Whether they are NOT NULL was up to whoever has made the table."""
+TYPES = """SELECT attname, format_type(atttypid, NULL) FROM pg_attribute
+    WHERE attrelid = $1::regclass AND attnum > 0 AND NOT attisdropped"""
+
+# What `StoredRow` says of a row that was read, of one that is to be changed.
+IS_FENCE_SOUND = f"""(kept.epoch BETWEEN 1 AND {MAX_NUMBER - 1} AND kept.version BETWEEN 0 AND {MAX_NUMBER - 1}
+    AND kept.released IS NOT NULL AND kept.erased IS NOT NULL AND (kept.released OR kept.owner <> '')
+    AND (kept.released OR NOT kept.erased)) IS TRUE"""
+IS_SOUND = f"""({IS_FENCE_SOUND} AND CASE WHEN kept.body IS NULL THEN kept.version = 0
+    ELSE NOT kept.erased AND kept.version > 0 AND kept.schema BETWEEN 0 AND {MAX_NUMBER - 1}
+        AND kept.saved_at > '-Infinity' AND kept.saved_at < 'Infinity' END) IS TRUE"""
+MAY_BE_CLAIMED = f"({IS_SOUND} AND kept.epoch <= {LAST_CLAIMED} AND kept.version <= {LAST_CLAIMED})"
+FIELDS = "kept.epoch, kept.owner, kept.released, kept.version, kept.schema, kept.body::text, kept.saved_at, kept.erased"
+
 # A new row begins above any epoch there ever was: at the clock, in microseconds. FOR SHARE, for a statement may have
 # waited for a row: what it sees of the leases without it is as old as its beginning.
 CLAIM = """INSERT INTO {users} AS kept
     SELECT user_id, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, $2, false, 0, 0, NULL, NULL, false
         FROM unnest($1::text[]) AS batch (user_id) ORDER BY user_id COLLATE "C"
     ON CONFLICT (user_id) DO UPDATE SET epoch = kept.epoch + 1, owner = excluded.owner, released = false, erased = false
-        WHERE kept.released OR kept.owner = excluded.owner OR EXISTS (
+        WHERE {may_be_claimed} AND (kept.released OR kept.owner = excluded.owner OR EXISTS (
             SELECT FROM {nodes} AS nodes
-            WHERE nodes.owner = kept.owner AND nodes.doubted AND nodes.alive_until < clock_timestamp() FOR SHARE)
-    RETURNING user_id, epoch, '', version, schema, body::text, saved_at"""
-HOLDER = "SELECT CASE WHEN released THEN '' ELSE owner END, epoch FROM {users} WHERE user_id = $1"
-HOLDERS = """SELECT user_id, CASE WHEN released THEN '' ELSE owner END, epoch FROM {users}
-    WHERE user_id = ANY ($1::text[])"""
+            WHERE nodes.owner = kept.owner AND nodes.doubted AND nodes.alive_until < clock_timestamp() FOR SHARE))
+    RETURNING user_id, epoch, version, schema, body::text, saved_at"""
+HOLDERS = """SELECT user_id, CASE WHEN released THEN '' ELSE owner END AS holder, epoch, {may_be_claimed} AS is_sound
+    FROM {users} AS kept WHERE user_id = ANY ($1::text[])"""
 # Arrays are what a save costs here, most of all those of numbers: what is commonly the same for all rows is none of
 # them. Who was written is told only where somebody was not.
 SAVE = """WITH saved AS (
@@ -62,7 +87,7 @@ SAVE = """WITH saved AS (
         FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::text[], $5::float8[])
             AS batch (user_id, epoch, version, body, saved_at)
         WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.owner = $6
-            AND kept.version < batch.version AND NOT kept.released AND NOT kept.erased
+            AND kept.version < batch.version AND kept.version >= 0 AND NOT kept.released AND NOT kept.erased
         RETURNING kept.user_id)
     SELECT CASE WHEN count(*) < cardinality($1) THEN coalesce(array_agg(user_id), ARRAY[]::text[]) END FROM saved"""
 LOOK = "SELECT user_id, epoch, owner, version, erased, released FROM {users} WHERE user_id = ANY ($1::text[])"
@@ -71,32 +96,27 @@ RELEASE = """UPDATE {users} SET released = true
 RELEASE_REPEATED = RELEASE + " AND version = $4"
 # not if there has been an erasure: who had the user then must not find them missing, and save them again
 DELETE_UNSAVED = """DELETE FROM {users} WHERE user_id = $1 AND epoch = $2 AND released AND body IS NULL AND NOT erased
-    AND saved_at IS NULL"""
-ERASE = """UPDATE {users} AS kept SET epoch = epoch + 1, released = true, version = 0, body = NULL,
+    AND version = 0 AND saved_at IS NULL"""
+# Of a damaged row it may not be told who has it, or after which epoch the erasure comes.
+ERASE = f"""UPDATE {{users}} AS kept SET epoch = CASE WHEN epoch BETWEEN 1 AND {LAST_CLAIMED - 1} THEN epoch + 1
+            ELSE (extract(epoch FROM clock_timestamp()) * 1000000)::bigint END,
+        owner = coalesce(owner, ''), released = true, version = 0, schema = 0, body = NULL,
         saved_at = extract(epoch FROM clock_timestamp()), erased = true
-    FROM (SELECT user_id, body IS NOT NULL AS had_data FROM {users} WHERE user_id = $1 FOR UPDATE) AS before
-    WHERE kept.user_id = before.user_id AND (released OR owner = $2 OR EXISTS (
-        SELECT FROM {nodes} AS nodes
+    FROM (SELECT user_id, body IS NOT NULL OR NOT {{is_sound}} AS had_data FROM {{users}} AS kept
+        WHERE user_id = $1 FOR UPDATE) AS before
+    WHERE kept.user_id = before.user_id AND (released OR owner = $2 OR NOT {{is_fence_sound}} OR EXISTS (
+        SELECT FROM {{nodes}} AS nodes
         WHERE nodes.owner = kept.owner AND nodes.doubted AND nodes.alive_until < clock_timestamp() FOR SHARE))
     RETURNING before.had_data"""
-LOAD = """SELECT user_id, epoch, CASE WHEN released THEN '' ELSE owner END, version, schema, body::text, saved_at
-    FROM {users} WHERE user_id = $1 AND body IS NOT NULL"""
-SCAN = """SELECT user_id, epoch, CASE WHEN released THEN '' ELSE owner END, version, schema, body::text, saved_at
-    FROM {users} WHERE user_id > $1 AND body IS NOT NULL ORDER BY user_id LIMIT $2"""
+LOAD = f"SELECT {FIELDS} FROM {{users}} AS kept WHERE user_id = $1"
+HOLDER = "SELECT epoch, owner, released, version, schema, NULL, NULL, erased FROM {users} WHERE user_id = $1"
+SCAN = f"""SELECT user_id, {FIELDS} FROM {{users}} AS kept
+    WHERE user_id > $1 AND (body IS NOT NULL OR NOT {{is_sound}}) ORDER BY user_id LIMIT $2"""
 
 
-def _key(user_id: int | str) -> str:
-    # not JSON, which escapes: what takes 1 KB has to fit into a row of the index
-    return f'"{user_id}"' if isinstance(user_id, str) else int.__repr__(user_id)
-
-
-def _user_id(key: str) -> int | str:
-    return key[1:-1] if key.startswith('"') else int(key)
-
-
-def _record(row: Any) -> Record:
-    key, epoch, owner, version, schema, body, saved_at = row
-    return Record(_user_id(key), epoch, owner, version, schema, body.encode(), saved_at)
+def _row(fields: Sequence[Any]) -> StoredRow:
+    epoch, owner, released, version, schema, body, saved_at, erased = fields
+    return StoredRow(epoch, owner, released, version, schema, body and body.encode(), saved_at, erased)
 
 
 _Row = tuple[str, str, Record]
@@ -136,6 +156,7 @@ class PostgresStore(PostgresEngine):
             raise OptionError("PostgresStore takes a DSN or a pool, not both")
         super().__init__(dsn, pool, schema, create, timeout, lease)
         self._users = self._names["users"] = f"{quoted(schema)}.cagey_sessions"
+        self._names |= {"is_sound": IS_SOUND, "is_fence_sound": IS_FENCE_SOUND, "may_be_claimed": MAY_BE_CLAIMED}
 
     def ddl(self) -> str:
         """The statements that create what `open` creates, for your own migrations."""
@@ -150,12 +171,13 @@ class PostgresStore(PostgresEngine):
         table = self._users
         await self._check_ours(connection, table, LAYOUT)
         await self._check_may_use(connection, self._names["nodes"])
-        body = await connection.fetchval(
-            "SELECT format_type(atttypid, NULL) FROM pg_attribute WHERE attrelid = $1::regclass AND attname = 'body'",
-            table,
-        )
-        if body not in ("json", "text"):
-            raise StoreLayoutError(f"{table} is not of the shape it was made with: body is {body}; it is left as it is")
+        types = dict(await connection.fetch(TYPES, table))
+        for name, known in COLUMNS.items():
+            if types.get(name) not in known:
+                raise StoreLayoutError(
+                    f"{table} is not of the shape it was made with: {name} is {types.get(name, 'not there')}; it is "
+                    "left as it is"
+                )
         try:
             await connection.fetch(self._sql(SCAN), "", 0)
             await connection.fetch(self._sql(CLAIM), [], "")
@@ -168,29 +190,39 @@ class PostgresStore(PostgresEngine):
 
     # The contract
 
-    async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> list[Claim]:
+    async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> Answers:
         if not user_ids:
             return []
         await self._leases.hold(owner)
-        claims: dict[str, Claim] = {}
-        left = {_key(user_id): user_id for user_id in user_ids}
+        answers: dict[str, Claim | StoreError] = {}
+        left = {key_of(user_id): user_id for user_id in user_ids}
 
         async def claim(connection: Any) -> None:
             for row in await connection.fetch(self._sql(CLAIM), list(left), owner):
-                record = None if row["body"] is None else _record(row)._replace(owner=owner)
-                claims[row["user_id"]] = Claim(left.pop(row["user_id"]), row["epoch"], record)
+                key, epoch, version, schema, body, saved_at = row
+                user_id = left.pop(key)
+                record = (
+                    None if body is None else Record(user_id, epoch, owner, version, schema, body.encode(), saved_at)
+                )
+                answers[key] = Claim(user_id, epoch, record)
             if not left:
                 return
             holders = set()
-            for key, holder, epoch in await connection.fetch(self._sql(HOLDERS), list(left)):
-                if holder not in ("", owner):  # else it has been released meanwhile
-                    claims[key] = Claim(left.pop(key), epoch, None, holder)
+            for key, holder, epoch, is_sound in await connection.fetch(self._sql(HOLDERS), list(left)):
+                if not is_sound:
+                    fields = await connection.fetchrow(self._sql(LOAD), key)
+                    refusal = None if fields is None else _row(fields).claim_refusal(left[key])
+                    if refusal is not None:  # else it has been mended meanwhile
+                        del left[key]
+                        answers[key] = refusal
+                elif holder not in ("", owner):  # else it has been released meanwhile
+                    answers[key] = Claim(left.pop(key), epoch, None, holder)
                     holders.add(holder)
             await self._doubt(connection, holders)
 
         while left:
             await self._run(claim)
-        return [claims[_key(user_id)] for user_id in user_ids]
+        return [answers[key_of(user_id)] for user_id in user_ids]
 
     async def save_many(self, records: Sequence[Record]) -> list[Verdict]:
         latest = latest_of(records)
@@ -201,7 +233,7 @@ class PostgresStore(PostgresEngine):
             if text is None:
                 verdicts[record.user_id] = Verdict(Outcome.INVALID, "the body is not text")
             else:
-                alike.setdefault((record.owner, record.schema), []).append((_key(record.user_id), text, record))
+                alike.setdefault((record.owner, record.schema), []).append((key_of(record.user_id), text, record))
         for rows in alike.values():
             rows.sort(key=itemgetter(0))  # the same order everywhere: two batches do not wait for each other
             verdicts |= await self._run(partial(self._save, rows))
@@ -241,16 +273,16 @@ class PostgresStore(PostgresEngine):
 
     async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
         async def release(connection: Any) -> bool:
-            if await connection.execute(self._sql(RELEASE), _key(user_id), epoch, owner) != "UPDATE 1":
+            if await connection.execute(self._sql(RELEASE), key_of(user_id), epoch, owner) != "UPDATE 1":
                 return False
             with suppress(asyncpg.PostgresError):  # it is released all the same
-                await connection.execute(self._sql(DELETE_UNSAVED), _key(user_id), epoch)
+                await connection.execute(self._sql(DELETE_UNSAVED), key_of(user_id), epoch)
             return True
 
         return await self._run(release)
 
     async def erase(self, user_id: int | str, owner: str = "") -> bool:
-        key = _key(user_id)
+        key = key_of(user_id)
 
         async def erase(connection: Any) -> bool:
             while True:
@@ -260,7 +292,7 @@ class PostgresStore(PostgresEngine):
                 holders = await connection.fetch(self._sql(HOLDERS), [key])
                 if not holders:
                     return False
-                holder = holders[0][1]
+                holder = holders[0]["holder"]
                 if holder in ("", owner):
                     continue  # it has been released meanwhile
                 await self._doubt(connection, {holder})
@@ -273,14 +305,14 @@ class PostgresStore(PostgresEngine):
         return await self._run(erase)
 
     async def load(self, user_id: int | str) -> Record | None:
-        row = await self._run(lambda connection: connection.fetchrow(self._sql(LOAD), _key(user_id)))
-        return None if row is None else _record(row)
+        fields = await self._run(lambda connection: connection.fetchrow(self._sql(LOAD), key_of(user_id)))
+        return None if fields is None else _row(fields).record(user_id)
 
     async def holder(self, user_id: int | str) -> tuple[str, int]:
-        row = await self._run(lambda connection: connection.fetchrow(self._sql(HOLDER), _key(user_id)))
-        return ("", 0) if row is None else (row[0], row[1])
+        fields = await self._run(lambda connection: connection.fetchrow(self._sql(HOLDER), key_of(user_id)))
+        return ("", 0) if fields is None else _row(fields).holder(user_id)
 
-    async def scan(self) -> AsyncIterator[Record]:
+    async def scan(self) -> AsyncIterator[Record | StoreError]:
         last = ""
 
         async def read(connection: Any) -> list[Any]:
@@ -288,9 +320,15 @@ class PostgresStore(PostgresEngine):
 
         while True:
             rows = await self._run(read)
-            for row in rows:
-                last = row["user_id"]
-                yield _record(row)
+            for key, *fields in rows:
+                last = key
+                try:
+                    record = _row(fields).record(user_id_of(key))
+                except StoreError as error:
+                    yield error
+                else:
+                    if record is not None:
+                        yield record
             if len(rows) < ROWS_IN_A_SCAN:
                 return
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from ..errors import StoreLayoutError
+from .._core import decode_plain
+from ..errors import EncodingError, StoreLayoutError
 from .base import Record, text_of
 from .postgres_engine import asyncpg, quoted
 
@@ -150,8 +151,8 @@ class GivenBodies:
 def _is_same(body: bytes, other: bytes) -> bool:
     """Whether two bodies are the same data, whatever the order of members and the writing of numbers."""
     try:
-        return _equal(orjson.loads(body), orjson.loads(other))
-    except ValueError:
+        return _equal(decode_plain(body), decode_plain(other))
+    except EncodingError:
         return False
 
 
@@ -192,9 +193,9 @@ class OwnTable:
                 raise UnfitError(f"column {self.columns[0].name}: the body is not text")
             return (text,)
         try:
-            value = orjson.loads(body)
-        except ValueError:
-            raise UnfitError("the body is no JSON") from None
+            value = decode_plain(body, "")
+        except EncodingError as error:
+            raise UnfitError(f"the body is refused: {error}") from None
         if type(value) is not dict:
             raise UnfitError("with columns= the data is a dict with a member for each of them")
         if value.keys() != self._names:

@@ -32,6 +32,7 @@ from .base import Outcome, Record, Store, Verdict
 from .connections import Connections
 from .layouts import check_layout
 from .leases import Leases
+from .rows import StoredRow, verdict_of_damage
 
 try:
     import asyncpg
@@ -409,10 +410,13 @@ def _explained(error: BaseException) -> BaseException:
     return error
 
 
-def verdict_on(record: Record, row: Any) -> Verdict:
+def verdict_on(record: Record, row: Any, first_epoch: int = 1) -> Verdict:
     """Why a record was not written, by the row of its user."""
     if row is None:
         return Verdict(Outcome.MISSING)
+    kept = StoredRow(row["epoch"], row["owner"], row["released"], row["version"], 0, None, None, row["erased"])
+    if fault := kept.fence_fault(first_epoch):
+        return verdict_of_damage(fault)
     if row["erased"]:
         return Verdict(Outcome.ERASED)
     if (row["epoch"], row["owner"]) != (record.epoch, record.owner):

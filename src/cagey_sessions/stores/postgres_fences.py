@@ -9,8 +9,10 @@ is so by a statement of its own.
 
 from __future__ import annotations
 
+from .base import MAX_NUMBER
 from .postgres_catalog import OwnTable, own_names
 from .postgres_engine import quoted
+from .rows import LAST_CLAIMED
 
 __all__ = [
     "BURY_BESIDE",
@@ -19,6 +21,9 @@ __all__ = [
     "DELETE",
     "DELETE_UNSAVED",
     "ENSURE",
+    "FENCE",
+    "FIELDS",
+    "FIRST_EPOCH",
     "FIRST_PAGE",
     "HOLDERS",
     "INSERT_ALONE",
@@ -52,6 +57,8 @@ FIELDS = ("epoch", "owner", "released", "version", "schema", "saved_at", "erased
 """`absent`: the user is claimed, and has no data; in the side table also no row."""
 INSIDE = tuple(f"cagey_{field}" for field in FIELDS)
 """What they are called where they are columns of the table itself."""
+FIRST_EPOCH = {"side_table": 1, "columns": 0, "none": 0}
+"""The lowest epoch of a row; 0 where one is there that was never claimed."""
 
 SIDE_DDL = """CREATE TABLE {fence} AS SELECT {key} AS user_id FROM {table} WITH NO DATA;
 ALTER TABLE {fence}
@@ -86,7 +93,15 @@ CLOCK = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 IS_FREE = """(kept.{released} OR kept.{owner} = {who} OR EXISTS (SELECT FROM {nodes} AS nodes
         WHERE nodes.owner = kept.{owner} AND nodes.doubted AND nodes.alive_until < clock_timestamp() FOR SHARE))"""
 HOLDS = """kept.{epoch} = batch.epoch AND kept.{owner} = batch.owner AND kept.{version} < batch.version
-        AND NOT kept.{released} AND NOT kept.{erased}"""
+        AND kept.{version} >= 0 AND NOT kept.{released} AND NOT kept.{erased}"""
+# What `PostgresTable.refusal` says of a row that was read, of one that is to be changed.
+IS_FENCE_SOUND = f"""(kept.{{epoch}} BETWEEN {{first_epoch}} AND {MAX_NUMBER - 1}
+        AND kept.{{version}} BETWEEN 0 AND {MAX_NUMBER - 1} AND kept.{{released}} IS NOT NULL
+        AND kept.{{erased}} IS NOT NULL AND kept.{{absent}} IS NOT NULL AND (kept.{{released}} OR kept.{{owner}} <> '')
+        AND (kept.{{released}} OR NOT kept.{{erased}})) IS TRUE"""
+MAY_BE_CLAIMED = f"""({IS_FENCE_SOUND} AND kept.{{epoch}} <= {LAST_CLAIMED} AND kept.{{version}} <= {LAST_CLAIMED}
+        AND kept.{{schema}} BETWEEN 0 AND {MAX_NUMBER - 1} AND (kept.{{saved_at}} IS NULL AND kept.{{version}} = 0
+            OR kept.{{saved_at}} > '-Infinity' AND kept.{{saved_at}} < 'Infinity')) IS TRUE"""
 MOVES = """{released} = batch.release, {version} = batch.version, {schema} = batch.schema,
         {saved_at} = batch.saved_at, {absent} = false"""
 BATCH = """unnest($1::{keys}, $2::bigint[], $3::text[], $4::bigint[], $5::bigint[], $6::float8[], $7::boolean[]{arrays})
@@ -99,7 +114,7 @@ CLAIM = """INSERT INTO {fence} AS kept
     ON CONFLICT ({id}) DO UPDATE SET
         {epoch} = CASE kept.{epoch} WHEN 0 THEN excluded.{epoch} ELSE kept.{epoch} + 1 END,
         {owner} = excluded.{owner}, {released} = false, {erased} = false
-        WHERE {is_free_for_new}
+        WHERE {may_be_claimed} AND {is_free_for_new}
     RETURNING kept.{id} AS user_id, kept.{epoch} AS epoch, kept.{version} AS version, kept.{schema} AS schema,
         kept.{saved_at} AS saved_at, kept.{absent} AS absent"""
 READ = "SELECT own.{key} AS user_id, {reads} FROM {table} AS own WHERE own.{key} = ANY ($1::{keys})"
@@ -107,8 +122,10 @@ SETTLE = """UPDATE {fence} AS kept SET {absent} = batch.absent,
         {version} = CASE WHEN batch.is_new THEN 0 ELSE kept.{version} END
     FROM unnest($1::{keys}, $2::bigint[], $3::boolean[], $4::boolean[]) AS batch (user_id, epoch, absent, is_new)
     WHERE kept.{id} = batch.user_id AND kept.{epoch} = batch.epoch AND kept.{owner} = $5"""
-HOLDERS = """SELECT {id} AS user_id, CASE WHEN {released} THEN '' ELSE {owner} END AS holder, {epoch} AS epoch
-    FROM {fence} WHERE {id} = ANY ($1::{keys})"""
+HOLDERS = """SELECT {id} AS user_id, CASE WHEN {released} THEN '' ELSE {owner} END AS holder, {epoch} AS epoch,
+        {may_be_claimed} AS is_sound FROM {fence} AS kept WHERE {id} = ANY ($1::{keys})"""
+FENCE = """SELECT {epoch} AS epoch, {owner} AS owner, {released} AS released, {version} AS version, {schema} AS schema,
+        {saved_at} AS saved_at, {erased} AS erased, {absent} AS absent FROM {fence} AS kept WHERE {id} = $1"""
 
 SAVE_BESIDE = """WITH batch AS MATERIALIZED (SELECT * FROM {batch}),
     held AS MATERIALIZED (
@@ -142,27 +159,29 @@ RELEASE = """UPDATE {fence} SET {released} = true
 RELEASE_REPEATED = RELEASE + " AND {version} = $4"
 # not if there has been an erasure: who had the user then must not find them missing, and save them again
 DELETE_UNSAVED = """DELETE FROM {fence} WHERE {id} = $1 AND {epoch} = $2 AND {released} AND {absent} AND NOT {erased}
-    AND {saved_at} IS NULL"""
+    AND {version} = 0 AND {saved_at} IS NULL"""
 
 ENSURE = """INSERT INTO {fence} ({id}, {epoch}, {owner}, {released}, {version}, {schema}, {erased}, {absent})
     SELECT {key}, {clock}, '', true, 0, 0, false, false FROM {table} WHERE {key} = $1 ON CONFLICT DO NOTHING"""
-LOCK = """SELECT kept.{epoch} AS epoch, kept.{absent} AS absent FROM {fence} AS kept
-    WHERE kept.{id} = $1 AND {is_free_for_2} FOR UPDATE OF kept"""
+# Of a damaged row it may not be told who has it, or after which epoch the erasure comes.
+LOCK = f"""SELECT kept.{{absent}} AS absent,
+        CASE WHEN kept.{{epoch}} BETWEEN 0 AND {LAST_CLAIMED - 1} THEN kept.{{epoch}} ELSE {{clock}} END AS epoch
+    FROM {{fence}} AS kept
+    WHERE kept.{{id}} = $1 AND ({{is_free_for_2}} OR NOT {{is_fence_sound}}) FOR UPDATE OF kept"""
 DELETE = "DELETE FROM {table} WHERE {key} = $1"
 IS_THERE = "SELECT EXISTS (SELECT FROM {table} WHERE {key} = $1)"
-BURY_BESIDE = """UPDATE {fence} SET {epoch} = $2, {released} = true, {version} = 0,
-        {saved_at} = extract(epoch FROM clock_timestamp()), {erased} = true, {absent} = true WHERE {id} = $1"""
+BURY_BESIDE = """UPDATE {fence} SET {epoch} = $2, {owner} = coalesce({owner}, ''), {released} = true, {version} = 0,
+        {schema} = 0, {saved_at} = extract(epoch FROM clock_timestamp()), {erased} = true, {absent} = true
+    WHERE {id} = $1"""
 BURY_INSIDE = """INSERT INTO {table} ({id}, {epoch}, {released}, {saved_at}, {erased}, {absent})
     VALUES ($1, CASE $2::bigint WHEN 1 THEN {clock} ELSE $2 END, true, extract(epoch FROM clock_timestamp()), true,
         true)"""
 
-LOAD = """SELECT own.{key} AS user_id, coalesce(kept.{epoch}, 0) AS epoch,
-        CASE WHEN kept.{released} THEN '' ELSE coalesce(kept.{owner}, '') END AS owner,
-        coalesce(kept.{version}, 0) AS version, coalesce(kept.{schema}, 0) AS schema,
-        kept.{saved_at} AS saved_at, {reads}
+LOAD = """SELECT own.{key} AS user_id, kept.{id} IS NOT NULL AS is_fenced, kept.{epoch} AS epoch, kept.{owner} AS owner,
+        kept.{released} AS released, kept.{version} AS version, kept.{schema} AS schema, kept.{saved_at} AS saved_at,
+        kept.{erased} AS erased, kept.{absent} AS absent, {reads}
     FROM {table} AS own LEFT JOIN {fence} AS kept ON kept.{id} = own.{key} WHERE {visible}"""
-LOAD_ALONE = """SELECT own.{key} AS user_id, 0::bigint AS epoch, '' AS owner, 0::bigint AS version, 0::bigint AS schema,
-        NULL::float8 AS saved_at, {reads} FROM {table} AS own WHERE true"""
+LOAD_ALONE = "SELECT own.{key} AS user_id, false AS is_fenced, {reads} FROM {table} AS own WHERE true"
 ONE = " AND own.{key} = $1"
 FIRST_PAGE = " AND own.{key} IS NOT NULL ORDER BY own.{key} LIMIT $1"
 NEXT_PAGE = " AND own.{key} > $2 ORDER BY own.{key} LIMIT $1"
@@ -202,9 +221,11 @@ def fence_names(fence: str, own: OwnTable, side: str, nodes: str) -> dict[str, s
     names |= dict(zip(FIELDS, INSIDE if inside else FIELDS, strict=True))
     names |= {"fence": own.name if inside else side, "id": names["key"] if inside else "user_id"}
     names |= {"nodes": nodes, "clock": CLOCK}
-    names["visible"] = "NOT kept.cagey_absent" if inside else "true"
+    names["visible"] = "kept.cagey_absent IS NOT TRUE" if inside else "true"
+    names["first_epoch"] = str(FIRST_EPOCH[fence])
     names["is_free_for_new"] = IS_FREE.format(who=f"excluded.{names['owner']}", **names)
     names["is_free_for_2"] = IS_FREE.format(who="$2", **names)
-    for name, text in (("holds", HOLDS), ("moves", MOVES), ("batch", BATCH)):
-        names[name] = text.format(**names)
+    texts = {"holds": HOLDS, "moves": MOVES, "batch": BATCH}
+    texts |= {"is_fence_sound": IS_FENCE_SOUND, "may_be_claimed": MAY_BE_CLAIMED}
+    names |= {name: text.format(**names) for name, text in texts.items()}
     return names

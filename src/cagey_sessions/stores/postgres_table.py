@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ..errors import (
+    CorruptRecordError,
     OptionError,
     OwnedElsewhereError,
     RecordError,
@@ -24,9 +25,10 @@ from ..errors import (
 )
 from ..options import Duration
 from . import postgres_fences as sql
-from .base import Claim, Outcome, Record, Verdict, latest_of
+from .base import Answers, Claim, Outcome, Record, Verdict, latest_of
 from .postgres_catalog import GivenBodies, OwnTable, UnfitError, read_table
 from .postgres_engine import DOUBT, NODES, PostgresEngine, asyncpg, check_name, is_of_call, quoted, verdict_on
+from .rows import StoredRow, damaged
 
 __all__ = ["PostgresTable"]
 
@@ -172,12 +174,13 @@ class PostgresTable(PostgresEngine):
     async def _try_out(self, connection: Any, own: OwnTable) -> None:
         """Have PostgreSQL look at the statements, and whether this user may carry them out."""
         arrays: list[list[Any]] = [[] for _ in own.columns]
-        await connection.fetch(self._sql(self._load_sql + sql.FIRST_PAGE), 0)
         await connection.fetch(self._sql(sql.READ), [])
         if not self.fenced:
+            await connection.fetch(self._sql(self._load_sql + sql.FIRST_PAGE), 0)
             await connection.fetch(self._sql(self._save_sql), [], *arrays)
             return
         try:
+            await connection.fetch(self._sql(self._load_sql + sql.FIRST_PAGE), 0)
             await connection.fetch(self._sql(sql.CLAIM), [], "")
             await connection.execute(self._sql(sql.SETTLE), [], [], [], [], "")
             await connection.fetch(self._sql(self._save_sql), *([],) * 7, *arrays)
@@ -192,7 +195,7 @@ class PostgresTable(PostgresEngine):
 
     # Claims
 
-    async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> list[Claim]:
+    async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> Answers:
         if not user_ids:
             return []
         keys = {self._key(user_id): user_id for user_id in user_ids}  # before anything has changed
@@ -202,17 +205,17 @@ class PostgresTable(PostgresEngine):
             claims = await self._run(lambda connection: self._claim_alone(connection, keys, owner))
             return [claims[key] for key in keys]
         await self._leases.hold(owner)
-        claims = {}
-        while len(claims) < len(keys):
-            left = [key for key in keys if key not in claims]
-            claims |= await self._run(partial(self._claim, left=left, keys=keys, owner=owner))
-        return [claims[key] for key in keys]
+        answers: dict[Any, Claim | StoreError] = {}
+        while len(answers) < len(keys):
+            left = [key for key in keys if key not in answers]
+            answers |= await self._run(partial(self._claim, left=left, keys=keys, owner=owner))
+        return [answers[key] for key in keys]
 
     async def _claim(
         self, connection: Any, left: list[Any], keys: dict[Any, int | str], owner: str
-    ) -> dict[Any, Claim]:
+    ) -> dict[Any, Claim | StoreError]:
         own = self._table_at_hand()
-        claims = {}
+        claims: dict[Any, Claim | StoreError] = {}
         granted = {row["user_id"]: row for row in await connection.fetch(self._sql(sql.CLAIM), left, owner)}
         if granted:
             found = {row["user_id"]: row for row in await connection.fetch(self._sql(sql.READ), list(granted))}
@@ -229,12 +232,42 @@ class PostgresTable(PostgresEngine):
         if len(granted) < len(left):
             holders = set()
             refused = [key for key in left if key not in granted]
-            for key, holder, epoch in await connection.fetch(self._sql(sql.HOLDERS), refused):
-                if holder not in ("", owner):  # else it has been released meanwhile
+            for key, holder, epoch, is_sound in await connection.fetch(self._sql(sql.HOLDERS), refused):
+                if not is_sound:
+                    fence = await connection.fetchrow(self._sql(sql.FENCE), key)
+                    refusal = None if fence is None else self._refusal(keys[key], fence)
+                    if refusal is not None:  # else it has been mended meanwhile
+                        claims[key] = refusal
+                elif holder not in ("", owner):  # else it has been released meanwhile
                     claims[key] = Claim(keys[key], epoch, None, holder)
                     holders.add(holder)
             await self._doubt(connection, holders)
         return claims
+
+    def _kept(self, user_id: int | str, fence: Any) -> StoredRow:
+        """What the fence has of a user, as if there were data, which belongs to others and may be there or not.
+
+        Who was never saved from here has no time, and version 0. Raises `CorruptRecordError`.
+        """
+        epoch, owner, released, version, schema, saved_at, erased, absent = (fence[field] for field in sql.FIELDS)
+        kept = StoredRow(epoch, owner, released, version, schema, None, saved_at, erased)
+        fault = kept.fence_fault(sql.FIRST_EPOCH[self._fence])
+        if not fault and type(absent) is not bool:
+            fault = "its field absent is missing"
+        if not fault:
+            time = 0.0 if saved_at is None and not version else saved_at
+            kept = kept._replace(epoch=max(epoch, 1), version=max(version, 1), body=b"", saved_at=time, erased=False)
+            fault = kept.fault()
+        if fault:
+            raise damaged(user_id, fault)
+        return kept
+
+    def _refusal(self, user_id: int | str, fence: Any) -> CorruptRecordError | None:
+        """Why nobody may claim a user; None if that is no fault of the fence."""
+        try:
+            return self._kept(user_id, fence).claim_refusal(user_id)
+        except CorruptRecordError as error:
+            return error
 
     def _record(self, user_id: int | str, row: Any, owner: str, body: bytes | None) -> Record | None:
         if body is None:
@@ -317,7 +350,7 @@ class PostgresTable(PostgresEngine):
         kept = {row["user_id"]: row for row in await connection.fetch(self._sql(sql.LOOK), keys)}
         for row in rows:
             record, found = row.record, kept.get(row.key)
-            verdict = verdict_on(record, found)
+            verdict = verdict_on(record, found, sql.FIRST_EPOCH[self._fence])
             if found is not None and verdict.outcome is Outcome.FAILED:  # it is not the fence
                 if not found["there"] and found["absent"]:
                     new.append(row)
@@ -459,17 +492,25 @@ class PostgresTable(PostgresEngine):
         return None if row is None else self._loaded(row)
 
     def _loaded(self, row: Any) -> Record | None:
+        user_id = self.user_id_of(row["user_id"])
+        if not row["is_fenced"]:
+            body = self._table_at_hand().body(row, was_saved=False)
+            return None if body is None else Record(user_id, 0, "", 1, 0, body, 0.0)
+        self._kept(user_id, row)
         body = self._table_at_hand().body(row, row["version"] > 0)
-        return self._record(self.user_id_of(row["user_id"]), row, row["owner"], body)
+        return self._record(user_id, row, "" if row["released"] else row["owner"], body)
 
     async def holder(self, user_id: int | str) -> tuple[str, int]:
         if not self.fenced:
             return await super().holder(user_id)
         key = self._key(user_id)
-        row = await self._run(lambda connection: connection.fetchrow(self._sql(sql.HOLDERS), [key]))
-        return ("", 0) if row is None else (row["holder"], row["epoch"])
+        row = await self._run(lambda connection: connection.fetchrow(self._sql(sql.FENCE), key))
+        if row is None:
+            return "", 0
+        self._kept(user_id, row)
+        return "" if row["released"] else row["owner"], row["epoch"]
 
-    async def scan(self) -> AsyncIterator[Record]:
+    async def scan(self) -> AsyncIterator[Record | StoreError]:
         """All users with data, including those never saved from here."""
         statement = self._load_sql + sql.FIRST_PAGE
         last: list[Any] = []
@@ -480,8 +521,13 @@ class PostgresTable(PostgresEngine):
         while True:
             rows = await self._run(read)
             for row in rows:
-                if (record := self._loaded(row)) is not None:
-                    yield record
+                try:
+                    record = self._loaded(row)
+                except CorruptRecordError as error:
+                    yield error
+                else:
+                    if record is not None:
+                        yield record
             if len(rows) < ROWS_IN_A_SCAN:
                 return
             statement, last = self._load_sql + sql.NEXT_PAGE, [rows[-1]["user_id"]]

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from ..errors import (
+    CorruptRecordError,
     OptionError,
     OwnedElsewhereError,
     StoreContractError,
@@ -24,7 +25,7 @@ from ..errors import (
     StoreUnavailableError,
 )
 from ..options import SECOND, Duration, parse_duration
-from .base import Claim, Outcome, Record, Store, Verdict, latest_of, text_of
+from .base import Answers, Claim, Outcome, Record, Store, Verdict, latest_of, text_of
 from .connections import Connections
 from .layouts import check_layout
 from .leases import Leases
@@ -48,12 +49,15 @@ from .redis_engine import (
     run_script,
     text_at,
 )
+from .rows import StoredRow, damaged, key_of, no_id, user_id_of
 
 __all__ = ["RedisStore"]
 
 T = TypeVar("T")
 
-FIELDS = ("epoch", "owner", "released", "version", "schema", "body", "saved_at")
+_WHOLE = re.compile(rb"0|[1-9]\d{0,15}")
+_TIME = re.compile(rb"-?\d+\.?\d*(?:e[-+]?\d+)?")
+_FLAGS = {b"0": False, b"1": True}
 
 LAYOUT = 1
 """The number of the layout, kept under the prefix."""
@@ -260,19 +264,29 @@ class RedisStore(Store):
 
     # The contract
 
-    async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> list[Claim]:
+    async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> Answers:
         if not user_ids:
             return []
         await self._leases.hold(owner)
 
-        async def claim(connection: Any) -> list[Claim]:
-            claims: list[Claim] = []
+        async def claim(connection: Any) -> list[Claim | StoreError]:
+            claims: list[Claim | StoreError] = []
             for first in range(0, len(user_ids), ROWS_IN_A_CALL):
                 some = user_ids[first : first + ROWS_IN_A_CALL]
                 keys = [self._key(user_id) for user_id in some]
                 answers = await run_script(connection, CLAIM, keys, owner, self._nodes, self._lease / 3)
-                claims += map(_claim, some, answers, [owner] * len(some))
+                for user_id, answer in zip(some, answers, strict=True):
+                    refused = await refusal(connection, user_id) if answer is None else None
+                    claims.append(refused or _claim(user_id, answer, owner))
             return claims
+
+        async def refusal(connection: Any, user_id: int | str) -> StoreError:
+            (fields,) = await run_script(connection, LOAD, [self._key(user_id)])
+            try:
+                row = _row(user_id, fields)
+            except CorruptRecordError as error:
+                return error
+            return (row and row.claim_refusal(user_id)) or StoreError(f"the row of user {user_id!r:.80} has changed")
 
         return await self._run(claim)
 
@@ -322,18 +336,17 @@ class RedisStore(Store):
 
     async def load(self, user_id: int | str) -> Record | None:
         key = self._key(user_id)
-        (row,) = await self._run(lambda connection: run_script(connection, LOAD, [key], *FIELDS))
-        return _record(user_id, row)
+        (fields,) = await self._run(lambda connection: run_script(connection, LOAD, [key]))
+        row = _row(user_id, fields)
+        return None if row is None else row.record(user_id)
 
     async def holder(self, user_id: int | str) -> tuple[str, int]:
         key = self._key(user_id)
-        (row,) = await self._run(lambda connection: run_script(connection, LOAD, [key], *FIELDS[:3]))
-        epoch, owner, released = row
-        if epoch is None:
-            return "", 0
-        return "" if released == b"1" else owner.decode(), int(epoch)
+        (fields,) = await self._run(lambda connection: run_script(connection, LOAD, [key]))
+        row = _row(user_id, fields)
+        return ("", 0) if row is None else row.holder(user_id)
 
-    async def scan(self) -> AsyncIterator[Record]:
+    async def scan(self) -> AsyncIterator[Record | StoreError]:
         """See `Store.scan`. The key of each is remembered, for Redis may name one twice: about 100 B a user."""
         pattern = re.sub(r"([*?\[\]\\])", r"\\\1", self._users) + "*"
         seen: set[bytes] = set()
@@ -343,10 +356,10 @@ class RedisStore(Store):
             following, names = await run_script(connection, NAMES, [], cursor, pattern, NAMES_IN_A_SCAN)
             return following, names
 
-        async def read(some: list[bytes], connection: Any) -> list[Record | None]:
-            rows = await run_script(connection, LOAD, some, *FIELDS)
+        async def read(some: list[bytes], connection: Any) -> list[Record | StoreError | None]:
+            rows = await run_script(connection, LOAD, some)
             start = len(self._users.encode())
-            return [_record(_user_id(name[start:].decode()), row) for name, row in zip(some, rows, strict=True)]
+            return [_found(name[start:], fields) for name, fields in zip(some, rows, strict=True)]
 
         while True:
             cursor, names = await self._run(name_some)
@@ -360,28 +373,48 @@ class RedisStore(Store):
                 return
 
     def _key(self, user_id: int | str) -> str:
-        return f'{self._users}"{user_id}"' if isinstance(user_id, str) else f"{self._users}{int.__repr__(user_id)}"
+        return self._users + key_of(user_id)
 
 
-def _user_id(key: str) -> int | str:
+def _found(key: bytes, fields: Any) -> Record | StoreError | None:
+    """What a scan tells of one key."""
     try:
-        return key[1:-1] if key.startswith('"') else int(key)
-    except ValueError:
-        raise StoreError(f"the key {key!r:.80} among the users is none of ours") from None
+        user_id = user_id_of(key.decode())
+        row = _row(user_id, fields)
+        return None if row is None else row.record(user_id)
+    except UnicodeDecodeError:
+        return no_id(key)
+    except StoreError as error:
+        return error
 
 
-def _record(user_id: int | str, row: Sequence[Any]) -> Record | None:
-    epoch, owner, released, version, schema, body, saved_at = row
-    if body is None:
+def _row(user_id: int | str, fields: Any) -> StoredRow | None:
+    """What LOAD has told of one key; None if there is none. What is not written as we write it stays bytes."""
+    if fields is None:
         return None
-    holder = "" if released == b"1" else owner.decode()
-    return Record(user_id, int(epoch), holder, int(version), int(schema), body, float(saved_at))
+    if isinstance(fields, bytes):
+        raise damaged(user_id, "under its key is something else than a hash")
+    epoch, owner, released, version, schema, body, saved_at, erased = fields
+    return StoredRow(
+        _number(epoch),
+        owner and owner.decode(errors="replace"),
+        _FLAGS.get(released, released),
+        _number(version),
+        _number(schema),
+        body,
+        float(saved_at) if saved_at and len(saved_at) <= 32 and _TIME.fullmatch(saved_at) else saved_at,
+        False if erased is None else erased == b"1" or erased,
+    )
+
+
+def _number(field: bytes | None) -> int | bytes | None:
+    return int(field) if field is not None and _WHOLE.fullmatch(field) else field
 
 
 def _claim(user_id: int | str, answer: Sequence[Any], owner: str) -> Claim:
     holder, epoch, *stored = answer
     if holder:
-        return Claim(user_id, int(epoch), None, holder.decode())
+        return Claim(user_id, int(epoch), None, holder.decode(errors="replace"))
     if not stored or stored[2] is None:
         return Claim(user_id, int(epoch), None)
     version, schema, body, saved_at = stored
@@ -410,4 +443,5 @@ _ANSWERS = {
     ord("M"): Verdict(Outcome.MISSING),
     ord("E"): Verdict(Outcome.ERASED),
     ord("W"): Verdict(Outcome.FAILED, "something else is kept under the key of this user"),
+    ord("D"): Verdict(Outcome.FAILED, "the row of this user is damaged, and is left as it is"),
 }

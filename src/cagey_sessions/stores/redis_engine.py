@@ -21,6 +21,8 @@ from ..errors import (
     StoreLayoutError,
     StoreUnavailableError,
 )
+from .base import MAX_NUMBER
+from .rows import LAST_CLAIMED
 
 try:
     from hiredis import pack_command
@@ -37,6 +39,7 @@ except ImportError as _error:
 __all__ = [
     "CLAIM",
     "ERASE",
+    "FIELDS",
     "LOAD",
     "NAMES",
     "RELEASE",
@@ -63,13 +66,49 @@ FORGET_NODES = 7 * 24 * 3600
 # Scripts
 
 
+FIELDS = ("epoch", "owner", "released", "version", "schema", "body", "saved_at", "erased")
+
+
 class Script:
-    """A script, by the name that the engine gives it."""
+    """A script, by the name that the engine gives it; ``{fields}`` in it are the names of `FIELDS`."""
 
     def __init__(self, text: str) -> None:
+        text = text.replace("{fields}", ", ".join(f"'{field}'" for field in FIELDS))
         self.text = text
         self.sha: str = sha1(text.encode(), usedforsecurity=False).hexdigest()
 
+
+_READ = """
+local function read(key, ...)
+    local row = redis.pcall('HMGET', key, ...)
+    if row['err'] and not string.find(row['err'], 'WRONGTYPE', 1, true) then return redis.call('HMGET', key, ...) end
+    return row
+end
+"""
+# A hash can be written by anybody, field by field; `StoredRow` says the same of what was read.
+_IS_SOUND = (
+    _READ
+    + """
+local function whole(text, least, most)
+    if not text or #text > 16 or not (text == '0' or string.match(text, '^[1-9]%d*$')) then return false end
+    return tonumber(text) >= least and tonumber(text) <= most
+end
+local function is_fence_sound(row, erased)
+    local epoch, owner, released, version = row[1], row[2], row[3], row[4]
+    if row['err'] or not whole(epoch, 1, {most}) or not whole(version, 0, {most}) then return false end
+    if released == '1' then return not erased or erased == '1' end
+    return released == '0' and owner and owner ~= '' and not erased
+end
+local function is_sound(row)
+    if not is_fence_sound(row, row[8]) then return false end
+    local version, schema, body, saved_at, erased = row[4], row[5], row[6], row[7], row[8]
+    if not body then return version == '0' end
+    return version ~= '0' and not erased and whole(schema, 0, {most}) and saved_at and #saved_at <= 32
+        and (string.match(saved_at, '^%-?%d+%.?%d*$') or string.match(saved_at, '^%-?%d+%.?%d*e[-+]?%d+$'))
+        and math.abs(tonumber(saved_at)) < math.huge
+end
+""".replace("{most}", f"{MAX_NUMBER - 1}")
+)
 
 # An expired lease alone takes no users from anybody: after an outage all of them have expired. Whoever asks for such a
 # user first puts the owner in doubt, for a part of a lease; only one that has not renewed by then is dead.
@@ -81,7 +120,7 @@ local function is_dead(owner, nodes, doubt)
     if judged[owner] ~= nil then return judged[owner] end
     local key = nodes .. owner
     local node = redis.call('HMGET', key, 'alive_until', 'doubted')
-    local ended = not node[1] or tonumber(node[1]) < micros
+    local ended = (tonumber(node[1] or '') or 0) < micros
     local dead = ended and node[2] == '1'
     if ended and not dead then
         redis.call('HSET', key, 'alive_until', string.format('%.0f', micros + doubt * 1000000), 'doubted', '1')
@@ -101,18 +140,22 @@ redis.call('EXPIRE', KEYS[1], {forget})
 """.replace("{forget}", str(FORGET_NODES))
 )
 
-# A new row begins above any epoch there ever was: at the clock, in microseconds.
+# A new row begins above any epoch there ever was: at the clock, in microseconds. The answer for a row that may not be
+# claimed by anybody is nil.
 CLAIM = Script(
-    _IS_DEAD
+    _IS_SOUND
+    + _IS_DEAD
     + """
 local owner, nodes, doubt = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local answers = {}
 for place, key in ipairs(KEYS) do
-    local row = redis.call('HMGET', key, 'epoch', 'owner', 'released', 'version', 'schema', 'body', 'saved_at')
-    if not row[1] then
+    local row = read(key, {fields})
+    if not row['err'] and not row[1] and redis.call('EXISTS', key) == 0 then
         local epoch = string.format('%.0f', micros)
         redis.call('HSET', key, 'epoch', epoch, 'owner', owner, 'released', '0', 'version', '0')
         answers[place] = {'', epoch}
+    elseif not is_sound(row) or tonumber(row[1]) > {last} or tonumber(row[4]) > {last} then
+        answers[place] = false
     elseif row[3] == '1' or row[2] == owner or is_dead(row[2], nodes, doubt) then
         local epoch = redis.call('HINCRBY', key, 'epoch', 1)
         redis.call('HSET', key, 'owner', owner, 'released', '0')
@@ -123,22 +166,26 @@ for place, key in ipairs(KEYS) do
     end
 end
 return answers
-"""
+""".replace("{last}", str(LAST_CLAIMED))
 )
 
 # Each row is one argument of numbers and one of the body, for arguments are what a call costs here. The answer is one
 # letter for each row.
-SAVE = Script("""
+SAVE = Script(
+    _IS_SOUND
+    + """
 local owner = ARGV[1]
 local answers = {}
 for place, key in ipairs(KEYS) do
     local epoch, version, schema, saved_at, release = string.match(ARGV[2 * place], '^(%S+) (%S+) (%S+) (%S+) (%S+)$')
-    local row = redis.pcall('HMGET', key, 'epoch', 'owner', 'released', 'version', 'erased')
+    local row = read(key, 'epoch', 'owner', 'released', 'version', 'erased')
     local answer = 'A'
     if row['err'] then
         answer = 'W'
-    elseif not row[1] then
+    elseif not row[1] and redis.call('EXISTS', key) == 0 then
         answer = 'M'
+    elseif not is_fence_sound(row, row[5]) then
+        answer = 'D'
     elseif row[5] then
         answer = 'E'
     elseif row[1] ~= epoch or row[2] ~= owner then
@@ -158,37 +205,67 @@ for place, key in ipairs(KEYS) do
     answers[place] = answer
 end
 return table.concat(answers)
-""")
+"""
+)
 
 # A row that was never saved is nothing to keep, unless it says that somebody was erased.
-RELEASE = Script("""
-local row = redis.call('HMGET', KEYS[1], 'epoch', 'owner', 'released', 'saved_at')
-if row[1] ~= ARGV[1] or row[2] ~= ARGV[2] or row[3] ~= '0' then return 0 end
-if row[4] then redis.call('HSET', KEYS[1], 'released', '1') else redis.call('DEL', KEYS[1]) end
-return 1
-""")
-
-ERASE = Script(
-    _IS_DEAD
+RELEASE = Script(
+    _IS_SOUND
     + """
-local row = redis.call('HMGET', KEYS[1], 'owner', 'released', 'body')
-if not row[1] then return {'', 0} end
-if row[2] ~= '1' and row[1] ~= ARGV[1] and not is_dead(row[1], ARGV[2], tonumber(ARGV[3])) then return {row[1], 0} end
-redis.call('HINCRBY', KEYS[1], 'epoch', 1)
-redis.call('HDEL', KEYS[1], 'body', 'schema')
-redis.call('HSET', KEYS[1], 'released', '1', 'version', '0', 'erased', '1',
-           'saved_at', string.format('%.6f', micros / 1000000))
-return {'', row[3] and 1 or 0}
+local row = read(KEYS[1], {fields})
+if not is_fence_sound(row, row[8]) or row[1] ~= ARGV[1] or row[2] ~= ARGV[2] or row[3] ~= '0' then return 0 end
+if row[4] ~= '0' or row[6] or row[7] then
+    redis.call('HSET', KEYS[1], 'released', '1')
+else
+    redis.call('DEL', KEYS[1])
+end
+return 1
 """
+)
+
+# Who has a row that is damaged may not be told by it; it is made anew, with the epoch of a new row where it has none.
+ERASE = Script(
+    _IS_SOUND
+    + _IS_DEAD
+    + """
+local key = KEYS[1]
+if redis.call('EXISTS', key) == 0 then return {'', 0} end
+local row = read(key, {fields})
+local epoch = string.format('%.0f', micros)
+local had_data = row[6] or not is_sound(row)
+if is_fence_sound(row, row[8]) then
+    if row[3] ~= '1' and row[2] ~= ARGV[1] and not is_dead(row[2], ARGV[2], tonumber(ARGV[3])) then
+        return {row[2], 0}
+    end
+    if tonumber(row[1]) <= {last} then epoch = redis.call('HINCRBY', key, 'epoch', 1) end
+end
+local owner = not row['err'] and row[2] or ''
+redis.call('DEL', key)
+redis.call('HSET', key, 'epoch', epoch, 'owner', owner, 'released', '1', 'version', '0', 'erased', '1',
+           'saved_at', string.format('%.6f', micros / 1000000))
+return {'', had_data and 1 or 0}
+""".replace("{last}", str(LAST_CLAIMED - 1))
 )
 
 # As scripts that might write these are refused by a replica: one that has nothing of a user would make them new, and
 # one that is behind would leave some out.
-LOAD = Script("""#!lua flags=allow-oom
+LOAD = Script(
+    "#!lua flags=allow-oom\n"
+    + _READ
+    + """
 local rows = {}
-for place, key in ipairs(KEYS) do rows[place] = redis.call('HMGET', key, unpack(ARGV)) end
+for place, key in ipairs(KEYS) do
+    local row = read(key, {fields})
+    if row['err'] then
+        row = row['err']
+    elseif not row[1] and redis.call('EXISTS', key) == 0 then
+        row = false
+    end
+    rows[place] = row
+end
 return rows
-""")
+"""
+)
 NAMES = Script("#!lua flags=allow-oom\nreturn redis.call('SCAN', ARGV[1], 'MATCH', ARGV[2], 'COUNT', ARGV[3])")
 
 

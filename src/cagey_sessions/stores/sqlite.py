@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import os
 import queue
 import sqlite3
@@ -27,7 +28,7 @@ from ..errors import (
     StoreUnavailableError,
     WrongLoopError,
 )
-from .base import Claim, Record, Store, Verdict, latest_of
+from .base import Answers, Record, Store, Verdict, latest_of
 from .file_lock import FileLock
 from .layouts import refuse_newer
 from .sqlite_rows import (
@@ -35,17 +36,18 @@ from .sqlite_rows import (
     COLUMNS,
     CREATE,
     DELETE_UNSAVED,
-    ERASE,
+    HIGHEST_DELETED,
     LAYOUT,
-    LOAD,
     RELEASE,
     REMEMBER_UNSAVED,
-    ROWS_IN_A_SCAN,
     TABLES,
     claim_rows,
+    erase_row,
+    load_row,
     portions,
     save_rows,
     scan_rows,
+    text,
 )
 
 __all__ = ["SQLiteStore"]
@@ -128,7 +130,7 @@ class SQLiteStore(Store):
             writer.put(_Job(None, closed))
             await closed
 
-    async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> list[Claim]:
+    async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> Answers:
         return await self._write(lambda connection: claim_rows(connection, user_ids, owner))
 
     async def save_many(self, records: Sequence[Record]) -> list[Verdict]:
@@ -158,26 +160,17 @@ class SQLiteStore(Store):
         return await self._write(release)
 
     async def erase(self, user_id: int | str, owner: str = "") -> bool:
-        def erase(connection: sqlite3.Connection) -> bool:
-            had_data = connection.execute(LOAD, (user_id,)).fetchone() is not None
-            connection.execute(ERASE, (user_id,))
-            return had_data
-
-        return await self._write(erase)
+        return await self._write(functools.partial(erase_row, user_id))
 
     async def load(self, user_id: int | str) -> Record | None:
-        row = await self._run(lambda connection: connection.execute(LOAD, (user_id,)).fetchone())
-        return None if row is None else Record(*row)
+        return await self._run(functools.partial(load_row, user_id))
 
-    async def scan(self) -> AsyncIterator[Record]:
-        last = -1
-        while True:
-            rows = await self._run(functools.partial(scan_rows, last))
-            for rowid, *row in rows:
-                last = rowid
-                yield Record(*row)
-            if len(rows) < ROWS_IN_A_SCAN:
-                return
+    async def scan(self) -> AsyncIterator[Record | StoreError]:
+        last: float | None = -math.inf
+        while last is not None:
+            last, found = await self._run(functools.partial(scan_rows, last))
+            for each in found:
+                yield each
 
     def abort(self, call: asyncio.Task[Any]) -> None:
         """Interrupt the statement under way: its whole transaction is rolled back and told to have failed."""
@@ -341,6 +334,7 @@ class _Writer:
             connection = sqlite3.connect(
                 place, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=self._read_only
             )
+            connection.text_factory = text
             try:
                 connection.execute(f"PRAGMA synchronous = {self._synchronous}")
                 # where a statement, or a savepoint, keeps the pages that it may have to restore: in a file these cost
@@ -399,7 +393,7 @@ class _Writer:
             )
         refuse_newer(str(self._path), version, LAYOUT)
         columns = [row[1] for row in connection.execute("PRAGMA table_info(cagey_sessions)")]
-        if not tables >= TABLES or columns != COLUMNS:
+        if not tables >= TABLES or columns != COLUMNS or not connection.execute(HIGHEST_DELETED).fetchone()[0]:
             raise StoreLayoutError(
                 f"the tables of {self._path} are not of the shape they were made with; it is left as it is"
             )

@@ -7,27 +7,32 @@ from __future__ import annotations
 import functools
 import itertools
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
-from .base import Claim, Outcome, Record, Verdict, text_of
+from .._core import check_user_id
+from ..errors import CorruptRecordError, InvalidUserIdError, StoreError, StoreLayoutError
+from .base import MAX_NUMBER, Claim, Outcome, Record, Verdict, text_of
+from .rows import LAST_CLAIMED, StoredRow, no_id, verdict_of_damage
 
 __all__ = [
     "APPLICATION_ID",
     "COLUMNS",
     "CREATE",
     "DELETE_UNSAVED",
-    "ERASE",
+    "HIGHEST_DELETED",
     "LAYOUT",
-    "LOAD",
     "RELEASE",
     "REMEMBER_UNSAVED",
-    "ROWS_IN_A_SCAN",
     "TABLES",
     "claim_rows",
+    "erase_row",
+    "load_row",
     "portions",
     "save_rows",
     "scan_rows",
+    "text",
 ]
 
 T = TypeVar("T")
@@ -63,19 +68,33 @@ CREATE = (
 TABLES = {"cagey_sessions", "cagey_sessions_epochs"}
 COLUMNS = ["user_id", "epoch", "owner", "released", "version", "schema", "body", "saved_at", "erased"]
 
+# SQLite keeps values of any type in any column, and NULL in what it takes for a number; so whatever is to be there is
+# looked for. `StoredRow` says the same of a row that was read.
+IS_SOUND = f"""typeof(user_id) IN ('integer', 'text')
+    AND typeof(epoch) = 'integer' AND epoch BETWEEN 1 AND {LAST_CLAIMED}
+    AND released IN (0, 1) AND (released = 1 OR typeof(owner) = 'text' AND owner <> '')
+    AND erased IN (0, 1) AND released >= erased AND typeof(version) = 'integer' AND CASE WHEN body IS NULL
+        THEN version = 0
+        ELSE erased = 0 AND version BETWEEN 1 AND {LAST_CLAIMED}
+            AND typeof(schema) = 'integer' AND schema BETWEEN 0 AND {MAX_NUMBER - 1}
+            AND typeof(saved_at) = 'real' AND abs(saved_at) < 9e999 END"""
+FIELDS = "epoch, owner, released, version, schema, CAST(body AS BLOB), saved_at, erased"
+
 # Of the statements below that take many rows one text serves for all numbers of them up to the same power of two, so
 # that few are prepared and kept; the rows that are left over are NULL.
-CLAIM = """INSERT INTO cagey_sessions
-    WITH batch (user_id, owner) AS (VALUES {rows})
+CLAIM = f"""INSERT INTO cagey_sessions
+    WITH batch (user_id, owner) AS (VALUES {{rows}})
     SELECT user_id, highest_deleted + 1, owner, 0, 0, 0, NULL, NULL, 0 FROM batch, cagey_sessions_epochs
         WHERE user_id IS NOT NULL
     ON CONFLICT (user_id) DO UPDATE SET epoch = epoch + 1, owner = excluded.owner, released = 0, erased = 0
+        WHERE {IS_SOUND.replace("user_id", "cagey_sessions.user_id")}
     RETURNING user_id, epoch, version, schema, CAST(body AS BLOB), saved_at"""
 LOOK = """WITH batch (user_id, epoch, version) AS (VALUES {rows})
-    SELECT batch.user_id, kept.epoch, kept.owner, kept.version, kept.erased
+    SELECT batch.user_id, kept.epoch, kept.owner, kept.released, kept.version, kept.erased
     FROM batch LEFT JOIN cagey_sessions AS kept ON kept.user_id = batch.user_id
     WHERE batch.user_id IS NOT NULL AND (kept.epoch = batch.epoch AND kept.owner = ?
-        AND kept.version < batch.version AND NOT kept.released AND NOT kept.erased) IS NOT TRUE"""
+        AND typeof(kept.version) = 'integer' AND kept.version BETWEEN 0 AND batch.version - 1
+        AND kept.released = 0 AND kept.erased = 0) IS NOT TRUE"""
 """The rows that forbid a save. Commonly there are none."""
 # An upsert, though every row is there: UPDATE FROM copies the bodies into a table of its own, and by statistics that
 # are out of date it may read all of ours.
@@ -85,20 +104,76 @@ SAVE = """INSERT INTO cagey_sessions
     ON CONFLICT (user_id) DO UPDATE SET released = excluded.released, version = excluded.version,
         schema = excluded.schema, body = excluded.body, saved_at = excluded.saved_at"""
 RELEASE = """UPDATE cagey_sessions SET released = 1
-    WHERE user_id = ? AND epoch = ? AND owner = ? AND NOT released"""
+    WHERE user_id = ? AND epoch = ? AND owner = ? AND released = 0 AND erased = 0"""
 REMEMBER_UNSAVED = """UPDATE cagey_sessions_epochs SET highest_deleted = max(highest_deleted, ?)
-    WHERE EXISTS (SELECT 1 FROM cagey_sessions WHERE user_id = ? AND body IS NULL AND NOT erased)"""
-DELETE_UNSAVED = "DELETE FROM cagey_sessions WHERE user_id = ? AND body IS NULL AND NOT erased"
-ERASE = """UPDATE cagey_sessions
-    SET epoch = epoch + 1, released = 1, version = 0, body = NULL, saved_at = NULL, erased = 1 WHERE user_id = ?"""
-LOAD = """SELECT user_id, epoch, iif(released, '', owner), version, schema, CAST(body AS BLOB), saved_at
-    FROM cagey_sessions WHERE user_id = ? AND body IS NOT NULL"""
-SCAN = """SELECT rowid, user_id, epoch, iif(released, '', owner), version, schema, CAST(body AS BLOB), saved_at
-    FROM cagey_sessions WHERE rowid > ? AND body IS NOT NULL ORDER BY rowid LIMIT ?"""
+    WHERE EXISTS (SELECT 1 FROM cagey_sessions WHERE user_id = ? AND body IS NULL AND version = 0)"""
+DELETE_UNSAVED = "DELETE FROM cagey_sessions WHERE user_id = ? AND body IS NULL AND version = 0"
+# where there is no epoch to go on from, one above any there ever was: the clock, in microseconds
+ERASE = f"""UPDATE cagey_sessions
+    SET user_id = ?, epoch = iif(typeof(epoch) = 'integer' AND epoch BETWEEN 1 AND {LAST_CLAIMED - 1}, epoch + 1, ?),
+        owner = iif(typeof(owner) = 'text', owner, ''),
+        released = 1, version = 0, schema = 0, body = NULL, saved_at = NULL, erased = 1
+    WHERE user_id = ?"""
+HAD_DATA = f"SELECT body IS NOT NULL OR ({IS_SOUND}) IS NOT TRUE FROM cagey_sessions WHERE user_id = ?"
+HIGHEST_DELETED = f"""SELECT count(*) = 1 AND typeof(max(highest_deleted)) = 'integer'
+    AND max(highest_deleted) BETWEEN 0 AND {LAST_CLAIMED - 1} FROM cagey_sessions_epochs"""
+LOAD = f"SELECT typeof(user_id) = typeof(?), {FIELDS} FROM cagey_sessions WHERE user_id = ?"  # 1 and 1.0 are equal
+SCAN = f"SELECT rowid, user_id, {FIELDS} FROM cagey_sessions WHERE rowid > ? ORDER BY rowid LIMIT ?"
 
 
-def scan_rows(last: int, connection: sqlite3.Connection) -> list[Any]:
-    return connection.execute(SCAN, (last, ROWS_IN_A_SCAN)).fetchall()
+def text(raw: bytes) -> str | bytes:
+    """A text of the file, as it is read; what is no text stays bytes, which no field takes for one."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw
+
+
+def _row(*fields: Any) -> StoredRow:
+    row = StoredRow(*fields)
+    return row._replace(released=_flag(row.released), erased=_flag(row.erased))
+
+
+def _flag(value: Any) -> Any:
+    return bool(value) if type(value) is int and value in (0, 1) else value
+
+
+def load_row(user_id: int | str, connection: sqlite3.Connection) -> Record | None:
+    found = connection.execute(LOAD, (user_id, user_id)).fetchone()
+    if found is None:
+        return None
+    is_of_user, *fields = found
+    row = _row(*fields)
+    if not is_of_user:
+        raise row.damage(user_id, _OTHER_ID)
+    return row.record(user_id)
+
+
+_OTHER_ID = "its user_id is equal to the id, and of another type"
+
+
+def scan_rows(last: float, connection: sqlite3.Connection) -> tuple[float | None, list[Record | StoreError]]:
+    """The last row that was looked at, None if it was the last of all; and the records, with errors in their places."""
+    found: list[Record | StoreError] = []
+    rows = connection.execute(SCAN, (last, ROWS_IN_A_SCAN)).fetchall()
+    for _, user_id, *fields in rows:
+        try:
+            check_user_id(user_id)
+            record = _row(*fields).record(user_id)
+        except InvalidUserIdError:
+            found.append(no_id(user_id))
+        except CorruptRecordError as error:
+            found.append(error)
+        else:
+            if record is not None:
+                found.append(record)
+    return rows[-1][0] if len(rows) == ROWS_IN_A_SCAN else None, found
+
+
+def erase_row(user_id: int | str, connection: sqlite3.Connection) -> bool:
+    row = connection.execute(HAD_DATA, (user_id,)).fetchone()
+    connection.execute(ERASE, (user_id, time.time_ns() // 1000, user_id))
+    return row is not None and bool(row[0])
 
 
 @functools.cache
@@ -124,15 +199,27 @@ def portions(connection: sqlite3.Connection, everything: Sequence[T]) -> Iterato
         yield everything[start : start + most]
 
 
-def claim_rows(connection: sqlite3.Connection, user_ids: Sequence[int | str], owner: str) -> list[Claim]:
-    claims = {}
+def claim_rows(connection: sqlite3.Connection, user_ids: Sequence[int | str], owner: str) -> list[Claim | StoreError]:
+    claims: dict[int | str, Claim] = {}
     for portion in portions(connection, user_ids):
         for user_id, epoch, version, schema, body, saved_at in _execute(
             connection, CLAIM, [(user_id, owner) for user_id in portion]
         ):
             record = None if body is None else Record(user_id, epoch, owner, version, schema, body, saved_at)
             claims[user_id] = Claim(user_id, epoch, record)
-    return [claims[user_id] for user_id in user_ids]
+    if len(claims) == len(user_ids):
+        return [claims[user_id] for user_id in user_ids]
+    return [claims.get(user_id) or _refusal(connection, user_id) for user_id in user_ids]
+
+
+def _refusal(connection: sqlite3.Connection, user_id: int | str) -> StoreError:
+    """Why a row could not be claimed."""
+    found = connection.execute(LOAD, (user_id, user_id)).fetchone()
+    if found is None:
+        raise StoreLayoutError("the table cagey_sessions_epochs does not say which epoch a new user begins with")
+    is_of_user, *fields = found
+    row = _row(*fields)
+    return row.damage(user_id, _OTHER_ID) if not is_of_user else row.claim_refusal(user_id) or no_id(user_id)
 
 
 def save_rows(connection: sqlite3.Connection, records: Sequence[Record]) -> list[Verdict]:
@@ -162,7 +249,7 @@ def save_rows(connection: sqlite3.Connection, records: Sequence[Record]) -> list
         return save_rows(connection, records[:middle]) + save_rows(connection, records[middle:])
     for record, verdict in zip(records, verdicts, strict=True) if forbidding else ():
         # only of the version that is there: a repeat that comes late releases nothing
-        if verdict.outcome is Outcome.ALREADY and record.release and record.version == forbidding[record.user_id][2]:
+        if verdict.outcome is Outcome.ALREADY and record.release and record.version == forbidding[record.user_id][3]:
             connection.execute(RELEASE, (record.user_id, record.epoch, record.owner))
     return verdicts
 
@@ -173,9 +260,11 @@ _SAVED = Verdict(Outcome.SAVED)
 def _verdict(record: Record, forbidding: list[Any] | None) -> Verdict:
     if forbidding is None:
         return _SAVED
-    epoch, owner, version, erased = forbidding
-    if epoch is None:
+    epoch, owner, released, version, erased = forbidding
+    if all(each is None for each in forbidding):
         return Verdict(Outcome.MISSING)
+    if fault := _row(epoch, owner, released, version, 0, None, None, erased).fence_fault():
+        return verdict_of_damage(fault)
     if erased:
         return Verdict(Outcome.ERASED)
     if epoch != record.epoch or owner != record.owner or record.version > version:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
-from ..errors import StoreUnavailableError
+from ..errors import StoreError, StoreUnavailableError
 from ..options import SECOND
-from ..stores import Claim, MemoryStore, Outcome, Record, Verdict
+from ..stores import MemoryStore, Outcome, Record, Verdict
+from ..stores.base import Answers
 from ..stores.memory import MemoryBacking, Row
 from .universe import Universe
 
@@ -133,7 +134,7 @@ class SimulatedStore(MemoryStore):
         if reply is not None and self.fenced and not reply.done():
             reply.set_exception(StoreUnavailableError("the connection was closed"))
 
-    async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> list[Claim]:
+    async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> Answers:
         self.owner = owner
         return await self._send("claim", partial(super().claim_many, list(user_ids), owner))
 
@@ -158,7 +159,7 @@ class SimulatedStore(MemoryStore):
             elif self.fenced:
                 (verdict,) = await super().save_many([record])
             else:
-                self.backing.rows.setdefault(record.user_id, Row()).record = record
+                self.backing.rows.setdefault(record.user_id, Row(record.epoch)).record = record
                 verdict = Verdict(Outcome.SAVED)
             database.log.append(Applied(database.universe.seconds, record, verdict))
             verdicts.append(verdict)
@@ -181,11 +182,11 @@ class SimulatedStore(MemoryStore):
     async def holder(self, user_id: int | str) -> tuple[str, int]:
         return await self._send("holder", partial(super().holder, user_id))
 
-    async def scan(self) -> AsyncIterator[Record]:
+    async def scan(self) -> AsyncIterator[Record | StoreError]:
         for record in await self._send("scan", self._scan):
             yield record
 
-    async def _scan(self) -> list[Record]:
+    async def _scan(self) -> list[Record | StoreError]:
         records = super().scan()
         return [record async for record in records]
 

@@ -11,8 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import orjson
-
+from .._core import encode_plain
 from ..clock import Clock
 from ..errors import UsageError
 from ..manager import SessionManager
@@ -188,7 +187,7 @@ class World:
             raise WorldError(f"user {user_id!r:.80} is on a server; end the session first")
         version = 1 if row.record is None else row.record.version + 1
         row.epoch += 1
-        row.record = Record(user_id, row.epoch, "", version, 0, orjson.dumps(data), 0.0)
+        row.record = Record(user_id, row.epoch, "", version, 0, encode_plain(data), 0.0)
 
     def store_down(self, duration: Duration | None = None, *, silent: bool = False) -> None:
         """From now on the database cannot be reached: for `duration`, or until `store_up`.

@@ -4,12 +4,13 @@ subclass says of its store. What must not: tests.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
+from ...errors import StoreError
 from ...stores import Claim, Outcome, Record, Store, Verdict
 
 __all__ = [
@@ -24,14 +25,18 @@ __all__ = [
     "Conformance",
     "Make",
     "claim",
+    "claims",
     "every_call",
     "everything",
     "loaded",
     "opened",
     "record",
     "save",
+    "sound",
     "stored",
 ]
+
+T = TypeVar("T")
 
 ALREADY, ERASED, FENCED, INVALID, MISSING, SAVED = (
     Outcome.ALREADY,
@@ -75,8 +80,19 @@ async def opened(*stores: Store) -> AsyncIterator[Any]:
             await store.close()
 
 
+def sound(answer: T | StoreError) -> T:
+    """What a store has answered of one user, if that is no error."""
+    if isinstance(answer, StoreError):
+        raise answer
+    return answer
+
+
+async def claims(store: Store, user_ids: Sequence[int | str], owner: str = "a") -> list[Claim]:
+    return [sound(answer) for answer in await store.claim_many(user_ids, owner)]
+
+
 async def claim(store: Store, user_id: int | str = 1, owner: str = "a") -> Claim:
-    (answer,) = await store.claim_many([user_id], owner)
+    (answer,) = await claims(store, [user_id], owner)
     return answer
 
 
@@ -111,7 +127,7 @@ def every_call(store: Store) -> list[Awaitable[Any]]:
 
 
 async def everything(store: Store) -> dict[tuple[type, int | str], Record]:
-    found = [each async for each in store.scan()]
+    found = [sound(each) async for each in store.scan()]
     by_user = {(type(each.user_id), each.user_id): each for each in found}
     assert len(by_user) == len(found), "a user came twice"
     return by_user

@@ -10,7 +10,20 @@ from typing import Any
 import pytest
 
 from ...errors import StoreUnavailableError
-from .base import ALREADY, MISSING, SAVED, Conformance, Make, claim, every_call, everything, opened, record, save
+from .base import (
+    ALREADY,
+    MISSING,
+    SAVED,
+    Conformance,
+    Make,
+    claim,
+    claims,
+    every_call,
+    everything,
+    opened,
+    record,
+    save,
+)
 
 __all__ = ["Calls"]
 
@@ -46,7 +59,7 @@ class Calls(Conformance):
     async def test_scan_gives_everybody_with_a_body_once_while_saves_go_on(self, make: Make) -> None:
         async with opened(make()) as store:
             users = list(range(1200))
-            epochs = {each.user_id: each.epoch for each in await store.claim_many(users, "a")}
+            epochs = {each.user_id: each.epoch for each in await claims(store, users)}
             assert set(await save(store, *(record(each, epoch=epochs[each]) for each in users))) == {SAVED}
             await claim(store, "never saved")
             await store.erase(7, "a")
@@ -61,7 +74,7 @@ class Calls(Conformance):
 
     async def test_a_scan_that_is_left_early_holds_nothing_up(self, make: Make) -> None:
         async with opened(make()) as store:
-            epochs = {each.user_id: each.epoch for each in await store.claim_many(range(3), "a")}
+            epochs = {each.user_id: each.epoch for each in await claims(store, range(3))}
             await save(store, *(record(each, epoch=epochs[each]) for each in range(3)))
             scan = store.scan()
             assert (await anext(scan)).user_id in epochs
@@ -86,7 +99,7 @@ class Calls(Conformance):
 
     async def test_a_cancelled_caller_breaks_nothing_for_the_others(self, make: Make) -> None:
         async with opened(make()) as store:
-            epochs = {each.user_id: each.epoch for each in await store.claim_many(range(20), "a")}
+            epochs = {each.user_id: each.epoch for each in await claims(store, range(20))}
             calls: list[asyncio.Future[Any]] = []
             calls += [asyncio.ensure_future(save(store, record(each, epoch=epochs[each]))) for each in range(20)]
             calls += [asyncio.ensure_future(claim(store, each)) for each in (20, 21)]

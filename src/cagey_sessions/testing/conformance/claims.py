@@ -8,7 +8,7 @@ import asyncio
 import itertools
 
 from ...stores import Claim
-from .base import BIG, FENCED, SAVED, Conformance, Make, claim, everything, opened, record, save, stored
+from .base import BIG, FENCED, SAVED, Conformance, Make, claim, claims, everything, opened, record, save, stored
 
 __all__ = ["Claims"]
 
@@ -124,7 +124,7 @@ class Claims(Conformance):
         async with opened(*{id(node): node for node in (first, second)}.values()):
             users: list[int | str] = [5, "5", 3, "x", 1]
             theirs = (await claim(first, 3, "b")).epoch
-            answers = await second.claim_many(users, "a")
+            answers = await claims(second, users)
             assert [(type(each.user_id), each.user_id) for each in answers] == [(type(each), each) for each in users]
             assert [each.owner for each in answers] == ["", "", "b" if first.shared else "", "", ""]
             assert answers[2].epoch == (theirs if first.shared else theirs + 1)

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from ...errors import OwnedElsewhereError
 from ...stores import Claim, Outcome, Record, Store
-from .base import ALREADY, ERASED, FENCED, MISSING, NOT_THERE, SAVED, everything
+from .base import ALREADY, ERASED, FENCED, MISSING, NOT_THERE, SAVED, claims, everything
 
 __all__ = ["OWNERS", "StoreMachine", "machine_test"]
 
@@ -102,7 +102,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(users=st.lists(st.sampled_from(USERS), unique_by=repr, max_size=4), owner=st.sampled_from(OWNERS))
     def claim(self, users: list[int | str], owner: str) -> None:
-        answers = self.runner.run(self.store.claim_many(users, owner))
+        answers = self.runner.run(claims(self.store, users, owner))
         assert [repr(each.user_id) for each in answers] == [repr(each) for each in users]
         for answer in answers:
             row = self.row(answer.user_id)
@@ -182,7 +182,7 @@ class StoreMachine(RuleBasedStateMachine):
             row.released, row.kept, row.erased = True, None, True
         elif row.epoch:
             # a store that has kept the row now has a tombstone: a claim tells them apart, and both are new
-            again = self.runner.run(self.store.claim_many([user_id], "a"))[0]
+            (again,) = self.runner.run(claims(self.store, [user_id]))
             assert again.granted
             assert again.epoch > row.epoch
             row.epoch, row.claimant, row.released, row.forgotten = again.epoch, "a", False, False

@@ -20,6 +20,7 @@ from .base import (
     Conformance,
     Make,
     claim,
+    claims,
     everything,
     opened,
     record,
@@ -214,9 +215,7 @@ class Saves(Conformance):
 
     async def test_one_call_with_every_verdict_answers_in_order(self, make: Make) -> None:
         async with opened(make()) as store:
-            epochs = {
-                each.user_id: each.epoch for each in await store.claim_many(["new", "kept", "taken", "gone"], "a")
-            }
+            epochs = {each.user_id: each.epoch for each in await claims(store, ["new", "kept", "taken", "gone"])}
             assert await save(store, record("kept", 3, epoch=epochs["kept"])) == [SAVED]
             await claim(store, "taken", "a")
             await store.erase("gone", "a")

@@ -6,7 +6,21 @@ from __future__ import annotations
 
 import pytest
 
-from .base import BIG, INVALID, SAVED, Conformance, Make, claim, everything, loaded, opened, record, save, stored
+from .base import (
+    BIG,
+    INVALID,
+    SAVED,
+    Conformance,
+    Make,
+    claim,
+    claims,
+    everything,
+    loaded,
+    opened,
+    record,
+    save,
+    stored,
+)
 
 __all__ = ["ODD_IDS", "Values"]
 
@@ -47,7 +61,7 @@ class Values(Conformance):
 
     async def test_a_number_and_its_text_are_two_users_everywhere(self, make: Make) -> None:
         async with opened(make()) as store:
-            number, text = await store.claim_many([1, "1"], "a")
+            number, text = await claims(store, [1, "1"])
             assert (type(number.user_id), type(text.user_id)) == (int, str)
             assert await save(store, record("1", 7, epoch=text.epoch, body=b'"text"')) == [SAVED]
             assert await store.load(1) is None
@@ -67,7 +81,7 @@ class Values(Conformance):
 
     async def test_odd_user_ids_are_kept_apart_and_come_back_as_they_were(self, make: Make) -> None:
         async with opened(make()) as store:
-            answers = await store.claim_many(ODD_IDS, "a")
+            answers = await claims(store, ODD_IDS)
             assert [(type(each.user_id), each.user_id) for each in answers] == [(type(each), each) for each in ODD_IDS]
             records = [
                 record(each.user_id, place + 1, epoch=each.epoch, body=b"%d" % place)
@@ -132,7 +146,7 @@ class Values(Conformance):
     async def test_a_body_that_the_engine_refuses_makes_no_other_fail(self, make: Make, poison: bytes) -> None:
         """Whether it refuses is its own affair; what it takes comes back."""
         async with opened(make()) as store:
-            epochs = {each.user_id: each.epoch for each in await store.claim_many(range(9), "a")}
+            epochs = {each.user_id: each.epoch for each in await claims(store, range(9))}
             records = [
                 record(user, epoch=epoch, body=poison if user == 4 else b"[7]") for user, epoch in epochs.items()
             ]
