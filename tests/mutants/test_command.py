@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def test_a_fault_that_no_test_sees_fails_the_run(suite):
     assert status == 1
     assert "NOT FOUND" in said
     assert "0 of 1 faults were found, 0 could not be tried" in said
+
+
+def test_a_random_test_without_end_finds_a_fault(suite, monkeypatch):
+    said = "+++++ Timeout +++++"
+    ended = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(command, "run", lambda *_: ended)
+    assert command.run_tests(command.ROOT, [suite]) == (command.ENDLESS, "")
 
 
 def test_a_process_that_ends_has_not_said_what_is_wrong(suite):
