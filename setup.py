@@ -4,6 +4,7 @@ Switches, all off by default, read from the environment:
 ``CAGEY_SESSIONS_DEBUG``     assertions and structure checks in the core
 ``CAGEY_SESSIONS_SANITIZE``  AddressSanitizer and UndefinedBehaviorSanitizer; the interpreter has to preload libasan
 ``CAGEY_SESSIONS_TRACE``     line tracing, for coverage
+``CFLAGS``                   as ever; a level of optimization in it takes the place of ours
 """
 
 import os
@@ -48,7 +49,9 @@ class BuildCore(build_ext):
 
 
 SRC, WINDOWS = "src/cagey_sessions/", sys.platform == "win32"
-cflags = [] if WINDOWS else ["-O3", "-g0", "-Wall"]
+cflags = [] if WINDOWS else ["-g0", "-Wall"]
+if not WINDOWS and not any(word.startswith("-O") for word in os.environ.get("CFLAGS", "").split()):
+    cflags.insert(0, "-O3")  # of two levels the compiler takes the last one, and ours come last
 lflags, macros, directives = [], [], {}
 if flag("DEBUG"):
     cflags, macros = (["/Od", "/Zi"] if WINDOWS else ["-O0", "-g3", "-UNDEBUG", "-Wall"]), [("CAGEY_DEBUG", "1")]

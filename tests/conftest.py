@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import pytest_timeout
 
 from cagey_sessions import SessionManager, UserDataWarning
 from cagey_sessions._core import living
@@ -50,6 +51,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         # a class may name its `loops`, where a sister of it runs on the others
         metafunc.fixturenames.append("loop_kind")
         metafunc.parametrize("loop_kind", getattr(metafunc.cls, "loops", None) or list(LOOPS))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Settings) -> bool | None:
+    """No clock fails a random test in the middle of an example, as it does elsewhere.
+
+    Hypothesis would take that for what the example does, try it again and, since it passes then, report that the data
+    depends on something else than chance. One that hangs ends the process, and says where, after ten times as long.
+    """
+    if item.get_closest_marker("hypothesis") is None or settings.method == "thread":
+        return None
+    patient = settings._replace(method="thread", timeout=10 * settings.timeout)
+    return bool(pytest_timeout.pytest_timeout_set_timer(item, patient))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -123,10 +123,19 @@ class Batches(RuleBasedStateMachine):
         for side in (self.plain, self.batched):
             side.table.advance(self.now, 1000)
 
-    @precondition(lambda self: not self.plain.table.has_due(False))
+    @rule(outcome=st.sampled_from([Outcome.SAVED, Outcome.SAVED, Outcome.FAILED]))
+    def save_those_asked_for(self, outcome: Outcome) -> None:
+        """One by one on both sides: no batch takes them."""
+        while self.plain.table.has_due(False):
+            for side in (self.plain, self.batched):
+                session, version = side.table.take(False)
+                if side.fix(session, version, self.now):
+                    side.settle(session, outcome)
+
     @rule(rows=st.integers(1, USERS))
     def save(self, rows: int) -> None:
         """Those whose time has come, as long as nobody among them has failed before."""
+        self.save_those_asked_for(Outcome.SAVED)
         batch = self.batches.batch()
         taken = batch.fill(rows, 10_000, self.now, INTERVAL, 0.5)
         expected = []
@@ -271,6 +280,17 @@ def test_a_batch_stops_before_whoever_has_failed():
     assert batch.fill(9, 1000, 2, 9, 0.0) == 2
     assert failed not in batch.under_way()
     assert not due.batches.has_due()
+
+
+def test_a_session_that_somebody_waits_for_is_left_to_be_handed_over():
+    due = Due(3)
+    batch = due.batches.batch()
+    batch.fill(3, 1000, 1, 9, 0.0)
+    waited_for, asked, nobody = batch.under_way()
+    due.table.ask(asked)
+    assert batch.settle([Verdict(Outcome.SAVED)] * 3, 9, {waited_for: None}) == [waited_for, asked]
+    assert (due.table.state(waited_for), due.table.state(nobody)) == ("saving", "idle")
+    assert [session for session, *_ in batch.hand_over()] == [waited_for, asked]
 
 
 def test_what_an_encoder_does_meanwhile_is_seen():

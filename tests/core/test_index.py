@@ -60,6 +60,18 @@ HASHES = {
 }
 
 
+def test_a_session_that_is_ending_is_not_found_by_its_key_and_its_key_is_free():
+    """And when it is forgotten, whoever has the key by then keeps it."""
+    table = SessionTable(Session, None, seed=SEED)
+    ending = table.create("key")
+    table.begin_end(ending)
+    assert table.find_by_key("key") is None
+    newer = table.create("key")
+    assert table.find_by_key("key") is newer
+    table.forget(ending)
+    assert table.find_by_key("key") is newer
+
+
 def test_the_hashes_are_what_the_tests_take_them_for():
     assert mixed(unmixed(12345)) == 12345
     salt = mixed(SEED)
