@@ -92,6 +92,7 @@ class SessionTable:
         tick: int,
         interval: int,
         arm: Callable[[], None],
+        ending: dict[Any, Any],
         waited_for: dict[Any, Any],
         destroyed: str,
         user_id_type: type[int] | type[str] | None = None,

@@ -468,7 +468,7 @@ class Autosave:
 
     def _retry_tick(self, session: SessionCore, is_patient: bool, error: Exception) -> int | None:
         """When a failed save is tried again; None if only on request."""
-        if session.end_reason is not None or self._table.state(session) == "gone":
+        if not session.alive or self._table.state(session) == "gone":
             return None
         if self._interval is None and not is_patient and not self._table.is_ending(session):
             return None

@@ -165,7 +165,7 @@ class Endings:
         self._host.enter()
         if persist is None and self._gateway is not None:
             persist = True
-        if session.end_reason is not None:
+        if not session.alive:
             return
         ending = self.under_way.get(session)
         wants_save = bool(persist) and session.user_id is not None
@@ -485,7 +485,7 @@ class Endings:
 
     async def wait_ended(self, session: SessionCore) -> EndReason:
         loop = self._host.enter()
-        if session.end_reason is not None:
+        if not session.alive and session.end_reason is not None:
             return EndReason(session.end_reason)
         target = Wait(session, Kind.END)
         if would_deadlock(target):

@@ -92,7 +92,7 @@ class Listeners:
         passed_over = 0
         task = current_task()
         for registration in tuple(self._by_name.get(name, ())):
-            if registration.removed or (about is not None and about.end_reason is not None):
+            if registration.removed or (about is not None and not about.alive):
                 passed_over += 1
                 continue
             if registration.once:

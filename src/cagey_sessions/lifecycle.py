@@ -147,6 +147,7 @@ class Lifecycle:
             tick=self.autosave.tick,
             interval=options.interval // self.autosave.tick if options.interval else 0,
             arm=self.autosave.arm,
+            ending=self.endings.under_way,
             waited_for=self.endings.waited_for,
             destroyed=EndReason.DESTROYED,
             user_id_type=options.user_id,
@@ -339,7 +340,7 @@ class Lifecycle:
     def _abort_creation(self, session: SessionCore) -> Ending | None:
         ends = self.endings
         ending = ends.under_way.get(session)
-        if ending is None and session.end_reason is None and not ends.end_at_once(session, EndReason.CREATE_FAILED):
+        if ending is None and session.alive and not ends.end_at_once(session, EndReason.CREATE_FAILED):
             ending = ends.begin_end(session, persist=False, reason=EndReason.CREATE_FAILED)
         return ending
 
@@ -352,7 +353,7 @@ class Lifecycle:
         try:
             await self.endings.end(older, True, EndReason.REPLACED)
         except ListenerError as error:
-            if self.gateway is None or older.end_reason is None:
+            if self.gateway is None or older.alive:
                 raise
             self.reports.error(
                 error, older

@@ -258,7 +258,7 @@ class Ownership:
         gateway = self._require_store()
         check_user_id(user_id, life.options.user_id)
         session = life.table.active_session(user_id)
-        if session is not None and session.end_reason is None:
+        if session is not None and session.alive:
             return self._encoding.copy(session.user_data)
         record = await self._claims.persistently(lambda _: gateway.ask(gateway.store.load, user_id))
         if record is None:

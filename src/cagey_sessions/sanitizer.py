@@ -116,7 +116,7 @@ class Sanitizer:
         for path, part in _mutable_parts(data):
             other = self._holder.setdefault(id(part), session)
             if other is not session:
-                place = None if other.end_reason is not None else _place_of(part, other.user_data)
+                place = _place_of(part, other.user_data) if other.alive else None
                 if place is not None and ("shared", other.user_id) not in self._told:
                     self._warn(
                         "shared",
@@ -173,7 +173,7 @@ class Sanitizer:
         for _ in range(min(most, len(self._ended))):
             user_id, data, fingerprint = self._ended.popleft()
             live = self._table.active_session(user_id)
-            if live is not None and live.end_reason is None and live.user_data is data:
+            if live is not None and live.alive and live.user_data is data:
                 continue  # the program has handed it on to a newer session
             if self._fingerprint(data) == fingerprint:
                 self._ended.append((user_id, data, fingerprint))

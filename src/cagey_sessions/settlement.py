@@ -131,7 +131,7 @@ class Settlement:
         elif outcome is Outcome.INVALID:
             reason = detail or "it does not say why"
             invalid = UnsavableError(f"the store refuses the data of user {user_id!r:.80}: {reason}", user_id=user_id)
-            if session.end_reason is None:
+            if session.alive:
                 self.refused[session] = (self._identity.digest(record.body), invalid)
             self.refuse(row, invalid)
         elif outcome is Outcome.FAILED or row.claims >= MOST_CLAIMS:
@@ -193,7 +193,7 @@ class Settlement:
     def refuse(self, row: Row, error: UnsavableError) -> None:
         """Its data cannot be saved as it is."""
         row.settled = True
-        if self.unsavable.get(row.session) != str(error) and row.session.end_reason is None:
+        if self.unsavable.get(row.session) != str(error) and row.session.alive:
             self.unsavable[row.session] = str(error)
             self._host.unsavable(row.session, error)
         self._autosave.fail(row.session, row.version, row.flight, error, report=False)

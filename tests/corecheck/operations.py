@@ -512,7 +512,7 @@ class Owner:
 
 
 def attend(table: Any) -> None:
-    table.attend(now=lambda: 5, tick=1, interval=10, arm=int, waited_for={}, destroyed="destroyed")
+    table.attend(now=lambda: 5, tick=1, interval=10, arm=int, ending={}, waited_for={}, destroyed="destroyed")
 
 
 def come_and_go(world: World, *, quietly: bool) -> None:

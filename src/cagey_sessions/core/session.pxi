@@ -215,8 +215,17 @@ cdef class SessionCore:
 
     @property
     def end_reason(self):
-        """Why the session has ended, or None."""
-        return self.listeners if self.ended else None
+        """Why the session has ended or is ending, or None.
+
+        It is set before the first listener of the end runs, and may still change until the last one has: a last save
+        that turns out to be impossible makes it ``"unsaved"``, a user who is taken over meanwhile ``"fenced"``.
+        """
+        if self.ended:
+            return self.listeners
+        if self.table is None or self.table.ending is None:
+            return None
+        ending = self.table.ending.get(self)
+        return None if ending is None else ending.reason
 
     @property
     def _listeners(self):

@@ -41,6 +41,7 @@ cdef class SessionTable(SessionLanes):
     cdef uint64_t tick          # nanoseconds
     cdef uint64_t interval      # ticks, or 0
     cdef object arm             # a function for when the next deadline may have become an earlier one
+    cdef dict ending            # sessions whose end is under way, each with what has its `reason`
     cdef dict waited_for        # sessions whose end somebody waits for
     cdef object destroyed       # the reason of an ordinary end
     cdef object user_id_type
@@ -99,13 +100,15 @@ cdef class SessionTable(SessionLanes):
             return 0
         return self.user_slot_hashed(user_id, self.hash_of_user(user_id))
 
-    def attend(self, *, now, uint64_t tick, uint64_t interval, arm, dict waited_for not None, destroyed,
+    def attend(self, *, now, uint64_t tick, uint64_t interval, arm, dict ending not None,
+               dict waited_for not None, destroyed,
                user_id_type=None, bint stored=False, bint watched=False):
         """Say all that a call has to know to be done in one step; see `Call`."""
         self.now = now
         self.tick = tick
         self.interval = interval
         self.arm = arm
+        self.ending = ending
         self.waited_for = waited_for
         self.destroyed = destroyed
         self.user_id_type = user_id_type
