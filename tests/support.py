@@ -26,10 +26,10 @@ import pytest
 import redis
 
 import cagey_sessions
-from cagey_sessions import StoreUnavailableError
+from cagey_sessions import SessionManager, StoreContractError, StoreUnavailableError
 from cagey_sessions.options import parse_duration
 from cagey_sessions.savefile import Files
-from cagey_sessions.stores import Claim, MemoryStore, Record, Verdict
+from cagey_sessions.stores import Claim, MemoryStore, Record, Store, Verdict
 from cagey_sessions.stores.memory import MemoryBacking, Row
 
 SECOND = 1_000_000_000
@@ -409,6 +409,21 @@ async def end(clock: ManualClock, *managers: Any) -> None:
         statistics = manager.statistics()
         assert (statistics.live, statistics.in_flight, statistics.pending) == (0, 0, 0)
     assert clock.pending == 0, "no timer is left"
+
+
+async def refuse_a_second_manager(store: Store) -> None:
+    """While a manager has a store no other gets it, nor closes it; afterwards the next one may."""
+    async with SessionManager(store=store) as manager:
+        ann = await manager.open("ann", default={"n": 0})
+        second = SessionManager(store=store)
+        for call in (second.open("bob", default={}), second.read("ann"), second.__aenter__()):
+            with pytest.raises(StoreContractError, match="open already; make one for each manager"):
+                await call
+        await second.destroy()
+        ann.user_data["n"] += 1
+        assert (await ann.persist_now()).changed, "the end of the second has closed nothing"
+    async with SessionManager(store=store) as following:
+        assert (await following.open("ann")).user_data == {"n": 1}
 
 
 async def add_user(manager: Any, user_id: int | str, data: Any = None, key: str | None = None) -> Any:

@@ -17,6 +17,7 @@ The words *new*, *released*, *owned* and *erased* below are the four states of a
 from __future__ import annotations
 
 import asyncio
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from enum import StrEnum
@@ -133,6 +134,9 @@ class Store(ABC):
 
     Once it has changed the library writes every user again, and claims those whom the engine has forgotten.
     """
+
+    _gateway: weakref.ref[Any] | None = None
+    """Of the manager that was the last to open it: no other may, before that one has closed it."""
 
     @property
     def name(self) -> str:
