@@ -312,6 +312,7 @@ class ScriptedStore(MemoryStore):
         self.batches: list[Batch] = []
         self.claims: list[list[int | str]] = []
         self.releases: list[int | str] = []
+        self.release_calls: list[list[tuple[int | str, int]]] = []
         self.open_calls = 0
         self.most_open = 0
         self.release_all = asyncio.Event()
@@ -341,9 +342,10 @@ class ScriptedStore(MemoryStore):
             await self._take_a_step(self.claim_script.pop(0), [])
         return await super().claim_many(user_ids, owner)
 
-    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
-        self.releases.append(user_id)
-        return await super().release(user_id, epoch, owner)
+    async def release_many(self, claims: Any, owner: str) -> list[bool]:
+        self.release_calls.append(list(claims))
+        self.releases += [user_id for user_id, _ in claims]
+        return await super().release_many(claims, owner)
 
     async def save_many(self, records: Any) -> list[Verdict]:
         records = list(records)

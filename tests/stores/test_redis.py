@@ -25,6 +25,7 @@ from cagey_sessions.testing.store_conformance import (
     machine_test,
     opened,
     record,
+    release,
     save,
 )
 from shared_stores import SharedStoreConformance
@@ -209,7 +210,7 @@ async def test_only_rows_with_data_or_an_owner_are_kept(engine, prefix):
     async with opened(RedisStore(URL, prefix=prefix)) as store:
         for user in range(50):
             epoch = (await claim(store, user)).epoch
-            assert await store.release(user, epoch, "a")
+            assert await release(store, user, epoch, "a")
         assert await save(store, record("kept", epoch=(await claim(store, "kept")).epoch, release=True)) == [SAVED]
     users = {key.removeprefix(prefix.encode()) for key in engine.scan_iter(f"{prefix}user:*")}
     assert users == {b'user:"kept"'}

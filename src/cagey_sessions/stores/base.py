@@ -178,8 +178,13 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
-        """Let go of a user without a save, if it is still owned by `owner` under `epoch`: whether it was."""
+    async def release_many(self, claims: Sequence[tuple[int | str, int]], owner: str) -> list[bool]:
+        """Let go of users without a save: pairs of a user, each another one, and the epoch of the claim.
+
+        Answers for each, in order, whether it was still owned by `owner` under that epoch, and so is released; else
+        nothing changes. If the call raises, any of them may be released or not: it is repeated, for fewer at a time
+        where the cause may be one of them.
+        """
 
     @abstractmethod
     async def erase(self, user_id: int | str, owner: str = "") -> bool:

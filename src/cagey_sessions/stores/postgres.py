@@ -66,12 +66,19 @@ SAVE = """WITH saved AS (
         RETURNING kept.user_id)
     SELECT CASE WHEN count(*) < cardinality($1) THEN coalesce(array_agg(user_id), ARRAY[]::text[]) END FROM saved"""
 LOOK = "SELECT user_id, epoch, owner, version, erased, released FROM {users} WHERE user_id = ANY ($1::text[])"
-RELEASE = """UPDATE {users} SET released = true
-    WHERE user_id = $1 AND epoch = $2 AND owner = $3 AND NOT released AND NOT erased"""
-RELEASE_REPEATED = RELEASE + " AND version = $4"
+RELEASE = """UPDATE {users} AS kept SET released = true
+    FROM unnest($1::text[], $2::bigint[]) AS batch (user_id, epoch)
+    WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.owner = $3
+        AND NOT kept.released AND NOT kept.erased
+    RETURNING kept.user_id, kept.body IS NULL AS unsaved"""
+RELEASE_REPEATED = """UPDATE {users} AS kept SET released = true
+    FROM unnest($1::text[], $2::bigint[], $3::bigint[]) AS batch (user_id, epoch, version)
+    WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.version = batch.version
+        AND kept.owner = $4 AND NOT kept.released AND NOT kept.erased"""
 # not if there has been an erasure: who had the user then must not find them missing, and save them again
-DELETE_UNSAVED = """DELETE FROM {users} WHERE user_id = $1 AND epoch = $2 AND released AND body IS NULL AND NOT erased
-    AND saved_at IS NULL"""
+DELETE_UNSAVED = """DELETE FROM {users} AS kept USING unnest($1::text[], $2::bigint[]) AS batch (user_id, epoch)
+    WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch
+        AND kept.released AND kept.body IS NULL AND NOT kept.erased AND kept.saved_at IS NULL"""
 ERASE = """UPDATE {users} AS kept SET epoch = epoch + 1, released = true, version = 0, body = NULL,
         saved_at = extract(epoch FROM clock_timestamp()), erased = true
     FROM (SELECT user_id, body IS NOT NULL AS had_data FROM {users} WHERE user_id = $1 FOR UPDATE) AS before
@@ -116,8 +123,8 @@ class PostgresStore(PostgresEngine):
 
     Raises `MissingExtraError` without asyncpg, and `OptionError`. `open` raises `StoreUnavailableError` if the server
     cannot be reached, or refuses the user, and `StoreLayoutError` for a table of another shape, one made by a newer
-    version, or one that this user may not write. Costs one statement for each batch, and one more where a row of it was
-    not written.
+    version, or one that this user may not write. Costs one statement for each batch, one more where a row of it was not
+    written, and one more for those of the rows that are released.
     """
 
     shared = True
@@ -230,24 +237,31 @@ class PostgresStore(PostgresEngine):
             done = set(written)
             others = {key: record for key, _, record in rows if key not in done}
             kept = {row["user_id"]: row for row in await connection.fetch(self._sql(LOOK), list(others))}
+            repeated = []
             for key, record in others.items():
                 verdict = verdicts[record.user_id] = verdict_on(record, kept.get(key))
                 # only of the version that is there: a repeat that comes late releases nothing
                 if verdict.outcome is Outcome.ALREADY and record.release and record.version == kept[key]["version"]:
-                    await connection.execute(
-                        self._sql(RELEASE_REPEATED), key, record.epoch, record.owner, record.version
-                    )
+                    repeated.append((key, record.epoch, record.version))
+            if repeated:
+                await connection.execute(self._sql(RELEASE_REPEATED), *zip(*repeated, strict=True), owners[0])
         return verdicts
 
-    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
-        async def release(connection: Any) -> bool:
-            if await connection.execute(self._sql(RELEASE), _key(user_id), epoch, owner) != "UPDATE 1":
-                return False
-            with suppress(asyncpg.PostgresError):  # it is released all the same
-                await connection.execute(self._sql(DELETE_UNSAVED), _key(user_id), epoch)
-            return True
+    async def release_many(self, claims: Sequence[tuple[int | str, int]], owner: str) -> list[bool]:
+        if not claims:
+            return []
+        epochs = {_key(user_id): epoch for user_id, epoch in claims}
 
-        return await self._run(release)
+        async def release(connection: Any) -> set[str]:
+            keys = sorted(epochs)
+            rows = await connection.fetch(self._sql(RELEASE), keys, [epochs[key] for key in keys], owner)
+            if unsaved := [row["user_id"] for row in rows if row["unsaved"]]:
+                with suppress(asyncpg.PostgresError):  # they are released all the same
+                    await connection.execute(self._sql(DELETE_UNSAVED), unsaved, [epochs[key] for key in unsaved])
+            return {row["user_id"] for row in rows}
+
+        released = await self._run(release)
+        return [key in released for key in epochs]
 
     async def erase(self, user_id: int | str, owner: str = "") -> bool:
         key = _key(user_id)

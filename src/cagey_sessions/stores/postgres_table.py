@@ -72,7 +72,8 @@ class PostgresTable(PostgresEngine):
 
     Raises `MissingExtraError` without asyncpg, and `OptionError`. `open` raises `StoreUnavailableError`, and
     `StoreLayoutError` for a table that cannot be used. An id that the key column cannot hold is a `RecordError`. Costs
-    one statement for each batch, one more where a row of it was not written, and one more for rows that are new.
+    one statement for each batch, one more where a row of it was not written, and one more each for rows that are new
+    and for those that are only released.
     """
 
     def __init__(
@@ -312,7 +313,7 @@ class PostgresTable(PostgresEngine):
 
     async def _look(self, connection: Any, rows: list[_Row], verdicts: dict[int | str, Verdict]) -> list[_Row]:
         """See why rows were not written; those that are to be inserted come back."""
-        new = []
+        new, repeated = [], []
         keys = [row.key for row in rows]
         kept = {row["user_id"]: row for row in await connection.fetch(self._sql(sql.LOOK), keys)}
         for row in rows:
@@ -326,10 +327,10 @@ class PostgresTable(PostgresEngine):
             elif found is not None and verdict.outcome is Outcome.ALREADY and record.version == found["version"]:
                 self._remember(record)
                 if record.release:  # a repeat that comes late releases nothing
-                    await connection.execute(
-                        self._sql(sql.RELEASE_REPEATED), row.key, record.epoch, record.owner, record.version
-                    )
+                    repeated.append((row.key, record.epoch, record.owner, record.version))
             verdicts[record.user_id] = verdict
+        if repeated:
+            await connection.execute(self._sql(sql.RELEASE_REPEATED), *zip(*repeated, strict=True))
         return new
 
     async def _look_alone(self, connection: Any, rows: list[_Row], verdicts: dict[int | str, Verdict]) -> list[_Row]:
@@ -396,21 +397,23 @@ class PostgresTable(PostgresEngine):
             problem = f"{own.name} cannot have user {user_id!r:.80}: {error}; the ids of this table are {kind}"
         raise RecordError(problem, user_id=user_id)
 
-    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
-        key = self._key(user_id)
+    async def release_many(self, claims: Sequence[tuple[int | str, int]], owner: str) -> list[bool]:
+        epochs = {self._key(user_id): epoch for user_id, epoch in claims}
         if not self.fenced:
-            self._new.discard(user_id)
-            return True
+            self._new.difference_update(user_id for user_id, _ in claims)
+            return [True] * len(claims)
 
-        async def release(connection: Any) -> bool:
-            if await connection.execute(self._sql(sql.RELEASE), key, epoch, owner) != "UPDATE 1":
-                return False
-            if self._fence == "side_table":  # the rows of their table are not ours to delete
-                with suppress(asyncpg.PostgresError):  # it is released all the same
-                    await connection.execute(self._sql(sql.DELETE_UNSAVED), key, epoch)
-            return True
+        async def release(connection: Any) -> set[Any]:
+            keys = sorted(epochs)
+            rows = await connection.fetch(self._sql(sql.RELEASE), keys, [epochs[key] for key in keys], owner)
+            absent = [row["user_id"] for row in rows if row["absent"]]
+            if absent and self._fence == "side_table":  # the rows of their table are not ours to delete
+                with suppress(asyncpg.PostgresError):  # they are released all the same
+                    await connection.execute(self._sql(sql.DELETE_UNSAVED), absent, [epochs[key] for key in absent])
+            return {row["user_id"] for row in rows}
 
-        return await self._run(release)
+        released = await self._run(release) if epochs else set()
+        return [key in released for key in epochs]
 
     async def erase(self, user_id: int | str, owner: str = "") -> bool:
         """Delete the user's row, with all its columns. Returns whether there was one.

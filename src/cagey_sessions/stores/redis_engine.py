@@ -162,10 +162,17 @@ return table.concat(answers)
 
 # A row that was never saved is nothing to keep, unless it says that somebody was erased.
 RELEASE = Script("""
-local row = redis.call('HMGET', KEYS[1], 'epoch', 'owner', 'released', 'saved_at')
-if row[1] ~= ARGV[1] or row[2] ~= ARGV[2] or row[3] ~= '0' then return 0 end
-if row[4] then redis.call('HSET', KEYS[1], 'released', '1') else redis.call('DEL', KEYS[1]) end
-return 1
+local owner = ARGV[1]
+local answers = {}
+for place, key in ipairs(KEYS) do
+    local row = redis.pcall('HMGET', key, 'epoch', 'owner', 'released', 'saved_at')
+    answers[place] = 0
+    if not row['err'] and row[1] == ARGV[place + 1] and row[2] == owner and row[3] == '0' then
+        if row[4] then redis.call('HSET', key, 'released', '1') else redis.call('DEL', key) end
+        answers[place] = 1
+    end
+end
+return answers
 """)
 
 ERASE = Script(

@@ -34,16 +34,14 @@ from .sqlite_rows import (
     APPLICATION_ID,
     COLUMNS,
     CREATE,
-    DELETE_UNSAVED,
     ERASE,
     LAYOUT,
     LOAD,
-    RELEASE,
-    REMEMBER_UNSAVED,
     ROWS_IN_A_SCAN,
     TABLES,
     claim_rows,
     portions,
+    release_rows,
     save_rows,
     scan_rows,
 )
@@ -147,15 +145,8 @@ class SQLiteStore(Store):
         verdict_of = dict(zip(latest, verdicts, strict=True))
         return [verdict_of[record.user_id] for record in records]
 
-    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
-        def release(connection: sqlite3.Connection) -> bool:
-            if not connection.execute(RELEASE, (user_id, epoch, owner)).rowcount:
-                return False
-            connection.execute(REMEMBER_UNSAVED, (epoch, user_id))
-            connection.execute(DELETE_UNSAVED, (user_id,))
-            return True
-
-        return await self._write(release)
+    async def release_many(self, claims: Sequence[tuple[int | str, int]], owner: str) -> list[bool]:
+        return await self._write(lambda connection: release_rows(connection, claims, owner))
 
     async def erase(self, user_id: int | str, owner: str = "") -> bool:
         def erase(connection: sqlite3.Connection) -> bool:

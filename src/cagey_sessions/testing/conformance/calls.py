@@ -10,7 +10,20 @@ from typing import Any
 import pytest
 
 from ...errors import StoreUnavailableError
-from .base import ALREADY, MISSING, SAVED, Conformance, Make, claim, every_call, everything, opened, record, save
+from .base import (
+    ALREADY,
+    MISSING,
+    SAVED,
+    Conformance,
+    Make,
+    claim,
+    every_call,
+    everything,
+    opened,
+    record,
+    release,
+    save,
+)
 
 __all__ = ["Calls"]
 
@@ -37,7 +50,7 @@ class Calls(Conformance):
             assert await save(store, record(epoch=epoch)) == [SAVED]
             assert await store.holder(1) == ("a", epoch)
             assert await store.holder("1") == ("", 0)
-            assert await store.release(1, epoch, "a")
+            assert await release(store, 1, epoch, "a")
             assert await store.holder(1) == ("", epoch)
             assert (await claim(store)).epoch == epoch + 1
             assert await store.erase(1, "a")
@@ -77,7 +90,7 @@ class Calls(Conformance):
                     kept = record(user_id, version, epoch=epoch, body=b'"%d/%d"' % (user_id, version))
                     assert await save(store, kept) == [SAVED]
                     assert await store.load(user_id) == kept
-                assert await store.release(user_id, epoch, "a")
+                assert await release(store, user_id, epoch, "a")
 
             await asyncio.gather(*(life(user_id) for user_id in range(60)))
             assert {each.body for each in (await everything(store)).values()} == {
