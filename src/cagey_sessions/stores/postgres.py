@@ -122,9 +122,10 @@ class PostgresStore(PostgresEngine):
     server that stalls loses them sooner.
 
     Raises `MissingExtraError` without asyncpg, and `OptionError`. `open` raises `StoreUnavailableError` if the server
-    cannot be reached, or refuses the user, and `StoreLayoutError` for a table of another shape, one made by a newer
-    version, or one that this user may not write. Costs one statement for each batch, one more where a row of it was not
-    written, and one more for those of the rows that are released.
+    cannot be reached, or refuses the user, `StoreLayoutError` for a table of another shape, one made by a newer
+    version, or one that this user may not write, and `OptionError` for a `pool` whose prepared statements come together
+    with those of others in a pooler such as PgBouncer. Costs one statement for each batch, one more where a row of it
+    was not written, and one more for those of the rows that are released.
     """
 
     shared = True

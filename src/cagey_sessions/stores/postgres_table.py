@@ -27,6 +27,7 @@ from . import postgres_fences as sql
 from .base import Claim, Outcome, Record, Verdict, latest_of
 from .postgres_catalog import GivenBodies, OwnTable, UnfitError, read_table
 from .postgres_engine import DOUBT, NODES, PostgresEngine, asyncpg, check_name, is_of_call, quoted, verdict_on
+from .postgres_pooler import driver_of
 
 __all__ = ["PostgresTable"]
 
@@ -70,7 +71,7 @@ class PostgresTable(PostgresEngine):
     the columns given here; what it has not set of those is set after it, in the same transaction. `timeout` and `lease`
     are as with `PostgresStore`.
 
-    Raises `MissingExtraError` without asyncpg, and `OptionError`. `open` raises `StoreUnavailableError`, and
+    Raises `MissingExtraError` without asyncpg, and `OptionError`. `open` raises what that of `PostgresStore` does, and
     `StoreLayoutError` for a table that cannot be used. An id that the key column cannot hold is a `RecordError`. Costs
     one statement for each batch, one more where a row of it was not written, and one more each for rows that are new
     and for those that are only released.
@@ -364,7 +365,7 @@ class PostgresTable(PostgresEngine):
                     self._sql(sql.MAY_INSERT), [row.key], [record.epoch], [record.owner], [record.version]
                 ):
                     return _HELD_BACK
-                await insert(connection, record.user_id, record.value())
+                await insert(driver_of(connection), record.user_id, record.value())
                 if not await connection.fetch(self._sql(self._save_sql), *self._arrays([row])):
                     raise _NoRowError
         except _NoRowError:
