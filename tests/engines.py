@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import redis
@@ -27,7 +28,8 @@ POSTGRES_USER = "postgres"
 
 def program(name: str) -> str | None:
     """Where an engine's program is; the newest of several."""
-    return shutil.which(name) or max(glob.glob(f"/usr/lib/postgresql/*/bin/{name}"), default=None)
+    folders = [*glob.glob("/usr/lib/postgresql/*/bin"), "/usr/sbin"]
+    return shutil.which(name) or max((f"{each}/{name}" for each in folders if Path(each, name).exists()), default=None)
 
 
 def need(*names: str) -> pytest.MarkDecorator:
@@ -149,6 +151,33 @@ class PostgresEngine(Engine):
         assert self._is_ready is not None
         command = [self._is_ready, "-h", str(self.folder), "-U", POSTGRES_USER, "-q"]
         return subprocess.run(command, check=False).returncode == 0
+
+
+class PgBouncerEngine(Engine):
+    """PgBouncer behind a Unix socket, in front of the PostgreSQL of the tests."""
+
+    def __init__(self, postgres: str, mode: str, *settings: str) -> None:
+        super().__init__()
+        if os.geteuid() == 0:  # it does not run as root
+            shutil.chown(self.folder, POSTGRES_USER, POSTGRES_USER)
+            self.as_user = {"user": POSTGRES_USER, "group": POSTGRES_USER, "extra_groups": []}
+        at = urlsplit(postgres)
+        database = at.path.strip("/")
+        behind = {"host": at.hostname, "port": at.port or 5432, "user": at.username, "password": at.password}
+        words = " ".join(f"{name}='{unquote(str(value))}'" for name, value in behind.items() if value)
+        lines = [
+            *("[databases]", f"{database} = {words}", "[pgbouncer]", f"unix_socket_dir = {self.folder}"),
+            *("listen_addr =", "listen_port = 6432", "auth_type = any", f"pool_mode = {mode}", *settings),
+        ]
+        (self.folder / "pgbouncer.ini").write_text("\n".join(lines))
+        bouncer = program("pgbouncer")
+        assert bouncer is not None
+        self.command = [bouncer, str(self.folder / "pgbouncer.ini")]
+        self.url = f"postgresql://somebody@/{database}?host={self.folder}&port=6432"
+
+    def is_ready(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as client:
+            return client.connect_ex(str(self.folder / ".s.PGSQL.6432")) == 0
 
 
 class RedisProcess(Engine):

@@ -12,6 +12,7 @@ import pytest
 from cagey_sessions import OwnedElsewhereError, SessionManager
 from cagey_sessions.testing.conformance.base import FENCED, SAVED
 from cagey_sessions.testing.store_conformance import StoreConformance, claim, opened, record, save
+from support import refuse_a_second_manager
 
 
 class SharedStoreConformance(StoreConformance):
@@ -102,3 +103,6 @@ class SharedStoreConformance(StoreConformance):
                     await other.open("alice")
                 await session.destroy()
                 assert (await other.open("alice")).user_data == {"gold": 10}
+
+    async def test_a_store_belongs_to_one_manager(self, make):
+        await refuse_a_second_manager(make())

@@ -26,10 +26,10 @@ import pytest
 import redis
 
 import cagey_sessions
-from cagey_sessions import StoreUnavailableError
+from cagey_sessions import SessionManager, StoreContractError, StoreUnavailableError
 from cagey_sessions.options import parse_duration
 from cagey_sessions.savefile import Files
-from cagey_sessions.stores import Claim, MemoryStore, Record, Verdict
+from cagey_sessions.stores import Claim, MemoryStore, Record, Store, Verdict
 from cagey_sessions.stores.memory import MemoryBacking, Row
 
 SECOND = 1_000_000_000
@@ -312,6 +312,7 @@ class ScriptedStore(MemoryStore):
         self.batches: list[Batch] = []
         self.claims: list[list[int | str]] = []
         self.releases: list[int | str] = []
+        self.release_calls: list[list[tuple[int | str, int]]] = []
         self.open_calls = 0
         self.most_open = 0
         self.release_all = asyncio.Event()
@@ -341,9 +342,10 @@ class ScriptedStore(MemoryStore):
             await self._take_a_step(self.claim_script.pop(0), [])
         return await super().claim_many(user_ids, owner)
 
-    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
-        self.releases.append(user_id)
-        return await super().release(user_id, epoch, owner)
+    async def release_many(self, claims: Any, owner: str) -> list[bool]:
+        self.release_calls.append(list(claims))
+        self.releases += [user_id for user_id, _ in claims]
+        return await super().release_many(claims, owner)
 
     async def save_many(self, records: Any) -> list[Verdict]:
         records = list(records)
@@ -409,6 +411,21 @@ async def end(clock: ManualClock, *managers: Any) -> None:
         statistics = manager.statistics()
         assert (statistics.live, statistics.in_flight, statistics.pending) == (0, 0, 0)
     assert clock.pending == 0, "no timer is left"
+
+
+async def refuse_a_second_manager(store: Store) -> None:
+    """While a manager has a store no other gets it, nor closes it; afterwards the next one may."""
+    async with SessionManager(store=store) as manager:
+        ann = await manager.open("ann", default={"n": 0})
+        second = SessionManager(store=store)
+        for call in (second.open("bob", default={}), second.read("ann"), second.__aenter__()):
+            with pytest.raises(StoreContractError, match="open already; make one for each manager"):
+                await call
+        await second.destroy()
+        ann.user_data["n"] += 1
+        assert (await ann.persist_now()).changed, "the end of the second has closed nothing"
+    async with SessionManager(store=store) as following:
+        assert (await following.open("ann")).user_data == {"n": 1}
 
 
 async def add_user(manager: Any, user_id: int | str, data: Any = None, key: str | None = None) -> Any:

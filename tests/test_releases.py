@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any
 
 import pytest
 
 from cagey_sessions import SessionManager, StoreUnavailableError
-from cagey_sessions.claims import MOST_ATTEMPTS, RELEASE_CALLS
+from cagey_sessions.releases import MOST_ATTEMPTS, RELEASE_CALLS, RELEASES_IN_A_CALL
 from cagey_sessions.stores import Claim
 from support import ScriptedStore, let_time_pass, turns
 
@@ -34,12 +35,16 @@ class Watched(ScriptedStore):
         self.calls += 1
         return await super().save_many(records)
 
-    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
+    async def release_many(self, claims: Any, owner: str) -> list[bool]:
         await self._pass()
-        if user_id in self.failing:
-            self.releases.append(user_id)
+        if self.failing & {user_id for user_id, _ in claims}:
+            self.release_calls.append(list(claims))
             raise self.error
-        return await super().release(user_id, epoch, owner)
+        return await super().release_many(claims, owner)
+
+    def attempts(self, user_id: int | str) -> int:
+        """How often it was tried to let go of a user alone."""
+        return sum([each for each, _ in claims] == [user_id] for claims in self.release_calls)
 
     async def holder(self, user_id: int | str) -> tuple[str, int]:
         self.calls += 1
@@ -47,6 +52,25 @@ class Watched(ScriptedStore):
 
     def _require_open(self) -> None:
         """It answers to whoever asks, even when it is closed."""
+
+
+class Gates:
+    """Has claims and releases of a store take 10 ms each: half of that on the way there, and half on the way back."""
+
+    def __init__(self, clock: Any, store: Watched) -> None:
+        self.claims = 0
+
+        def slowly(method: Any) -> Any:
+            async def call(what: Any, owner: str) -> Any:
+                await clock.sleep("5ms")
+                answers = await method(what, owner)
+                self.claims += len(answers) if method.__name__ == "claim_many" else 0
+                await clock.sleep("5ms")
+                return answers
+
+            return call
+
+        store.claim_many, store.release_many = slowly(store.claim_many), slowly(store.release_many)
 
 
 @pytest.fixture
@@ -86,14 +110,14 @@ async def test_a_release_that_goes_on_failing_is_given_up_and_said(clock, store,
     await leave(clock, manager, "ann", "bob", "cid")
     assert store.owner_of("bob") == store.owner_of("cid") == ""
     await clock.advance("1m")
-    assert store.releases.count("ann") == 1 + MOST_ATTEMPTS, "one by the session itself, and those of the queue"
+    assert store.attempts("ann") == MOST_ATTEMPTS
     (said,) = [record for record in caplog.records if "stays with this process until it ends" in record.message]
     assert said.levelname == "ERROR" and "'ann'" in said.message and "a trigger of the table" in said.message
     assert store.owner_of("ann") == manager._life.owner
     await leave(clock, manager, "dan")
     await clock.advance("1m")
     assert store.owner_of("dan") == ""
-    assert store.releases.count("ann") == 1 + MOST_ATTEMPTS
+    assert store.attempts("ann") == MOST_ATTEMPTS
     await let_time_pass(clock, manager.destroy())
     await assert_all_is_quiet(clock, store)
 
@@ -107,12 +131,12 @@ async def test_a_queue_full_of_those_who_fail_keeps_nobody_else_back(clock, stor
         await let_time_pass(clock, manager.open("ann", default={}))
     for session in sessions:
         await let_time_pass(clock, session.destroy(persist=False))
-    assert store.releases == [], "they wait for the store"
+    assert store.release_calls == [], "they wait for the store"
     store.down = False
     await clock.advance("2s")
     assert not any(store.owner_of(number) for number in range(0, 20, 2))
     await clock.advance("1m")
-    assert all(store.releases.count(number) == MOST_ATTEMPTS for number in store.failing)
+    assert all(store.attempts(number) == MOST_ATTEMPTS for number in store.failing)
     await let_time_pass(clock, manager.destroy())
     await assert_all_is_quiet(clock, store)
 
@@ -121,11 +145,108 @@ async def test_an_outage_is_no_reason_to_give_up(clock, store, manager, caplog):
     store.failing, store.error = frozenset({"ann"}), StoreUnavailableError("down")
     await leave(clock, manager, "ann")
     await clock.advance("2m")
-    assert store.releases.count("ann") > MOST_ATTEMPTS
+    assert store.attempts("ann") > MOST_ATTEMPTS
     store.failing = frozenset()
     await clock.advance("2s")
     assert store.owner_of("ann") == ""
     assert not [record for record in caplog.records if "stays with this process" in record.message]
+    await let_time_pass(clock, manager.destroy())
+
+
+async def test_one_row_that_cannot_be_let_go_of_does_not_keep_its_batch(clock, store, manager):
+    sessions = [await manager.open(number, default={}) for number in range(300)]
+    store.failing = frozenset({77})
+    ends = asyncio.gather(*(session.destroy(persist=False) for session in sessions))
+    await turns(100)
+    assert ends.done()
+    assert [number for number in range(300) if store.owner_of(number)] == [77]
+    assert len(store.release_calls) < 30, "it is looked for in halves"
+    store.failing = frozenset()
+    await clock.advance("2s")
+    assert not store.owner_of(77)
+    await let_time_pass(clock, manager.destroy())
+
+
+@pytest.mark.parametrize("answer", [None, [True]])
+async def test_a_store_that_does_not_answer_for_each_user_is_said(clock, store, manager, caplog, answer):
+    async def answer_wrongly(claims: Any, owner: str) -> Any:
+        return answer
+
+    await manager.open("ann", default={})
+    await manager.open("bob", default={})
+    store.release_many = answer_wrongly
+    for user_id in ("ann", "bob"):
+        manager._life.claims.let_go(user_id, 99)  # later than their sessions know
+    await clock.advance("1m")
+    said = [record.message for record in caplog.records if "did not answer for each user" in record.message]
+    assert len(said) == (2 if answer is None else 0), "alone each of them has an answer"
+    del store.release_many
+    await let_time_pass(clock, manager.destroy())
+
+
+# How many at a time
+
+
+async def test_those_who_leave_together_are_let_go_of_in_batches(clock, store, manager):
+    users = 5 * RELEASES_IN_A_CALL
+    sessions = await asyncio.gather(*(manager.open(number, default={}) for number in range(users)))
+    store.gate = asyncio.Event()
+    ends = asyncio.gather(*(session.destroy(persist=False) for session in sessions))
+    await turns()
+    assert len(store.releases) == 0 and not any(session.end_reason for session in sessions)
+    store.gate.set()
+    await turns(100)
+    assert ends.done()
+    assert not any(store.owner_of(number) for number in range(users))
+    assert sorted(store.releases) == list(range(users)), "each once"
+    assert len(store.release_calls) <= 5 + RELEASE_CALLS
+    assert max(map(len, store.release_calls)) == RELEASES_IN_A_CALL
+    await let_time_pass(clock, manager.destroy())
+
+
+async def test_only_the_newest_claim_of_a_user_is_let_go_of(clock, store, manager):
+    await manager.__aenter__()
+    owner = manager._life.owner
+    epochs = [(await store.claim_many(["ann"], owner))[0].epoch for _ in range(5)]
+    for epoch in (epochs[1], epochs[4], epochs[0], epochs[3]):
+        manager._life.claims.let_go("ann", epoch)
+    await turns()
+    assert store.release_calls == [[("ann", epochs[4])]]
+    assert store.owner_of("ann") == ""
+    await let_time_pass(clock, manager.destroy())
+
+
+async def test_who_has_a_session_by_a_later_claim_is_not_let_go_of_and_the_store_is_not_asked(clock, store, manager):
+    session = await manager.open("ann", default={})
+    calls = store.calls
+    for epoch in range(manager._life.table.epoch(session) + 1):
+        manager._life.claims.let_go("ann", epoch)
+        await turns()
+    assert store.calls == calls
+    assert (await session.persist_now()).changed
+    await let_time_pass(clock, manager.destroy())
+
+
+async def test_after_a_storm_of_cancelled_logins_everybody_is_free_within_seconds(clock, store, manager):
+    """4,400 of 400 users in a second, on a store whose answers take a while; some users are claimed a dozen times."""
+    chance = random.Random(23)
+    users = 400
+    gates = Gates(clock, store)
+    opening: list[asyncio.Task[Any]] = []
+    for step in range(1000):
+        wanted = [chance.randrange(users) for _ in range(4 + (step % 5 < 2))]
+        opening += [asyncio.ensure_future(manager.open(user, default={})) for user in wanted]
+        for task in chance.sample(opening, len(opening) // 3):
+            task.cancel()
+        opening = [task for task in opening if not task.done()]
+        await clock.advance("1ms")
+    for task in opening:
+        task.cancel()
+    await asyncio.gather(*opening, return_exceptions=True)
+    await clock.advance("3s")
+    assert gates.claims > 3 * users
+    assert [user for user in range(users) if store.owner_of(user) and manager.find_by_user(user) is None] == []
+    assert all(session.alive for session in map(manager.find_by_user, range(users)) if session is not None)
     await let_time_pass(clock, manager.destroy())
 
 

@@ -18,8 +18,8 @@ class Losing(ScriptedStore):
 
     losing = 0
 
-    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
-        released = await super().release(user_id, epoch, owner)
+    async def release_many(self, claims: Any, owner: str) -> list[bool]:
+        released = await super().release_many(claims, owner)
         if self.losing:
             self.losing -= 1
             raise StoreUnavailableError("the answer was lost")

@@ -90,19 +90,32 @@ async def test_everybody_is_fixed_within_the_interval_and_acknowledged_within_a_
     await let_time_pass(clock, manager.destroy(False))
 
 
-async def test_a_drain_of_a_thousand_takes_less_than_twenty_batch_times(clock):
-    """1,000 sessions, 20 ms a batch."""
-    store = ScriptedStore(clock, "20ms")
+class SlowToRelease(ScriptedStore):
+    """A release takes as long as a save."""
+
+    async def release_many(self, claims: Any, owner: str) -> list[bool]:
+        await self.clock.sleep(self.delay)
+        return await super().release_many(claims, owner)
+
+
+@pytest.mark.parametrize("which", ["changed", "unchanged", "unsaved"])
+async def test_a_drain_of_a_thousand_takes_less_than_twenty_batch_times(clock, which):
+    """1,000 sessions, 20 ms a batch; whether there is anything to be written or not."""
+    store = SlowToRelease(clock, "20ms")
     manager = SessionManager(store=store, clock=clock)
-    for session in await add_users(manager, 1000):
-        session.user_data["n"] = 1
+    sessions = await add_users(manager, 1000)
+    await let_time_pass(clock, manager.persist_all_user_data())
+    for session in sessions:
+        session.user_data["n"] += which == "changed"
+    store.batches.clear()
     before = clock.now()
-    report = await let_time_pass(clock, manager.destroy())
-    assert report.saved == 1000
+    report = await let_time_pass(clock, manager.destroy(persist=which != "unsaved"))
+    assert report.saved == (0 if which == "unsaved" else 1000)
     assert report.seconds < 20 * 0.020
     assert clock.now() - before >= SECOND // 50
-    assert all(store.stored(user_id) == {"n": 1} for user_id in range(1000))
-    assert len(store.batches) < 20
+    assert all(store.stored(user_id) == {"n": which == "changed"} for user_id in range(1000))
+    assert not any(store.owner_of(user_id) for user_id in range(1000))
+    assert len(store.batches) + len(store.release_calls) < 20
     assert store.most_open <= 4
 
 

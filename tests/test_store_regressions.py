@@ -96,13 +96,13 @@ async def test_f6b_a_release_that_never_returns_does_not_keep_the_store_down(clo
     """A release nobody waits for has a deadline too, and is not the only call allowed while the store is down."""
     session = await changed(manager)
     hold = asyncio.Event()
-    original = store.release
+    original = store.release_many
 
-    async def release(*args: Any) -> bool:
+    async def release(*args: Any) -> list[bool]:
         await hold.wait()
         return await original(*args)
 
-    store.release = release
+    store.release_many = release
     store.script = [StoreUnavailableError("blip")]
     await clock.advance("1ms")
     task = asyncio.ensure_future(session.persist_now())
@@ -236,13 +236,13 @@ async def test_f8_a_change_while_the_release_is_under_way_is_saved(clock, store,
     """I2: data saved in before_destroy and changed again before the end is not lost."""
     session = await changed(manager)
     session.on("before_destroy", session.persist_now)
-    original = store.release
+    original = store.release_many
 
-    async def release(*args: Any) -> bool:
+    async def release(*args: Any) -> list[bool]:
         await clock.sleep("50ms")
         return await original(*args)
 
-    store.release = release
+    store.release_many = release
     task = asyncio.ensure_future(session.destroy())
     await clock.advance("10ms")
     last = 1
@@ -295,14 +295,14 @@ async def test_f13_a_user_nobody_has_is_let_go_of_when_the_store_is_back(clock, 
     other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
     session = await changed(manager)
     await session.persist_now()
-    original = store.release
+    original = store.release_many
 
-    async def release(*_: Any) -> bool:
+    async def release(*_: Any) -> list[bool]:
         raise StoreUnavailableError("a blip")
 
-    store.release = release
+    store.release_many = release
     await let_time_pass(clock, session.destroy(persist=False))
-    store.release = original
+    store.release_many = original
     await clock.advance("60s")
     assert store.owner_of(1) == ""
     await end(clock, manager, other)

@@ -419,13 +419,13 @@ async def test_a_login_that_comes_as_all_claims_under_way_are_answered_does_not_
 async def test_a_release_whose_task_is_cancelled_by_somebody_is_made_all_the_same(clock, store, manager, when):
     """Else the other servers would wait for this user until this process is dead."""
     gate = asyncio.Event()
-    release = store.release
+    release = store.release_many
 
-    async def hang(*args: Any) -> bool:
+    async def hang(*args: Any) -> list[bool]:
         await gate.wait()
         raise StoreUnavailableError("the connection is closed")
 
-    store.release = hang
+    store.release_many = hang
     opening = asyncio.ensure_future(manager.open(1))
     tasks: list[asyncio.Task[Any]] = []
     for _ in range(1000):
@@ -440,7 +440,7 @@ async def test_a_release_whose_task_is_cancelled_by_somebody_is_made_all_the_sam
         await opening
     await turns()
     gate.set()
-    store.release = release
+    store.release_many = release
     await let_time_pass(clock, clock.sleep("3s"))
     assert 1 in store.backing.rows and store.owner_of(1) == ""
     await end(clock, manager)

@@ -51,8 +51,8 @@ class NoStore(Store):
     async def save_many(self, records: Sequence[Record]) -> list[Verdict]:
         return [self.saved] * len(records)
 
-    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
-        return True
+    async def release_many(self, claims: Sequence[tuple[int | str, int]], owner: str) -> list[bool]:
+        return [True] * len(claims)
 
     async def erase(self, user_id: int | str, owner: str = "") -> bool:
         return False
@@ -210,7 +210,7 @@ class Server:
         """Let go of a million users without their last saves."""
         self.clock.stop()
         self.life.autosave.close()
-        self.manager._warning.detach()
+        self.manager._life.warning.detach()
         self.life.listeners.clear()
         self.sessions.clear()
 

@@ -1,5 +1,6 @@
 """Claims of users in the store. What lives here: whose turn it is with a user in this process, asking the store for
-many users in a call, and letting go of those whom nobody has in the end. What must not: data, or why a user is wanted.
+many users in a call, and looking after claims that had no answer. What must not: data, why a user is wanted, or how one
+is released.
 
 A claim whose answer never came may have been granted all the same, even later. Then somebody looks after it, for a user
 who is kept by nobody is kept from everybody: the other servers wait until this process is dead.
@@ -8,7 +9,7 @@ who is kept by nobody is kept from everybody: the other servers wait until this 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context
@@ -29,6 +30,7 @@ from .gateway import StoreGateway
 from .lifecycle import Lifecycle
 from .options import SECOND
 from .reclaiming import claims_of
+from .releases import FIRST_RETRY, LONGEST_RETRY, Releases, leave
 from .stores import Claim, Record
 from .stores.base import Answers
 from .stores.rows import check_claim
@@ -45,10 +47,6 @@ LOOKS_AT_DOUBTFUL = (SECOND, 5 * SECOND, 30 * SECOND)
 """How long after a claim that had no answer somebody looks whether it came to anything."""
 ENDED_REMEMBERED = 10_000
 """Of how many sessions that are over it is seen whether an engine that has lost something still has them as ours."""
-RELEASE_CALLS = 4
-MOST_ATTEMPTS = 8
-FIRST_RETRY = SECOND // 20
-LONGEST_RETRY = SECOND
 
 
 class _Turn:
@@ -103,10 +101,7 @@ class Claims:
         self._turns: dict[int | str, _Turn] = {}
         self._wanted: dict[int | str, asyncio.Future[Claim]] = {}
         self._claimers: set[asyncio.Task[None]] = set()
-        self._to_release: OrderedDict[tuple[int | str, int], int] = OrderedDict()
-        """Whom to let go of, by the epoch of the claim, and how often that failed for another reason than an outage."""
-        self._releasers: set[asyncio.Task[None]] = set()
-        self._releasing = 0
+        self.releases: Releases = Releases(life, self._is_wanted)
         self._unsure: set[int | str] = set()
         """Users who may be claimed once more by us than their sessions know."""
         self._doubtful: dict[int | str, list[int]] = {}
@@ -229,7 +224,7 @@ class Claims:
             while self._wanted:
                 await self._claim_next()
         finally:
-            _leave(self._claimers)
+            leave(self._claimers)
 
     async def _claim_next(self) -> None:
         """Claim those who have waited longest, in one call; each alone if it fails and it may be the fault of one."""
@@ -330,7 +325,7 @@ class Claims:
         self._require_chance()
         holder, epoch = await self._gateway.ask(self._gateway.store.holder, user_id)
         if holder == self._life.owner and not self._is_wanted(user_id):
-            self.release_later(user_id, epoch)
+            self.let_go(user_id, epoch)
 
     def _is_wanted(self, user_id: int | str) -> bool:
         """Whether anybody here has a user or is about to; who has them is looked after again at the end.
@@ -382,105 +377,24 @@ class Claims:
 
     def let_go(self, user_id: int | str, epoch: int) -> None:
         """Release a claim that no session has taken over; nobody waits for that."""
-        if not self._gateway.closed:
-            self.release_later(user_id, epoch)
+        self.releases.add(user_id, epoch)
 
     async def release(self, user_id: int | str, epoch: int) -> None:
-        """Let go of a user for the session that has them.
-
-        Where the row has another epoch by now, that may be by a claim of ours that was given up on and came in late:
-        nobody waits until that is known.
-        """
-        store = self._gateway.store
-        if not await self._gateway.ask(store.release, user_id, epoch, self._life.owner) and store.shared:
-            self.release_later(user_id, epoch)
-
-    def release_later(self, user_id: int | str, epoch: int) -> None:
-        """Let go of a user, and go on trying while this process lives."""
-        self._to_release.setdefault((user_id, epoch), 0)
-        self._begin_to_release()
-
-    def _begin_to_release(self) -> None:
-        if len(self._releasers) < RELEASE_CALLS:
-            task = self._life.spawn(self._release_all(), "release", Context())
-            self._releasers.add(task)
-            task.add_done_callback(self._see_releaser_gone)
-
-    def _see_releaser_gone(self, task: asyncio.Task[None]) -> None:
-        self._releasers.discard(task)
-        if task.cancelled() and not self._gateway.closed:  # by somebody else; the loop may be about to be shut down
-            self._life.clock.call_later(LONGEST_RETRY, self._go_on_to_release, Context())
-
-    def _go_on_to_release(self) -> None:
-        if self._to_release and not self._gateway.closed:
-            self._begin_to_release()
-
-    async def _release_all(self) -> None:
-        """Let go of whoever is to be let go of; after a failure it is the others' turn first."""
-        try:
-            await self._release_each()
-        finally:
-            _leave(self._releasers)
-
-    async def _release_each(self) -> None:
-        gateway, life = self._gateway, self._life
-        delay = FIRST_RETRY
-        while self._to_release and not gateway.closed and not life.closed:
-            if gateway.down and not (gateway.may_call() and not life.table.has_due()):
-                await self._pause(LONGEST_RETRY)  # saves come first
-                continue
-            (user_id, epoch), attempts = self._to_release.popitem(last=False)
-            self._releasing += 1
-            again: int | None = epoch
-            try:
-                again = await self._release_once(user_id, epoch)
-                attempts = 0
-            except asyncio.CancelledError:
-                self._to_release[user_id, epoch] = attempts
-                raise
-            except Exception as error:
-                attempts += not isinstance(error, StoreUnavailableError)
-                if attempts == MOST_ATTEMPTS:
-                    again = None
-                    life.reports.say("error", "user %r stays with this process until it ends: %r", user_id, error)
-            finally:
-                self._releasing -= 1
-            if again is None:
-                delay = FIRST_RETRY
-                continue
-            self._to_release[user_id, again] = attempts
-            await self._pause(delay)
-            delay = min(2 * delay, LONGEST_RETRY)
-
-    async def _release_once(self, user_id: int | str, epoch: int) -> int | None:
-        """Try to let go of a user: None, or the epoch to try next."""
-        store, table = self._gateway.store, self._life.table
-        session = table.active_session(user_id)
-        if session is not None and table.epoch(session) == epoch and not table.is_ending(session):
-            return None
-        if await self._gateway.ask(store.release, user_id, epoch, self._life.owner) or not store.shared:
-            return None
-        self._require_chance()
-        holder, held = await self._gateway.ask(store.holder, user_id)
-        if holder != self._life.owner:
-            return None
-        session = table.active_session(user_id)
-        if session is not None and table.is_ending(session) and table.epoch(session) == epoch:
-            return epoch  # it is about to be over
-        return None if self._is_wanted(user_id) else held
+        """Let go of a user for the session that has them; see `Releases.wait`."""
+        await self.releases.wait(user_id, epoch)
 
     async def settle(self, until: int) -> None:
         """Wait until nobody is at work on a user any more, at most until then; the end."""
         if self._looker is not None:
             self._looker.cancel()
-        while (self._turns or self._releasing or self._to_release) and self._life.clock.now() < until:
+        while (self._turns or not self.releases.is_idle) and self._life.clock.now() < until:
             await self._pause(SECOND // 200)
 
     def close(self) -> None:
         """The store is closed: nobody is let go of or looked after any more."""
-        for task in (*self._releasers, self._looker):
-            if task is not None:
-                task.cancel()
+        self.releases.close()
+        if self._looker is not None:
+            self._looker.cancel()
 
     async def persistently(self, work: Callable[[int], Awaitable[T]]) -> T:
         """Do something with the store, again while it is unavailable, for as long as callers are made to wait.
@@ -531,10 +445,3 @@ def _refuse(future: asyncio.Future[Claim], error: Exception) -> None:
 def _cancelled(name: str) -> StoreUnavailableError:
     """Whoever waits for a claim has not been cancelled, and asks again."""
     return StoreUnavailableError(f"a claim in {name} was cancelled from outside")
-
-
-def _leave(tasks: set[asyncio.Task[None]]) -> None:
-    """Here, and not when the task is seen to be done: whoever comes in between must find its place free."""
-    with suppress(RuntimeError):  # no loop runs when a task that was forgotten is thrown away
-        if (task := asyncio.current_task()) is not None:
-            tasks.discard(task)

@@ -86,11 +86,7 @@ class Releases(Protocol):
     """How users are let go of in the store whom no save lets go of."""
 
     async def release(self, user_id: int | str, epoch: int) -> None:
-        """Let go of a user."""
-        ...
-
-    def release_later(self, user_id: int | str, epoch: int) -> None:
-        """Let go of a user, and go on trying while this process lives."""
+        """Let go of a user, and go on trying while this process lives. Raises what the first attempt raised."""
         ...
 
     def see_end(self, user_id: int | str) -> None:
@@ -358,18 +354,13 @@ class Endings:
 
     async def _release(self, session: SessionCore) -> None:
         """Let go of a user that no save lets go of."""
-        assert self._gateway is not None and session.user_id is not None
-        epoch = self._table.epoch(session)
+        assert session.user_id is not None
         if self._gave_up():
             return  # other nodes wait until this one is dead
-        if not self._gateway.may_call():
-            self._host.claims.release_later(session.user_id, epoch)
-            return
         try:
-            await self._host.claims.release(session.user_id, epoch)
+            await self._host.claims.release(session.user_id, self._table.epoch(session))
         except Exception as error:
             self._reports.error(error, session)
-            self._host.claims.release_later(session.user_id, epoch)
 
     async def _save_last(self, session: SessionCore, ending: Ending, until: int | None) -> Exception | None:
         """Save a session that is being ended, again while its data changes meanwhile: what went wrong, if anything."""

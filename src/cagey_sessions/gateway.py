@@ -9,12 +9,13 @@ let through to see whether it is back: the half-open state of a circuit breaker 
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable, Coroutine, Iterable
 from contextvars import Context
 from typing import Any, Generic, TypeVar
 
 from .clock import Clock, TimerHandle
-from .errors import StoreError, StoreUnavailableError
+from .errors import StoreContractError, StoreError, StoreUnavailableError
 from .options import SECOND
 from .process import Identity
 from .stores import Record, Store, Verdict
@@ -144,19 +145,30 @@ class StoreGateway:
     # Opening and closing
 
     async def open(self) -> None:
-        """Open the store, once; whoever comes meanwhile waits for the same. A failed attempt may be repeated."""
+        """Open the store, once; whoever comes meanwhile waits for the same. A failed attempt may be repeated.
+
+        Raises what the store raises, and `StoreContractError` while another manager has it.
+        """
         if self._closing:
             raise StoreUnavailableError(f"{self.name} is closed: the manager was destroyed")
-        if self._opening is None or (self._opening.done() and not self._is_open()):
+        if not self._has_store():
+            holder = None if self.store._gateway is None else self.store._gateway()
+            if holder is not None and holder._has_store():
+                raise StoreContractError(f"this {self.name} is open already; make one for each manager")
+            self.store._gateway = weakref.ref(self)
             self._opening = self._spawn(self.store.open)
+        assert self._opening is not None
         await self.wait_for(self._opening, self.timeout)
         if not self._opening.done():
             raise StoreUnavailableError(f"{self.name} could not be opened within {self.timeout / SECOND:g} s")
         self._opening.result()
 
-    def _is_open(self) -> bool:
+    def _has_store(self) -> bool:
+        """Whether the store was opened here, or is about to be; a failed attempt leaves it to anybody."""
         opening = self._opening
-        return opening is not None and opening.done() and not opening.cancelled() and opening.exception() is None
+        if opening is None or not opening.done():
+            return opening is not None
+        return not opening.cancelled() and opening.exception() is None
 
     async def close(self) -> None:
         """Wait a moment for what is under way, and close the store. Never raises."""
@@ -171,10 +183,11 @@ class StoreGateway:
             await asyncio.sleep(0)  # whoever waited for the call may have another to make
             await asyncio.sleep(0)
         self.closed = True
-        if self._opening is None:
-            return
+        if not self._has_store():
+            return  # it may be open all the same, for somebody else
         closing = self._spawn(self.store.close)
         await self.wait_for(closing, CLOSING)
+        self._opening = None
         if not closing.done():
             self._say("error", "%s did not close within %g s", self.name, CLOSING / SECOND)
         elif closing.cancelled() or closing.exception() is not None:

@@ -366,7 +366,7 @@ class _Importer:
             else:
                 self._refuse(record.user_id, f"was not taken by the store: {verdict.detail or verdict.outcome}")
                 unused.append(Claim(record.user_id, record.epoch, None))
-        await asyncio.gather(*(self._store.release(each.user_id, each.epoch, self._owner) for each in unused))
+        await self._store.release_many([(each.user_id, each.epoch) for each in unused], self._owner)
 
     def _record(self, user: _User, claim: Claim) -> Record:
         stored = 0 if claim.record is None else claim.record.version

@@ -71,13 +71,17 @@ class Telling(Store):
         self.pen.tell(_claims(began, claim, owner) for claim in claims)
         return claims
 
-    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
+    async def release_many(self, claims: Sequence[tuple[int | str, int]], owner: str) -> list[bool]:
         began = self.pen.now()
-        self.pen.tell([Event("releasing", began, began, str(user_id), epoch, owner, 0, 0)])
-        released = await super().release(user_id, epoch, owner)  # type: ignore[safe-super]
+        self.pen.tell(Event("releasing", began, began, str(user), epoch, owner, 0, 0) for user, epoch in claims)
+        released = await super().release_many(claims, owner)  # type: ignore[safe-super]
         await self.dawdle()
-        if released:
-            self.pen.tell([Event("released", began, self.pen.now(), str(user_id), epoch, owner, 0, 0)])
+        now = self.pen.now()
+        self.pen.tell(
+            Event("released", began, now, str(user), epoch, owner, 0, 0)
+            for (user, epoch), was_released in zip(claims, released, strict=True)
+            if was_released
+        )
         return released
 
 

@@ -376,10 +376,10 @@ FAULTS = [
     ),
     Fault(
         "a failed release is not tried again",
-        "endings.py",
-        "            self._reports.error(error, session)\n            self._host.claims.release_later(session.user_id, epoch)\n",
-        "            self._reports.error(error, session)\n",
-        USERS,
+        "releases.py",
+        "        if release.attempts == MOST_ATTEMPTS:\n",
+        "        if error:\n",
+        ("tests/test_releases.py",),
     ),
     Fault(
         "unfenced release",
@@ -397,10 +397,17 @@ FAULTS = [
     ),
     Fault(
         "a release that was refused is believed",
-        "claims.py",
-        " and store.shared:\n            self.release_later(user_id, epoch)\n",
-        " and False:\n            self.release_later(user_id, epoch)\n",
+        "releases.py",
+        "                    if is_released or not self._gateway.store.shared:\n",
+        "                    if True:\n",
         ("tests/simulation/test_found.py",),
+    ),
+    Fault(
+        "of several claims of a user an older one is let go of",
+        "releases.py",
+        "key=lambda each: each.epoch)",
+        "key=lambda each: -each.epoch)",
+        ("tests/test_releases.py",),
     ),
     Fault(
         "the rate after an outage has no end",
@@ -462,9 +469,9 @@ FAULTS = [
     ),
     Fault(
         "a release whose task is cancelled is forgotten",
-        "claims.py",
-        "                self._to_release[user_id, epoch] = attempts\n                raise\n",
-        "                raise\n",
+        "releases.py",
+        "        finally:\n            if left:\n",
+        "        finally:\n            if left and not asyncio.current_task().cancelling():\n",
         USERS,
     ),
     Fault(

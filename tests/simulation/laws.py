@@ -101,17 +101,18 @@ class Laws:
             self.see_identified(store.owner, loaded)
 
         ownership._identify = identified  # type: ignore[method-assign]
-        release = store.release
+        release_many = store.release_many
 
-        async def released(user_id: int | str, epoch: int, owner: str) -> bool:
-            was_released = await release(user_id, epoch, owner)
-            session = life.table.active_session(user_id)
-            is_live = session is not None and not life.table.is_ending(session)
-            if was_released and is_live and life.table.epoch(session) == epoch:
-                self.broken.append(f"I14: user {user_id!r} was let go of while a session has them")
-            return was_released
+        async def released(claims: Any, owner: str) -> list[bool]:
+            answers = await release_many(claims, owner)
+            for (user_id, epoch), was_released in zip(claims, answers, strict=True):
+                session = life.table.active_session(user_id)
+                is_live = session is not None and not life.table.is_ending(session)
+                if was_released and is_live and life.table.epoch(session) == epoch:
+                    self.broken.append(f"I14: user {user_id!r} was let go of while a session has them")
+            return answers
 
-        store.release = released  # type: ignore[method-assign]
+        store.release_many = released  # type: ignore[method-assign]
         store.abort = given_up  # type: ignore[method-assign]
         store.save_many = checked  # type: ignore[method-assign]
         gateway = life.gateway

@@ -205,7 +205,7 @@ def test_whoever_lost_the_answer_to_a_release_leaves_the_next_owner_alone():
     with world(make_manager) as here, other_server(here) as other:
         here.put("ann", {"gold": 1})
         session = here.open("ann")
-        lose_first_answer(here.server.store, "release")
+        lose_first_answer(here.server.store, "release_many")
         here.run(session.destroy(persist=False))
         here.server.store.faults = Faults(down="refusing")
         ann = other.run(other.manager.open("ann"))

@@ -14,7 +14,7 @@ import redis
 
 from cagey_sessions import SessionManager, StoreUnavailableError
 from cagey_sessions.stores import Outcome, PostgresStore
-from cagey_sessions.testing.store_conformance import opened, record, save
+from cagey_sessions.testing.store_conformance import opened, record, release, save
 from proxied import (
     BOUND,
     DROP,
@@ -77,7 +77,7 @@ def calls_of(store, epochs):
     return {
         "save": lambda: store.save_many([version_of(save_, 2, epochs[save_])]),
         "claim": lambda: store.claim_many([claim_], "a"),
-        "release": lambda: store.release(release_, epochs[release_], "a"),
+        "release": lambda: release(store, release_, epochs[release_], "a"),
         "erase": lambda: store.erase(erase_, "a"),
         "load": lambda: store.load(load_),
         "holder": lambda: store.holder(holder_),

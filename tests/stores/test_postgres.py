@@ -18,7 +18,7 @@ from cagey_sessions import (
 )
 from cagey_sessions.stores import PostgresStore
 from cagey_sessions.testing.conformance.base import ALREADY, FENCED, INVALID, SAVED
-from cagey_sessions.testing.store_conformance import claim, opened, record, save
+from cagey_sessions.testing.store_conformance import claim, opened, record, release, save
 from shared_stores import SharedStoreConformance
 from support import POSTGRES as DSN
 from support import drop_schema, execute, needs_server, new_role, until_a_lock_is_waited_for
@@ -260,7 +260,7 @@ async def test_who_has_lost_an_erased_user_never_finds_them_missing(schema):
         await mark_dead(schema)
         assert await there.erase(1, "b")
         again = await claim(there, 1, "b")
-        assert await there.release(1, again.epoch, "b")
+        assert await release(there, 1, again.epoch, "b")
         assert await save(here, record(version=2, epoch=epoch)) == [FENCED]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from cagey_sessions import CorruptRecordError, RecordError, SessionManager, StoreError, StoreLayoutError
 from cagey_sessions.testing.conformance.base import INVALID, SAVED
-from cagey_sessions.testing.store_conformance import claim, opened, record, save
+from cagey_sessions.testing.store_conformance import claim, opened, record, release, save
 from players import ANN, COLUMNS, FENCES, SIDE, body, claimed, fetch, players, table
 from support import POSTGRES as DSN
 from support import execute, needs_server
@@ -225,7 +225,7 @@ async def test_an_id_that_the_key_cannot_hold_is_an_error_before_anything_change
     async with opened(store):
         calls = [
             lambda: store.claim_many([good, user_id], "a"),
-            lambda: store.release(user_id, 1, "a"),
+            lambda: release(store, user_id, 1, "a"),
             lambda: store.erase(user_id),
             lambda: store.load(user_id),
         ]

@@ -18,7 +18,7 @@ from cagey_sessions import (
 )
 from cagey_sessions.stores import PostgresTable
 from cagey_sessions.testing.conformance.base import ALREADY, INVALID, SAVED
-from cagey_sessions.testing.store_conformance import claim, opened, record, save
+from cagey_sessions.testing.store_conformance import claim, opened, record, release, save
 from players import ANN, COLUMNS, FENCES, PLAYERS, SIDE, body, claimed, fetch, players, table
 from support import POSTGRES as DSN
 from support import drop_schema, execute, needs_server, new_role, until_a_lock_is_waited_for
@@ -298,9 +298,9 @@ async def test_a_side_table_of_another_shape_is_left_alone(schema):
 
 async def test_who_was_claimed_and_never_saved_leaves_nothing_in_the_side_table(schema):
     async with opened(await players(schema)) as store:
-        assert await store.release(8, (await claim(store, 8)).epoch, "a")
+        assert await release(store, 8, (await claim(store, 8)).epoch, "a")
         assert await fetch(f"SELECT * FROM {schema}.{SIDE}") == []
-        assert await store.release(7, (await claim(store, 7)).epoch, "a")
+        assert await release(store, 7, (await claim(store, 7)).epoch, "a")
         assert (await claim(store, 7)).record is not None
 
 
@@ -323,7 +323,7 @@ async def test_with_fence_columns_a_claim_of_somebody_new_makes_a_row_that_is_no
         assert await fetch(f"SELECT id, cagey_absent FROM {schema}.players ORDER BY id") == [(7, False), (8, True)]
         assert await store.load(8) is None
         await execute(f"UPDATE {schema}.players SET email = 'bob@example.org' WHERE id = 8")
-        await store.release(8, (await claim(store, 8)).epoch, "a")
+        await release(store, 8, (await claim(store, 8)).epoch, "a")
         assert await fetch(f"SELECT email FROM {schema}.players WHERE id = 8") == [("bob@example.org",)]
         await execute(f"UPDATE {schema}.players SET gold = 5, cagey_absent = false WHERE id = 8")
         assert (await claim(store, 8)).record.value()["gold"] == 5, "somebody else has filled it"

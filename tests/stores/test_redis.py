@@ -26,6 +26,7 @@ from cagey_sessions.testing.store_conformance import (
     machine_test,
     opened,
     record,
+    release,
     save,
 )
 from shared_stores import SharedStoreConformance
@@ -210,7 +211,7 @@ async def test_only_rows_with_data_or_an_owner_are_kept(engine, prefix):
     async with opened(RedisStore(URL, prefix=prefix)) as store:
         for user in range(50):
             epoch = (await claim(store, user)).epoch
-            assert await store.release(user, epoch, "a")
+            assert await release(store, user, epoch, "a")
         assert await save(store, record("kept", epoch=(await claim(store, "kept")).epoch, release=True)) == [SAVED]
     users = {key.removeprefix(prefix.encode()) for key in engine.scan_iter(f"{prefix}user:*")}
     assert users == {b'user:"kept"'}
@@ -231,7 +232,7 @@ async def test_something_else_under_the_key_of_a_user_makes_no_other_fail(engine
         assert await store.load(1) is None, "no reply is left for whoever comes next"
         verdicts = await store.save_many([record(user, epoch=epoch) for user, epoch in epochs.items()])
         assert [verdict.outcome for verdict in verdicts] == [SAVED, Outcome.FAILED, SAVED]
-        assert not await store.release(2, epochs[2], "a")
+        assert await store.release_many([(2, epochs[2])], "a") == [False]
         assert engine.get(f"{prefix}user:2") == b"mine"
 
 

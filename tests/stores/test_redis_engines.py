@@ -12,7 +12,7 @@ import pytest
 from cagey_sessions import OwnedElsewhereError, SessionManager, StoreLayoutError, StoreUnavailableError
 from cagey_sessions.stores import Outcome, RedisStore
 from cagey_sessions.testing.conformance.base import stored
-from cagey_sessions.testing.store_conformance import claim, opened, record, save
+from cagey_sessions.testing.store_conformance import claim, opened, record, release, save
 from engines import RedisEngine, SentinelEngine, free_port, need
 
 BOUND = 15
@@ -74,7 +74,7 @@ async def test_scripts_that_are_flushed_are_there_again(engine):
             engine.ask("SCRIPT", "FLUSH")
             assert await save(store, record(version=version, epoch=epoch)) == [SAVED]
         engine.ask("SCRIPT", "FLUSH")
-        assert await store.release(1, epoch, "a")
+        assert await release(store, 1, epoch, "a")
         engine.ask("SCRIPT", "FLUSH")
         assert (await claim(store)).granted
         engine.ask("SCRIPT", "FLUSH")
@@ -199,7 +199,7 @@ async def test_a_primary_that_becomes_a_replica_is_unavailable_until_it_is_a_pri
             calls = (
                 store.save_many([record(1, 2, epoch=epochs[1])]),
                 store.claim_many([2, 77], "a"),
-                store.release(3, epochs[3], "a"),
+                release(store, 3, epochs[3], "a"),
                 store.erase(4, "a"),
             )
             for answer in await asyncio.gather(*calls, return_exceptions=True):
@@ -263,7 +263,7 @@ async def test_a_full_memory_writes_no_half_and_goes_on_when_there_is_room(engin
                 refused += 1
         assert refused
         engine.ask("CONFIG", "SET", "maxmemory", "1")
-        for call in (store.claim_many(["new"], "a"), store.release(59, epochs[59], "a"), store.erase(59, "a")):
+        for call in (store.claim_many(["new"], "a"), release(store, 59, epochs[59], "a"), store.erase(59, "a")):
             with pytest.raises(StoreUnavailableError):
                 await call
         for user in users:

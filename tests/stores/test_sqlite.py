@@ -23,6 +23,7 @@ from cagey_sessions.testing.store_conformance import (
     machine_test,
     opened,
     record,
+    release,
     save,
 )
 from support import turns
@@ -239,8 +240,8 @@ async def test_a_user_who_was_never_saved_leaves_nothing_behind(path, store):
     async with opened(store):
         epochs = await saved(store, 1)
         for user_id in range(100, 130):
-            assert await store.release(user_id, (await claim(store, user_id)).epoch, "a")
-        assert await store.release(1, epochs[1], "a")
+            assert await release(store, user_id, (await claim(store, user_id)).epoch, "a")
+        assert await release(store, 1, epochs[1], "a")
         with reading(path) as reader:
             assert reader.execute("SELECT user_id FROM cagey_sessions").fetchall() == [(1,)]
         assert await save(store, record(100)) == [MISSING]
@@ -252,7 +253,7 @@ async def test_epochs_rise_over_a_new_open(path, store):
         async with opened(store):
             epoch = (await claim(store)).epoch
             seen.append(epoch)
-            assert await store.release(1, epoch, "a")
+            assert await release(store, 1, epoch, "a")
     async with opened(store):
         epoch = (await claim(store)).epoch
         assert seen == sorted({*seen}) and epoch > seen[-1]

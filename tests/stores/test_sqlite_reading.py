@@ -16,7 +16,7 @@ from cagey_sessions import (
     StoreUnavailableError,
 )
 from cagey_sessions.stores import SQLiteStore
-from cagey_sessions.testing.store_conformance import claim, everything, opened, record, save
+from cagey_sessions.testing.store_conformance import claim, everything, opened, record, release, save
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ async def test_what_would_write_is_refused(path):
         for call in (
             store.claim_many([1], "b"),
             store.save_many([record(1, 7)]),
-            store.release(1, 1, "a"),
+            release(store, 1, 1, "a"),
             store.erase(1),
         ):
             with pytest.raises(StoreError, match="read_only"):

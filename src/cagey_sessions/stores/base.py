@@ -20,6 +20,7 @@ not new, so whoever asks for its user is told (`CorruptRecordError`) and it stay
 from __future__ import annotations
 
 import asyncio
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from enum import StrEnum
@@ -169,6 +170,9 @@ class Store(ABC):
     Once it has changed the library writes every user again, and claims those whom the engine has forgotten.
     """
 
+    _gateway: weakref.ref[Any] | None = None
+    """Of the manager that was the last to open it: no other may, before that one has closed it."""
+
     @property
     def name(self) -> str:
         """What receipts, statistics and logs call the store; without credentials."""
@@ -217,8 +221,12 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
-        """Let go of a user without a save, if it is still owned by `owner` under `epoch`: whether it was.
+    async def release_many(self, claims: Sequence[tuple[int | str, int]], owner: str) -> list[bool]:
+        """Let go of users without a save: pairs of a user, each another one, and the epoch of the claim.
+
+        Answers for each, in order, whether it was still owned by `owner` under that epoch, and so is released; else
+        nothing changes. If the call raises, any of them may be released or not: it is repeated, for fewer at a time
+        where the cause may be one of them.
 
         A row is removed by that only if it was never saved.
         """

@@ -115,9 +115,9 @@ class CallbackStore(Store):
         verdicts = dict(zip(latest, _verdicts(answer, len(latest)), strict=True))
         return [verdicts[record.user_id] for record in records]
 
-    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
-        """True: nobody else can have the user."""
-        return True
+    async def release_many(self, claims: Sequence[tuple[int | str, int]], owner: str) -> list[bool]:
+        """True for each: nobody else can have the user."""
+        return [True] * len(claims)
 
     async def erase(self, user_id: int | str, owner: str = "") -> bool:
         """Have the program erase a user: whether there was one.

@@ -115,8 +115,11 @@ class MemoryStore(Store):
         row.record = record._replace(release=False)
         return Outcome.SAVED
 
-    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
+    async def release_many(self, claims: Sequence[tuple[int | str, int]], owner: str) -> list[bool]:
         self._require_open()
+        return [self._release(user_id, epoch, owner) for user_id, epoch in claims]
+
+    def _release(self, user_id: int | str, epoch: int, owner: str) -> bool:
         row = self.backing.rows.get(user_id)
         if row is None or row.epoch != epoch or row.owner != owner:
             return False

@@ -91,12 +91,19 @@ SAVE = """WITH saved AS (
         RETURNING kept.user_id)
     SELECT CASE WHEN count(*) < cardinality($1) THEN coalesce(array_agg(user_id), ARRAY[]::text[]) END FROM saved"""
 LOOK = "SELECT user_id, epoch, owner, version, erased, released FROM {users} WHERE user_id = ANY ($1::text[])"
-RELEASE = """UPDATE {users} SET released = true
-    WHERE user_id = $1 AND epoch = $2 AND owner = $3 AND NOT released AND NOT erased"""
-RELEASE_REPEATED = RELEASE + " AND version = $4"
+RELEASE = """UPDATE {users} AS kept SET released = true
+    FROM unnest($1::text[], $2::bigint[]) AS batch (user_id, epoch)
+    WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.owner = $3
+        AND NOT kept.released AND NOT kept.erased
+    RETURNING kept.user_id, kept.body IS NULL AS unsaved"""
+RELEASE_REPEATED = """UPDATE {users} AS kept SET released = true
+    FROM unnest($1::text[], $2::bigint[], $3::bigint[]) AS batch (user_id, epoch, version)
+    WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.version = batch.version
+        AND kept.owner = $4 AND NOT kept.released AND NOT kept.erased"""
 # not if there has been an erasure: who had the user then must not find them missing, and save them again
-DELETE_UNSAVED = """DELETE FROM {users} WHERE user_id = $1 AND epoch = $2 AND released AND body IS NULL AND NOT erased
-    AND version = 0 AND saved_at IS NULL"""
+DELETE_UNSAVED = """DELETE FROM {users} AS kept USING unnest($1::text[], $2::bigint[]) AS batch (user_id, epoch)
+    WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.released AND kept.body IS NULL
+        AND NOT kept.erased AND kept.version = 0 AND kept.saved_at IS NULL"""
 # Of a damaged row it may not be told who has it, or after which epoch the erasure comes.
 ERASE = f"""UPDATE {{users}} AS kept SET epoch = CASE WHEN epoch BETWEEN 1 AND {LAST_CLAIMED - 1} THEN epoch + 1
             ELSE (extract(epoch FROM clock_timestamp()) * 1000000)::bigint END,
@@ -135,9 +142,10 @@ class PostgresStore(PostgresEngine):
     server that stalls loses them sooner.
 
     Raises `MissingExtraError` without asyncpg, and `OptionError`. `open` raises `StoreUnavailableError` if the server
-    cannot be reached, or refuses the user, and `StoreLayoutError` for a table of another shape, one made by a newer
-    version, or one that this user may not write. Costs one statement for each batch, and one more where a row of it was
-    not written.
+    cannot be reached, or refuses the user, `StoreLayoutError` for a table of another shape, one made by a newer
+    version, or one that this user may not write, and `OptionError` for a `pool` whose prepared statements come together
+    with those of others in a pooler such as PgBouncer. Costs one statement for each batch, one more where a row of it
+    was not written, and one more for those of the rows that are released.
     """
 
     shared = True
@@ -262,24 +270,31 @@ class PostgresStore(PostgresEngine):
             done = set(written)
             others = {key: record for key, _, record in rows if key not in done}
             kept = {row["user_id"]: row for row in await connection.fetch(self._sql(LOOK), list(others))}
+            repeated = []
             for key, record in others.items():
                 verdict = verdicts[record.user_id] = verdict_on(record, kept.get(key))
                 # only of the version that is there: a repeat that comes late releases nothing
                 if verdict.outcome is Outcome.ALREADY and record.release and record.version == kept[key]["version"]:
-                    await connection.execute(
-                        self._sql(RELEASE_REPEATED), key, record.epoch, record.owner, record.version
-                    )
+                    repeated.append((key, record.epoch, record.version))
+            if repeated:
+                await connection.execute(self._sql(RELEASE_REPEATED), *zip(*repeated, strict=True), owners[0])
         return verdicts
 
-    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
-        async def release(connection: Any) -> bool:
-            if await connection.execute(self._sql(RELEASE), key_of(user_id), epoch, owner) != "UPDATE 1":
-                return False
-            with suppress(asyncpg.PostgresError):  # it is released all the same
-                await connection.execute(self._sql(DELETE_UNSAVED), key_of(user_id), epoch)
-            return True
+    async def release_many(self, claims: Sequence[tuple[int | str, int]], owner: str) -> list[bool]:
+        if not claims:
+            return []
+        epochs = {key_of(user_id): epoch for user_id, epoch in claims}
 
-        return await self._run(release)
+        async def release(connection: Any) -> set[str]:
+            keys = sorted(epochs)
+            rows = await connection.fetch(self._sql(RELEASE), keys, [epochs[key] for key in keys], owner)
+            if unsaved := [row["user_id"] for row in rows if row["unsaved"]]:
+                with suppress(asyncpg.PostgresError):  # they are released all the same
+                    await connection.execute(self._sql(DELETE_UNSAVED), unsaved, [epochs[key] for key in unsaved])
+            return {row["user_id"] for row in rows}
+
+        released = await self._run(release)
+        return [key in released for key in epochs]
 
     async def erase(self, user_id: int | str, owner: str = "") -> bool:
         key = key_of(user_id)

@@ -41,6 +41,8 @@ except ImportError as _error:
         'a store in PostgreSQL needs asyncpg: pip install "cagey-sessions[postgres]"', extra="postgres"
     ) from _error
 
+from .postgres_pooler import SHARED_STATEMENTS, Unattached, is_pooled, refuse_shared_statements
+
 __all__ = ["DOUBT", "NODES", "PostgresEngine", "asyncpg", "check_name", "is_of_call", "quoted", "verdict_on"]
 
 T = TypeVar("T")
@@ -120,6 +122,8 @@ class PostgresEngine(Store):
         self._leases = Leases(self.name, self._lease, self._send_renewal)
         self._keeper: Any = None
         """The connection for leases, which are not to wait behind anything; not where the pool is given."""
+        self._is_pooled = False
+        """Whether the DSN leads to a pooler, which may give each transaction another session of the server."""
 
     def _sql(self, statement: str) -> str:
         """A statement with our names in it."""
@@ -147,6 +151,8 @@ class PostgresEngine(Store):
             finish=_finish,
         )
         try:
+            if pool is None:
+                self._is_pooled = await self._find_pooler()
             await connections.run(self._look_around)
             if self._state != "opening":
                 raise StoreUnavailableError(f"this {self.name} was closed while it was opened")
@@ -157,16 +163,34 @@ class PostgresEngine(Store):
         self._connections = connections
         self._state = "open"
 
-    async def _connect(self) -> Any:
-        settings = {
-            "application_name": "cagey-sessions",
-            "default_transaction_isolation": "read committed",
+    async def _find_pooler(self) -> bool:
+        connection = await self._dial("cagey-sessions", {}, statement_cache_size=0)
+        try:
+            async with asyncio.timeout(self._timeout):
+                found = await is_pooled(connection)
+                await connection.close()
+        finally:
+            connection.terminate()
+        return found
+
+    async def _connect(self, name: str = "cagey-sessions") -> Any:
+        limits = {
             "lock_timeout": str(int(LONGEST_WAIT * 1000)),
             "statement_timeout": str(int(self._timeout * 1000)),
         }
+        if self._is_pooled:
+            return Unattached(await self._dial(name, {}, statement_cache_size=0), limits)
+        return await self._dial(name, {"default_transaction_isolation": "read committed", **limits})
+
+    async def _dial(self, name: str, settings: dict[str, str], **options: Any) -> Any:
+        settings = {"application_name": name, **settings}
         try:
             timeout: Any = self._timeout  # asyncpg has no annotation there, and its default is an int
-            return await asyncpg.connect(self._dsn, timeout=timeout, server_settings=settings)
+            return await asyncpg.connect(self._dsn, timeout=timeout, server_settings=settings, **options)
+        except asyncpg.ProtocolViolationError as error:
+            raise OptionError(
+                f"a pooler in front of PostgreSQL refuses what the DSN sets ({error.args[0]}); leave that out of it"
+            ) from None
         except ValueError:
             raise OptionError(
                 "the DSN cannot be understood; in a password percent-encode what is not a letter or a digit"
@@ -174,6 +198,8 @@ class PostgresEngine(Store):
 
     async def _look_around(self, connection: Any) -> None:
         async with asyncio.timeout(self._timeout):
+            if self._given is not None:
+                await refuse_shared_statements(self._given, connection)
             await self._check_server(connection)
             await self._prepare(connection)
             if self.uses_leases:
@@ -300,9 +326,7 @@ class PostgresEngine(Store):
                 await self._connections.run(partial(_or_cut, partial(self._renew, renewal)))
                 return
             if self._keeper is None or self._keeper.is_closed():
-                self._keeper = await asyncpg.connect(
-                    self._dsn, server_settings={"application_name": "cagey-sessions lease"}
-                )
+                self._keeper = await self._connect("cagey-sessions lease")
                 if self._connections is None:
                     raise StoreUnavailableError(f"this {self.name} was closed meanwhile")
             await _or_cut(partial(self._renew, renewal), self._keeper)
@@ -403,6 +427,8 @@ def _explained(error: BaseException) -> BaseException:
         return error
     if isinstance(error, asyncpg.InsufficientPrivilegeError):
         return StoreLayoutError(f"PostgreSQL: {text}")
+    if isinstance(error, (asyncpg.DuplicatePreparedStatementError, asyncpg.InvalidSQLStatementNameError)):
+        return StoreError(f"PostgreSQL: {text}; {SHARED_STATEMENTS}")
     if isinstance(error, _UNREACHABLE):
         return StoreUnavailableError(f"PostgreSQL cannot be reached ({type(error).__name__}: {text})")
     if isinstance(error, asyncpg.PostgresError):

@@ -154,12 +154,19 @@ MAY_INSERT = """SELECT FROM {fence} AS kept, unnest($1::{keys}, $2::bigint[], $3
 LOOK = """SELECT kept.{id} AS user_id, kept.{epoch} AS epoch, kept.{owner} AS owner, kept.{version} AS version,
         kept.{erased} AS erased, kept.{released} AS released, kept.{absent} AS absent, own.{key} IS NOT NULL AS there
     FROM {fence} AS kept LEFT JOIN {table} AS own ON own.{key} = kept.{id} WHERE kept.{id} = ANY ($1::{keys})"""
-RELEASE = """UPDATE {fence} SET {released} = true
-    WHERE {id} = $1 AND {epoch} = $2 AND {owner} = $3 AND NOT {released} AND NOT {erased}"""
-RELEASE_REPEATED = RELEASE + " AND {version} = $4"
+RELEASE = """UPDATE {fence} AS kept SET {released} = true
+    FROM unnest($1::{keys}, $2::bigint[]) AS batch (user_id, epoch)
+    WHERE kept.{id} = batch.user_id AND kept.{epoch} = batch.epoch AND kept.{owner} = $3
+        AND NOT kept.{released} AND NOT kept.{erased}
+    RETURNING kept.{id} AS user_id, kept.{absent} AS absent"""
+RELEASE_REPEATED = """UPDATE {fence} AS kept SET {released} = true
+    FROM unnest($1::{keys}, $2::bigint[], $3::text[], $4::bigint[]) AS batch (user_id, epoch, owner, version)
+    WHERE kept.{id} = batch.user_id AND kept.{epoch} = batch.epoch AND kept.{owner} = batch.owner
+        AND kept.{version} = batch.version AND NOT kept.{released} AND NOT kept.{erased}"""
 # not if there has been an erasure: who had the user then must not find them missing, and save them again
-DELETE_UNSAVED = """DELETE FROM {fence} WHERE {id} = $1 AND {epoch} = $2 AND {released} AND {absent} AND NOT {erased}
-    AND {version} = 0 AND {saved_at} IS NULL"""
+DELETE_UNSAVED = """DELETE FROM {fence} AS kept USING unnest($1::{keys}, $2::bigint[]) AS batch (user_id, epoch)
+    WHERE kept.{id} = batch.user_id AND kept.{epoch} = batch.epoch AND kept.{released} AND kept.{absent}
+        AND NOT kept.{erased} AND kept.{version} = 0 AND kept.{saved_at} IS NULL"""
 
 ENSURE = """INSERT INTO {fence} ({id}, {epoch}, {owner}, {released}, {version}, {schema}, {erased}, {absent})
     SELECT {key}, {clock}, '', true, 0, 0, false, false FROM {table} WHERE {key} = $1 ON CONFLICT DO NOTHING"""

@@ -28,6 +28,7 @@ from . import postgres_fences as sql
 from .base import Answers, Claim, Outcome, Record, Verdict, latest_of
 from .postgres_catalog import GivenBodies, OwnTable, UnfitError, read_table
 from .postgres_engine import DOUBT, NODES, PostgresEngine, asyncpg, check_name, is_of_call, quoted, verdict_on
+from .postgres_pooler import driver_of
 from .rows import StoredRow, damaged
 
 __all__ = ["PostgresTable"]
@@ -72,9 +73,10 @@ class PostgresTable(PostgresEngine):
     the columns given here; what it has not set of those is set after it, in the same transaction. `timeout` and `lease`
     are as with `PostgresStore`.
 
-    Raises `MissingExtraError` without asyncpg, and `OptionError`. `open` raises `StoreUnavailableError`, and
+    Raises `MissingExtraError` without asyncpg, and `OptionError`. `open` raises what that of `PostgresStore` does, and
     `StoreLayoutError` for a table that cannot be used. An id that the key column cannot hold is a `RecordError`. Costs
-    one statement for each batch, one more where a row of it was not written, and one more for rows that are new.
+    one statement for each batch, one more where a row of it was not written, and one more each for rows that are new
+    and for those that are only released.
     """
 
     def __init__(
@@ -345,7 +347,7 @@ class PostgresTable(PostgresEngine):
 
     async def _look(self, connection: Any, rows: list[_Row], verdicts: dict[int | str, Verdict]) -> list[_Row]:
         """See why rows were not written; those that are to be inserted come back."""
-        new = []
+        new, repeated = [], []
         keys = [row.key for row in rows]
         kept = {row["user_id"]: row for row in await connection.fetch(self._sql(sql.LOOK), keys)}
         for row in rows:
@@ -359,10 +361,10 @@ class PostgresTable(PostgresEngine):
             elif found is not None and verdict.outcome is Outcome.ALREADY and record.version == found["version"]:
                 self._remember(record)
                 if record.release:  # a repeat that comes late releases nothing
-                    await connection.execute(
-                        self._sql(sql.RELEASE_REPEATED), row.key, record.epoch, record.owner, record.version
-                    )
+                    repeated.append((row.key, record.epoch, record.owner, record.version))
             verdicts[record.user_id] = verdict
+        if repeated:
+            await connection.execute(self._sql(sql.RELEASE_REPEATED), *zip(*repeated, strict=True))
         return new
 
     async def _look_alone(self, connection: Any, rows: list[_Row], verdicts: dict[int | str, Verdict]) -> list[_Row]:
@@ -396,7 +398,7 @@ class PostgresTable(PostgresEngine):
                     self._sql(sql.MAY_INSERT), [row.key], [record.epoch], [record.owner], [record.version]
                 ):
                     return _HELD_BACK
-                await insert(connection, record.user_id, record.value())
+                await insert(driver_of(connection), record.user_id, record.value())
                 if not await connection.fetch(self._sql(self._save_sql), *self._arrays([row])):
                     raise _NoRowError
         except _NoRowError:
@@ -429,21 +431,23 @@ class PostgresTable(PostgresEngine):
             problem = f"{own.name} cannot have user {user_id!r:.80}: {error}; the ids of this table are {kind}"
         raise RecordError(problem, user_id=user_id)
 
-    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
-        key = self._key(user_id)
+    async def release_many(self, claims: Sequence[tuple[int | str, int]], owner: str) -> list[bool]:
+        epochs = {self._key(user_id): epoch for user_id, epoch in claims}
         if not self.fenced:
-            self._new.discard(user_id)
-            return True
+            self._new.difference_update(user_id for user_id, _ in claims)
+            return [True] * len(claims)
 
-        async def release(connection: Any) -> bool:
-            if await connection.execute(self._sql(sql.RELEASE), key, epoch, owner) != "UPDATE 1":
-                return False
-            if self._fence == "side_table":  # the rows of their table are not ours to delete
-                with suppress(asyncpg.PostgresError):  # it is released all the same
-                    await connection.execute(self._sql(sql.DELETE_UNSAVED), key, epoch)
-            return True
+        async def release(connection: Any) -> set[Any]:
+            keys = sorted(epochs)
+            rows = await connection.fetch(self._sql(sql.RELEASE), keys, [epochs[key] for key in keys], owner)
+            absent = [row["user_id"] for row in rows if row["absent"]]
+            if absent and self._fence == "side_table":  # the rows of their table are not ours to delete
+                with suppress(asyncpg.PostgresError):  # they are released all the same
+                    await connection.execute(self._sql(sql.DELETE_UNSAVED), absent, [epochs[key] for key in absent])
+            return {row["user_id"] for row in rows}
 
-        return await self._run(release)
+        released = await self._run(release) if epochs else set()
+        return [key in released for key in epochs]
 
     async def erase(self, user_id: int | str, owner: str = "") -> bool:
         """Delete the user's row, with all its columns. Returns whether there was one.

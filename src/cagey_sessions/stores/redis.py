@@ -316,9 +316,17 @@ class RedisStore(Store):
             await self._run(save)
         return [verdicts[record.user_id] for record in records]
 
-    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
-        key = self._key(user_id)
-        return bool(await self._run(lambda connection: run_script(connection, RELEASE, [key], epoch, owner)))
+    async def release_many(self, claims: Sequence[tuple[int | str, int]], owner: str) -> list[bool]:
+        async def release(connection: Any) -> list[bool]:
+            released: list[bool] = []
+            for first in range(0, len(claims), ROWS_IN_A_CALL):
+                some = claims[first : first + ROWS_IN_A_CALL]
+                keys = [self._key(user_id) for user_id, _ in some]
+                answers = await run_script(connection, RELEASE, keys, owner, *(epoch for _, epoch in some))
+                released += map(bool, answers)
+            return released
+
+        return await self._run(release)
 
     async def erase(self, user_id: int | str, owner: str = "") -> bool:
         key = self._key(user_id)

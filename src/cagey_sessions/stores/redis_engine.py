@@ -212,14 +212,21 @@ return table.concat(answers)
 RELEASE = Script(
     _IS_SOUND
     + """
-local row = read(KEYS[1], {fields})
-if not is_fence_sound(row, row[8]) or row[1] ~= ARGV[1] or row[2] ~= ARGV[2] or row[3] ~= '0' then return 0 end
-if row[4] ~= '0' or row[6] or row[7] then
-    redis.call('HSET', KEYS[1], 'released', '1')
-else
-    redis.call('DEL', KEYS[1])
+local owner = ARGV[1]
+local answers = {}
+for place, key in ipairs(KEYS) do
+    local row = read(key, {fields})
+    answers[place] = 0
+    if is_fence_sound(row, row[8]) and row[1] == ARGV[place + 1] and row[2] == owner and row[3] == '0' then
+        if row[4] ~= '0' or row[6] or row[7] then
+            redis.call('HSET', key, 'released', '1')
+        else
+            redis.call('DEL', key)
+        end
+        answers[place] = 1
+    end
 end
-return 1
+return answers
 """
 )
 

@@ -35,16 +35,14 @@ from .sqlite_rows import (
     APPLICATION_ID,
     COLUMNS,
     CREATE,
-    DELETE_UNSAVED,
     HIGHEST_DELETED,
     LAYOUT,
-    RELEASE,
-    REMEMBER_UNSAVED,
     TABLES,
     claim_rows,
     erase_row,
     load_row,
     portions,
+    release_rows,
     save_rows,
     scan_rows,
     text,
@@ -149,15 +147,8 @@ class SQLiteStore(Store):
         verdict_of = dict(zip(latest, verdicts, strict=True))
         return [verdict_of[record.user_id] for record in records]
 
-    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
-        def release(connection: sqlite3.Connection) -> bool:
-            if not connection.execute(RELEASE, (user_id, epoch, owner)).rowcount:
-                return False
-            connection.execute(REMEMBER_UNSAVED, (epoch, user_id))
-            connection.execute(DELETE_UNSAVED, (user_id,))
-            return True
-
-        return await self._write(release)
+    async def release_many(self, claims: Sequence[tuple[int | str, int]], owner: str) -> list[bool]:
+        return await self._write(lambda connection: release_rows(connection, claims, owner))
 
     async def erase(self, user_id: int | str, owner: str = "") -> bool:
         return await self._write(functools.partial(erase_row, user_id))

@@ -20,16 +20,14 @@ __all__ = [
     "APPLICATION_ID",
     "COLUMNS",
     "CREATE",
-    "DELETE_UNSAVED",
     "HIGHEST_DELETED",
     "LAYOUT",
-    "RELEASE",
-    "REMEMBER_UNSAVED",
     "TABLES",
     "claim_rows",
     "erase_row",
     "load_row",
     "portions",
+    "release_rows",
     "save_rows",
     "scan_rows",
     "text",
@@ -103,11 +101,15 @@ SAVE = """INSERT INTO cagey_sessions
     SELECT user_id, 0, '', released, version, schema, body, saved_at, 0 FROM batch WHERE user_id IS NOT NULL
     ON CONFLICT (user_id) DO UPDATE SET released = excluded.released, version = excluded.version,
         schema = excluded.schema, body = excluded.body, saved_at = excluded.saved_at"""
-RELEASE = """UPDATE cagey_sessions SET released = 1
-    WHERE user_id = ? AND epoch = ? AND owner = ? AND released = 0 AND erased = 0"""
-REMEMBER_UNSAVED = """UPDATE cagey_sessions_epochs SET highest_deleted = max(highest_deleted, ?)
-    WHERE EXISTS (SELECT 1 FROM cagey_sessions WHERE user_id = ? AND body IS NULL AND version = 0)"""
-DELETE_UNSAVED = "DELETE FROM cagey_sessions WHERE user_id = ? AND body IS NULL AND version = 0"
+RELEASE = """WITH batch (user_id, epoch) AS (VALUES {rows})
+    UPDATE cagey_sessions SET released = 1 WHERE rowid IN (
+        SELECT kept.rowid FROM batch JOIN cagey_sessions AS kept ON kept.user_id = batch.user_id
+        WHERE kept.epoch = batch.epoch AND kept.owner = ? AND kept.released = 0 AND kept.erased = 0)
+    RETURNING user_id, epoch, body IS NULL AND version = 0"""
+DELETE_UNSAVED = """WITH batch (user_id) AS (VALUES {rows})
+    DELETE FROM cagey_sessions WHERE user_id IN (SELECT user_id FROM batch)
+        AND body IS NULL AND version = 0 AND erased = 0"""
+REMEMBER_UNSAVED = "UPDATE cagey_sessions_epochs SET highest_deleted = max(highest_deleted, ?)"
 # where there is no epoch to go on from, one above any there ever was: the clock, in microseconds
 ERASE = f"""UPDATE cagey_sessions
     SET user_id = ?, epoch = iif(typeof(epoch) = 'integer' AND epoch BETWEEN 1 AND {LAST_CLAIMED - 1}, epoch + 1, ?),
@@ -247,11 +249,26 @@ def save_rows(connection: sqlite3.Connection, records: Sequence[Record]) -> list
             return [Verdict(Outcome.INVALID, "the body is larger than SQLite takes")]
         middle = len(records) // 2
         return save_rows(connection, records[:middle]) + save_rows(connection, records[middle:])
-    for record, verdict in zip(records, verdicts, strict=True) if forbidding else ():
+    repeated = [
+        (record.user_id, record.epoch)
+        for record, verdict in (zip(records, verdicts, strict=True) if forbidding else ())
         # only of the version that is there: a repeat that comes late releases nothing
-        if verdict.outcome is Outcome.ALREADY and record.release and record.version == forbidding[record.user_id][3]:
-            connection.execute(RELEASE, (record.user_id, record.epoch, record.owner))
+        if verdict.outcome is Outcome.ALREADY and record.release and record.version == forbidding[record.user_id][3]
+    ]
+    if repeated:
+        _execute(connection, RELEASE, repeated, owner)
     return verdicts
+
+
+def release_rows(connection: sqlite3.Connection, claims: Sequence[tuple[int | str, int]], owner: str) -> list[bool]:
+    released = set()
+    for portion in portions(connection, claims):
+        rows = _execute(connection, RELEASE, portion, owner)
+        released |= {user_id for user_id, _, _ in rows}
+        if unsaved := [(user_id, epoch) for user_id, epoch, is_unsaved in rows if is_unsaved]:
+            connection.execute(REMEMBER_UNSAVED, (max(epoch for _, epoch in unsaved),))
+            _execute(connection, DELETE_UNSAVED, [(user_id,) for user_id, _ in unsaved])
+    return [user_id in released for user_id, _ in claims]
 
 
 _SAVED = Verdict(Outcome.SAVED)

@@ -45,7 +45,7 @@ class Faults:
     late: float = 0.0
     """Nothing comes back; the call is carried out up to 20 seconds later, whoever has given it up by then."""
     partial: float = 0.0
-    """Of a batch only some records are written, and the call raises."""
+    """Of a batch only some records are written, or only some users released, and the call raises."""
     refusing: float = 0.0
     """A record gets the verdict `failed`."""
     invalid: frozenset[int | str] = frozenset()
@@ -140,12 +140,14 @@ class SimulatedStore(MemoryStore):
 
     async def save_many(self, records: Sequence[Record]) -> list[Verdict]:
         records = list(records)
-        faults, chance = self.faults, self.database.universe.random.random
-        if len(records) > 1 and chance() < faults.partial:
+        if len(records) > 1 and self._breaks_in_the_middle():
             some = records[: self.database.universe.random.randrange(1, len(records))]
             await self._send("save", partial(self._write, some))
             raise StoreUnavailableError("the connection broke in the middle of a batch")
         return await self._send("save", partial(self._write, records))
+
+    def _breaks_in_the_middle(self) -> bool:
+        return self.database.universe.random.random() < self.faults.partial
 
     async def _write(self, records: list[Record]) -> list[Verdict]:
         database = self.database
@@ -165,8 +167,13 @@ class SimulatedStore(MemoryStore):
             verdicts.append(verdict)
         return verdicts
 
-    async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
-        return await self._send("release", partial(super().release, user_id, epoch, owner))
+    async def release_many(self, claims: Sequence[tuple[int | str, int]], owner: str) -> list[bool]:
+        claims = list(claims)
+        if len(claims) > 1 and self._breaks_in_the_middle():
+            some = claims[: self.database.universe.random.randrange(1, len(claims))]
+            await self._send("release", partial(super().release_many, some, owner))
+            raise StoreUnavailableError("the connection broke in the middle of a batch")
+        return await self._send("release", partial(super().release_many, claims, owner))
 
     async def erase(self, user_id: int | str, owner: str = "") -> bool:
         return await self._send("erase", partial(self._erase, user_id, owner))

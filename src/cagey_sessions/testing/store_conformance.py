@@ -7,7 +7,7 @@ and, if it is shared, how an owner dies. What must not: the tests (`conformance/
 
 from __future__ import annotations
 
-from .conformance.base import claim, everything, opened, record, save
+from .conformance.base import claim, everything, opened, record, release, save
 from .conformance.calls import Calls
 from .conformance.claims import Claims
 from .conformance.endings import Endings
@@ -23,6 +23,7 @@ __all__ = [
     "machine_test",
     "opened",
     "record",
+    "release",
     "save",
 ]
 

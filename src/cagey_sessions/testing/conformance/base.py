@@ -31,6 +31,7 @@ __all__ = [
     "loaded",
     "opened",
     "record",
+    "release",
     "save",
     "sound",
     "stored",
@@ -102,6 +103,12 @@ async def save(store: Store, *records: Record) -> list[Outcome]:
     return [verdict.outcome for verdict in verdicts]
 
 
+async def release(store: Store, user_id: int | str, epoch: int, owner: str) -> bool:
+    (released,) = await store.release_many([(user_id, epoch)], owner)
+    assert type(released) is bool
+    return released
+
+
 async def stored(store: Store, user_id: int | str = 1) -> Record:
     found = await store.load(user_id)
     assert found is not None
@@ -119,7 +126,7 @@ def every_call(store: Store) -> list[Awaitable[Any]]:
     return [
         store.claim_many([1], "a"),
         store.save_many([record()]),
-        store.release(1, 1, "a"),
+        store.release_many([(1, 1)], "a"),
         store.erase(1),
         store.load(1),
         anext(store.scan()),

@@ -22,6 +22,7 @@ from .base import (
     everything,
     opened,
     record,
+    release,
     save,
 )
 
@@ -50,7 +51,7 @@ class Calls(Conformance):
             assert await save(store, record(epoch=epoch)) == [SAVED]
             assert await store.holder(1) == ("a", epoch)
             assert await store.holder("1") == ("", 0)
-            assert await store.release(1, epoch, "a")
+            assert await release(store, 1, epoch, "a")
             assert await store.holder(1) == ("", epoch)
             assert (await claim(store)).epoch == epoch + 1
             assert await store.erase(1, "a")
@@ -90,7 +91,7 @@ class Calls(Conformance):
                     kept = record(user_id, version, epoch=epoch, body=b'"%d/%d"' % (user_id, version))
                     assert await save(store, kept) == [SAVED]
                     assert await store.load(user_id) == kept
-                assert await store.release(user_id, epoch, "a")
+                assert await release(store, user_id, epoch, "a")
 
             await asyncio.gather(*(life(user_id) for user_id in range(60)))
             assert {each.body for each in (await everything(store)).values()} == {

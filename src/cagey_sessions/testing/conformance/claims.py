@@ -8,7 +8,21 @@ import asyncio
 import itertools
 
 from ...stores import Claim
-from .base import BIG, FENCED, SAVED, Conformance, Make, claim, claims, everything, opened, record, save, stored
+from .base import (
+    BIG,
+    FENCED,
+    SAVED,
+    Conformance,
+    Make,
+    claim,
+    claims,
+    everything,
+    opened,
+    record,
+    release,
+    save,
+    stored,
+)
 
 __all__ = ["Claims"]
 
@@ -57,7 +71,7 @@ class Claims(Conformance):
             assert await there.load(1) == record(epoch=epoch, body=b"[1]"), "anybody may look"
             assert await save(here, record(version=2, epoch=epoch)) == [SAVED], "the refused claim fenced nobody"
             assert await save(there, record(version=3, epoch=epoch, owner="b")) == [FENCED]
-            assert not await there.release(1, epoch, "b")
+            assert not await release(there, 1, epoch, "b")
             assert (await stored(here, 1)).version == 2
 
     async def test_a_claim_of_a_dead_owners_user_is_granted_and_fences_the_dead(self, make: Make) -> None:
@@ -72,7 +86,7 @@ class Claims(Conformance):
             assert taken.epoch == epoch + 1
             assert taken.record == record(epoch=epoch + 1, owner="b", body=b"[1]")
             assert await save(here, record(version=2, epoch=epoch, owner="a")) == [FENCED]
-            assert not await here.release(1, epoch, "a")
+            assert not await release(here, 1, epoch, "a")
             assert await save(there, record(version=2, epoch=epoch + 1, owner="b")) == [SAVED]
 
     async def test_a_claim_of_an_erased_user_is_granted_as_of_a_new_one(self, make: Make) -> None:
@@ -92,7 +106,7 @@ class Claims(Conformance):
                 epoch = (await claim(store)).epoch
                 seen.append(epoch)
                 if happens == "release":
-                    assert await store.release(1, epoch, "a")
+                    assert await release(store, 1, epoch, "a")
                 elif happens in ("save", "last"):
                     assert await save(store, record(version=50 + epoch, epoch=epoch, release=happens == "last")) == [
                         SAVED
@@ -108,7 +122,7 @@ class Claims(Conformance):
             for user_id in [1, 1, 2, 2, 1, 3, 2, 1]:
                 epoch = (await claim(store, user_id)).epoch
                 seen.append((user_id, epoch))
-                assert await store.release(user_id, epoch, "a")
+                assert await release(store, user_id, epoch, "a")
             for user_id in (1, 2, 3):
                 own = [epoch for each, epoch in seen if each == user_id]
                 assert own == sorted(set(own))
@@ -133,6 +147,7 @@ class Claims(Conformance):
         async with opened(make()) as store:
             assert await store.claim_many([], "a") == []
             assert await store.save_many([]) == []
+            assert await store.release_many([], "a") == []
 
     async def test_of_sixteen_claims_at_once_one_wins(self, make: Make) -> None:
         nodes = [make() for _ in range(16)]

@@ -8,7 +8,7 @@ import pytest
 
 from ...errors import OwnedElsewhereError
 from ...stores import Claim
-from .base import ERASED, FENCED, NOT_THERE, SAVED, Conformance, Make, claim, everything, opened, record, save
+from .base import ERASED, FENCED, NOT_THERE, SAVED, Conformance, Make, claim, everything, opened, record, release, save
 
 __all__ = ["Endings"]
 
@@ -20,13 +20,14 @@ class Endings(Conformance):
         async with opened(make()) as store:
             epoch = (await claim(store)).epoch
             assert await save(store, record(epoch=epoch)) == [SAVED]
-            for user_id, wrong, owner in [(2, epoch, "a"), ("1", epoch, "a"), (1, epoch - 1, "a"), (1, epoch + 1, "a")]:
-                assert not await store.release(user_id, wrong, owner)
+            wrong: list[tuple[int | str, int]] = [(2, epoch), ("1", epoch), (1, epoch - 1), (1, epoch + 1)]
+            for user_id, other in wrong:
+                assert not await release(store, user_id, other, "a")
             for owner in ("b", "A", ""):
-                assert not await store.release(1, epoch, owner)
+                assert not await release(store, 1, epoch, owner)
             assert await save(store, record(version=2, epoch=epoch)) == [SAVED], "nothing was released"
-            assert await store.release(1, epoch, "a")
-            assert not await store.release(1, epoch, "a")
+            assert await release(store, 1, epoch, "a")
+            assert not await release(store, 1, epoch, "a")
             assert await store.load(1) == record(version=2, epoch=epoch, owner="")
             assert (await claim(store, 1, "b")).granted
 
@@ -34,14 +35,34 @@ class Endings(Conformance):
         async with opened(make()) as store:
             first = await claim(store)
             second = await claim(store)
-            assert not await store.release(1, first.epoch, "a")
+            assert not await release(store, 1, first.epoch, "a")
             assert await save(store, record(epoch=second.epoch)) == [SAVED]
+
+    async def test_many_are_released_in_one_call_each_for_itself(self, make: Make) -> None:
+        async with opened(make()) as store:
+            users: list[int | str] = [*range(450), *map(str, range(450))]
+            epochs = {(type(each.user_id), each.user_id): each.epoch for each in await store.claim_many(users, "a")}
+            saved = [each for each in users if isinstance(each, int)]
+            records = [record(each, epoch=epochs[int, each]) for each in saved]
+            assert set(await save(store, *records)) == {SAVED}
+            theirs = users[::3]
+            pairs = [(each, epochs[type(each), each] + (each not in theirs)) for each in reversed(users)]
+            assert await store.release_many(pairs, "b") == [False] * len(users)
+            assert await store.release_many(pairs, "a") == [each in theirs for each in reversed(users)]
+            assert await store.release_many(pairs, "a") == [False] * len(users)
+            left = {user_id for _, user_id in await everything(store)}
+            assert left == set(saved), "no data came, and none went"
+            kept = [each for each in users if each not in theirs]
+            later = [record(each, 2, epoch=epochs[type(each), each]) for each in kept]
+            assert set(await save(store, *later)) == {SAVED}, "they were not let go of"
+            again = [(type(each.user_id), each.user_id, each.epoch) for each in await store.claim_many(theirs, "b")]
+            assert all(epoch > epochs[kind, user_id] for kind, user_id, epoch in again)
 
     async def test_a_release_of_a_user_who_was_never_saved_leaves_no_data(self, make: Make) -> None:
         async with opened(make()) as store:
             epoch = (await claim(store)).epoch
-            assert await store.release(1, epoch, "a")
-            assert not await store.release(1, epoch, "a")
+            assert await release(store, 1, epoch, "a")
+            assert not await release(store, 1, epoch, "a")
             assert set(await save(store, record(epoch=epoch))) <= NOT_THERE
             assert await store.load(1) is None
             again = await claim(store, 1, "b")
@@ -53,8 +74,8 @@ class Endings(Conformance):
             epoch = (await claim(store)).epoch
             assert await save(store, record(epoch=epoch)) == [SAVED]
             assert await store.erase(1, "a")
-            for wrong in (epoch, epoch + 1):
-                assert not await store.release(1, wrong, "a")
+            for each in (epoch, epoch + 1):
+                assert not await release(store, 1, each, "a")
             assert await save(store, record(version=2, epoch=epoch + 1)) == [ERASED]
 
     async def test_an_erasure_says_whether_there_was_anything(self, make: Make) -> None:

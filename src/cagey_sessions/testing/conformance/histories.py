@@ -159,15 +159,23 @@ class StoreMachine(RuleBasedStateMachine):
             answered.setdefault(key, set()).add(verdict.outcome)
         assert all(len(each) == 1 for each in answered.values())
 
-    @rule(user_id=st.sampled_from(USERS), by=st.sampled_from([0, 0, 0, -1, 1]), owner=st.sampled_from(["its", *OWNERS]))
-    def release(self, user_id: int | str, by: int, owner: str) -> None:
-        row = self.row(user_id)
-        owner = (row.claimant or "a") if owner == "its" else owner
-        was_its = not row.forgotten and row.owner == owner and by == 0
-        assert self.runner.run(self.store.release(user_id, row.epoch + by, owner)) is was_its
-        if was_its:
-            row.released = True
-            row.forgotten = row.kept is None
+    @rule(
+        picks=st.dictionaries(st.sampled_from(USERS), st.sampled_from([0, 0, 0, -1, 1]), max_size=4),
+        owner=st.sampled_from(["its", *OWNERS]),
+    )
+    def release(self, picks: dict[int | str, int], owner: str) -> None:
+        rows = [self.row(user_id) for user_id in picks]
+        if owner == "its":
+            owner = next((row.claimant for row in rows if row.owner), "a")
+        claims = [(user_id, self.row(user_id).epoch + by) for user_id, by in picks.items()]
+        were_its = [
+            not row.forgotten and row.owner == owner and by == 0 for row, by in zip(rows, picks.values(), strict=True)
+        ]
+        assert self.runner.run(self.store.release_many(claims, owner)) == were_its
+        for row, was_its in zip(rows, were_its, strict=True):
+            if was_its:
+                row.released = True
+                row.forgotten = row.kept is None
 
     @rule(user_id=st.sampled_from(USERS), owner=st.sampled_from(["", *OWNERS]))
     def erase(self, user_id: int | str, owner: str) -> None:

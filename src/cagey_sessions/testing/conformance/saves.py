@@ -24,6 +24,7 @@ from .base import (
     everything,
     opened,
     record,
+    release,
     save,
     stored,
 )
@@ -128,7 +129,7 @@ class Saves(Conformance):
             last = record(version=2, epoch=epoch, body=b"2", release=True)
             assert await save(store, last) == [SAVED]
             assert await store.load(1) == last._replace(owner="", release=False)
-            assert not await store.release(1, epoch, "a"), "there was nothing left to let go of"
+            assert not await release(store, 1, epoch, "a"), "there was nothing left to let go of"
             assert (await claim(store, 1, "b")).granted
 
     async def test_the_last_save_may_be_repeated(self, make: Make) -> None:
@@ -146,9 +147,32 @@ class Saves(Conformance):
             epoch = (await claim(store)).epoch
             assert await save(store, record(epoch=epoch)) == [SAVED]
             assert await save(store, record(epoch=epoch, release=True)) == [ALREADY]
-            assert not await store.release(1, epoch, "a")
+            assert not await release(store, 1, epoch, "a")
             assert await save(store, record(version=2, epoch=epoch)) == [FENCED]
             assert (await claim(store, 1, "b")).granted
+
+    async def test_many_last_saves_that_are_repeats_release_in_one_call(self, make: Make) -> None:
+        """As at the end of a server: of most users the data is stored already. Others of the same call are written."""
+        async with opened(make()) as store:
+            users = range(450)
+            epochs = {each.user_id: each.epoch for each in await store.claim_many(users, "a")}
+            first = [record(each, 2, epoch=epochs[each]) for each in users]
+            assert set(await save(store, *first)) == {SAVED}
+            last = [
+                [
+                    each._replace(release=True),
+                    each._replace(release=True, version=3, body=b"3"),
+                    each._replace(release=True, version=1, body=b"1"),
+                    each._replace(release=True, epoch=each.epoch - 1),
+                    each,
+                ][place % 5]
+                for place, each in enumerate(first)
+            ]
+            outcomes = await save(store, *last)
+            assert outcomes == [[ALREADY, SAVED, ALREADY, FENCED, ALREADY][each % 5] for each in users]
+            released = [each.user_id for each in (await everything(store)).values() if not each.owner]
+            assert sorted(released) == [each for each in users if each % 5 < 2]
+            assert {each.body for each in (await everything(store)).values()} == {b"{}", b"3"}
 
     @pytest.mark.parametrize("by", ["save", "release"])
     async def test_after_the_release_a_later_version_is_fenced(self, make: Make, by: Any) -> None:
@@ -156,7 +180,7 @@ class Saves(Conformance):
             epoch = (await claim(store)).epoch
             assert await save(store, record(epoch=epoch, release=by == "save")) == [SAVED]
             if by == "release":
-                assert await store.release(1, epoch, "a")
+                assert await release(store, 1, epoch, "a")
             for late in (record(version=2, epoch=epoch), record(version=3, epoch=epoch, release=True)):
                 assert await save(store, late) == [FENCED]
             assert (await stored(store, 1)).version == 1

@@ -18,6 +18,7 @@ from .base import (
     loaded,
     opened,
     record,
+    release,
     save,
     stored,
 )
@@ -72,7 +73,7 @@ class Values(Conformance):
                 (int, 1): b'"number"',
                 (str, "1"): b'"text"',
             }
-            assert await store.release("1", text.epoch, "a")
+            assert await release(store, "1", text.epoch, "a")
             assert await save(store, record(1, 4, epoch=number.epoch)) == [SAVED]
             assert await store.erase(1, "a")
             assert (await stored(store, "1")).body == b'"text"'
@@ -92,7 +93,7 @@ class Values(Conformance):
             for each in records:
                 assert await store.load(each.user_id) == each
             for each in records[::2]:
-                assert await store.release(each.user_id, each.epoch, "a")
+                assert await release(store, each.user_id, each.epoch, "a")
             for each in records[1::2]:
                 assert await store.erase(each.user_id, "a")
             assert len(await everything(store)) == len(records[::2])
@@ -103,7 +104,7 @@ class Values(Conformance):
             epoch = (await claim(store, 1, owner)).epoch
             assert await save(store, record(epoch=epoch, owner=owner)) == [SAVED]
             assert (await stored(store, 1)).owner == owner
-            assert await store.release(1, epoch, owner)
+            assert await release(store, 1, epoch, owner)
 
     async def test_numbers_up_to_the_bound_come_back_exactly(self, make: Make) -> None:
         async with opened(make()) as store:
