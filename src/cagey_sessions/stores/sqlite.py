@@ -16,6 +16,7 @@ import queue
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -27,6 +28,7 @@ from ..errors import (
     StoreUnavailableError,
     WrongLoopError,
 )
+from ..threads import outlast
 from .base import Claim, Record, Store, Verdict, latest_of
 from .file_lock import FileLock
 from .layouts import refuse_newer
@@ -56,6 +58,9 @@ OLDEST_SQLITE = (3, 35, 0)
 BUSY_SECONDS = 5.0
 """How long a transaction waits for another program that writes to the file."""
 JOBS_IN_A_TRANSACTION = 64
+HANGING_PATIENCE = 1.0
+"""For how many seconds a cancelled `open` or `close` still waits for the thread, which then goes on alone. It is short,
+because it adds to the deadline of a manager that ends while the disk hangs."""
 CACHE_KIB = 16 * 1024
 """Users who are saved in no order lie all over the file; SQLite's own 2 MB hold hardly more than one batch."""
 
@@ -110,23 +115,22 @@ class SQLiteStore(Store):
         self._pid = os.getpid()
         self._writer = writer = _Writer(self.path, self._synchronous, self._read_only)
         opening: asyncio.Future[str] = self._loop.create_future()
-        writer.start(opening)
         try:
-            self.loss_class: str = await opening
-        except asyncio.CancelledError:
+            writer.start(opening)
+            self.loss_class: str = await outlast(opening, patience=HANGING_PATIENCE)
+        except BaseException as error:
             self._writer = None
-            writer.put(_Job(None, self._loop.create_future()))  # it closes when it is open
-            raise
-        except BaseException:
-            self._writer = None
+            if not (opening.done() and opening.exception()):  # it is open, or will be, and nobody wants it any more
+                closed = writer.close(self._loop)
+                if isinstance(error, asyncio.CancelledError):
+                    with suppress(TimeoutError):
+                        await outlast(closed, HANGING_PATIENCE)
             raise
 
     async def close(self) -> None:
         writer, self._writer = self._writer, None
         if writer is not None and self._pid == os.getpid():
-            closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            writer.put(_Job(None, closed))
-            await closed
+            await outlast(writer.close(asyncio.get_running_loop()), patience=HANGING_PATIENCE)
 
     async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> list[Claim]:
         return await self._write(lambda connection: claim_rows(connection, user_ids, owner))
@@ -214,10 +218,20 @@ class _Writer:
 
     def start(self, opening: asyncio.Future[str]) -> None:
         # a daemon: a manager that was forgotten must not keep the process from its end
-        threading.Thread(target=self._run, args=(opening,), name="cagey-sessions sqlite", daemon=True).start()
+        thread = threading.Thread(target=self._run, args=(opening,), name="cagey-sessions sqlite", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise StoreUnavailableError(f"{self._path} needs a thread, and there are no more: {error}") from error
 
     def put(self, job: _Job) -> None:
         self._jobs.put(job)
+
+    def close(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
+        """Have the thread close the file, when it has opened it and done what was put before."""
+        closed: asyncio.Future[None] = loop.create_future()
+        self.put(_Job(None, closed))
+        return closed
 
     def interrupt(self) -> None:
         connection = self._connection
@@ -231,8 +245,11 @@ class _Writer:
         try:
             # a symbolic link and what it leads to are one file, and stay so wherever the process changes its folder to
             self._path = path = Path(os.path.realpath(self._path))
-            if path.is_dir():
-                raise StoreLayoutError(f"{path} is a folder; the path of an SQLiteStore is that of a file")
+            if path.exists() and not path.is_file():
+                raise StoreLayoutError(
+                    f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; the path of an SQLiteStore is "
+                    "that of a file"
+                )
             if not self._read_only:
                 self._lock.acquire(path.with_name(path.name + ".lock"))
             try:
@@ -243,7 +260,9 @@ class _Writer:
         except Exception as error:
             _deliver([(opening, None, self._explained(error))])
             return
-        _deliver([(opening, loss_class, None)])
+        if not _deliver([(opening, loss_class, None)]):
+            self._close()
+            return
         closing: asyncio.Future[Any] | None = None
         while closing is None:
             jobs = [self._jobs.get()]
@@ -408,8 +427,8 @@ class _Writer:
 _Answer = tuple[asyncio.Future[Any], Any, Exception | None]
 
 
-def _deliver(answers: list[_Answer]) -> None:
-    """Tell those who wait, all on one loop."""
+def _deliver(answers: list[_Answer]) -> bool:
+    """Tell those who wait, all on one loop: False if that is closed, and nobody is left to be told."""
 
     def tell() -> None:
         for future, result, error in answers:
@@ -420,9 +439,9 @@ def _deliver(answers: list[_Answer]) -> None:
             else:
                 future.set_exception(error)
 
-    if not answers:
-        return
     try:
-        answers[0][0].get_loop().call_soon_threadsafe(tell)
+        if answers:
+            answers[0][0].get_loop().call_soon_threadsafe(tell)
     except RuntimeError:
-        return  # the loop is closed: nobody is left to be told
+        return False
+    return True
