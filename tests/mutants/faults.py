@@ -625,6 +625,20 @@ FAULTS = [
         ("tests/stores/test_sqlite_holding.py",),
     ),
     Fault(
+        "the log of SQLite stays as large as a long read has made it",
+        "stores/sqlite.py",
+        '                connection.execute(f"PRAGMA journal_size_limit = {LARGEST_LOG}")  # see `_empty_large_log`\n',
+        "",
+        ("tests/stores/test_sqlite_files.py",),
+    ),
+    Fault(
+        "the log of SQLite stays large while nobody saves",
+        "stores/sqlite.py",
+        '            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()',
+        '            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()',
+        ("tests/stores/test_sqlite_files.py",),
+    ),
+    Fault(
         "one spilled user who is not taken now stops the replay",
         "replay.py",
         "        return not self._gateway.down\n",

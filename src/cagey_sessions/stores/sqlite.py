@@ -15,6 +15,7 @@ import os
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -58,6 +59,12 @@ OLDEST_SQLITE = (3, 35, 0)
 BUSY_SECONDS = 5.0
 """How long a transaction waits for another program that writes to the file."""
 JOBS_IN_A_TRANSACTION = 64
+LARGEST_LOG = 8 * 1024 * 1024
+"""The ``-wal`` file comes back to so many bytes. From 4 MB on SQLite begins it anew when nobody reads what is in it."""
+LOG_PAUSE = 5.0
+"""Seconds between two attempts to empty a log that is larger than that."""
+LOG_WAIT = 0.1
+"""For how many seconds such an attempt waits for programs that read. Saves wait meanwhile."""
 HANGING_PATIENCE = 1.0
 """For how many seconds a cancelled `open` or `close` still waits for the thread, which then goes on alone. It is short,
 because it adds to the deadline of a manager that ends while the disk hangs."""
@@ -215,6 +222,8 @@ class _Writer:
         self._connection: sqlite3.Connection | None = None
         self._lock = FileLock()
         self._file_id: tuple[int, int] | None = None
+        self._log_is_large = not read_only  # for all we know of what an earlier process has left
+        self._next_emptying = 0.0
 
     def start(self, opening: asyncio.Future[str]) -> None:
         # a daemon: a manager that was forgotten must not keep the process from its end
@@ -265,7 +274,11 @@ class _Writer:
             return
         closing: asyncio.Future[Any] | None = None
         while closing is None:
-            jobs = [self._jobs.get()]
+            try:
+                jobs = [self._jobs.get(timeout=self._until_next_emptying())]
+            except queue.Empty:
+                self._empty_large_log()
+                continue
             while len(jobs) < JOBS_IN_A_TRANSACTION and not self._jobs.empty():
                 jobs.append(self._jobs.get())
             for place, job in enumerate(jobs):
@@ -275,6 +288,7 @@ class _Writer:
                     break
             if jobs:
                 _deliver(self._transact(jobs))
+                self._empty_large_log()
         self._close()
         late: list[_Answer] = []
         while not self._jobs.empty():
@@ -339,6 +353,39 @@ class _Writer:
             except sqlite3.Error:
                 return
 
+    # The log
+
+    def _until_next_emptying(self) -> float | None:
+        """In how many seconds the log is to be emptied, though nobody saves; None if it is not large."""
+        return max(0.0, self._next_emptying - time.monotonic()) if self._log_is_large else None
+
+    def _empty_large_log(self) -> None:
+        """Empty the log if it has become large, which it does while some program reads for long.
+
+        SQLite writes on behind what is still read. When nobody reads any of it the next saves begin at the front again,
+        and by ``journal_size_limit`` the file is made shorter then. That leaves two cases: nobody saves any more, and
+        readers who come and go so that there is always one. They are waited for here, for a moment.
+        """
+        now = time.monotonic()
+        self._log_is_large = not self._read_only and self._log_size() > LARGEST_LOG
+        if not self._log_is_large or now < self._next_emptying:
+            return
+        self._next_emptying = now + LOG_PAUSE
+        try:
+            connection = self._connect()
+            connection.execute(f"PRAGMA busy_timeout = {round(LOG_WAIT * 1000)}")
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()  # which says whether somebody reads still
+            connection.execute(f"PRAGMA busy_timeout = {round(BUSY_SECONDS * 1000)}")
+        except sqlite3.Error:
+            self._abandon()  # the next save tells what is wrong with the file
+        self._log_is_large = self._log_size() > LARGEST_LOG
+
+    def _log_size(self) -> int:
+        try:
+            return os.stat(f"{self._path}-wal").st_size
+        except OSError:
+            return 0
+
     def _explained(self, error: Exception) -> Exception:
         if isinstance(error, StoreError):
             return error
@@ -366,6 +413,7 @@ class _Writer:
                 # more than all the rest of a save but its commit
                 connection.execute("PRAGMA temp_store = MEMORY")
                 connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+                connection.execute(f"PRAGMA journal_size_limit = {LARGEST_LOG}")  # see `_empty_large_log`
             except BaseException:
                 connection.close()
                 raise
