@@ -20,7 +20,7 @@ from cagey_sessions import SessionManager, UserDataWarning
 from cagey_sessions._core import living
 from cagey_sessions.testing.plugin import cagey_world  # noqa: F401 - as pytest finds it where the package is installed
 from cluster import Cluster
-from support import Db, ManualClock, ScriptedStore
+from support import Db, ManualClock, ScriptedStore, descriptors, end_of_threads, threads_of_ours
 
 
 def _eager_loop() -> asyncio.AbstractEventLoop:
@@ -38,6 +38,7 @@ if sys.platform != "win32":  # uvloop is not made for it
     import uvloop
 
     LOOPS["uvloop"] = uvloop.new_event_loop
+    uvloop.new_event_loop().close()  # the first one opens a descriptor that all later ones share
 if sys.version_info >= (3, 12):
     LOOPS["eager"] = _eager_loop
 
@@ -117,6 +118,22 @@ def _nothing_of_the_core_stays(request: pytest.FixtureRequest, caplog: pytest.Lo
         gc.collect()
     left = {name: count - before[name] for name, count in living().items() if count > before[name]}
     assert not left, f"objects of the core left behind: {left}"
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_and_no_file_stays(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test leaves no thread of ours, no descriptor and, but where the machine goes down, no temporary file."""
+    threads, before = threads_of_ours(), descriptors()
+    yield
+    end_of_threads(threads)
+    left = {number: what for number, what in descriptors().items() if before.get(number) != what}
+    if left:
+        gc.collect()
+        left = {number: what for number, what in descriptors().items() if before.get(number) != what}
+    assert not left, f"descriptors left open: {left}"
+    folder = request.node.funcargs.get("tmp_path")
+    if folder is not None and request.node.get_closest_marker("crashes") is None:
+        assert not [*folder.rglob("*.tmp")], "temporary files left behind"
 
 
 @pytest.fixture(autouse=True)

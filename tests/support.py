@@ -10,12 +10,15 @@ import itertools
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import AsyncIterator, Callable
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from contextvars import Context
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +149,27 @@ async def turns(count: int = 25) -> None:
     """Let the loop turn until what can go on without time has gone on."""
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+def descriptors() -> dict[int, tuple[int, int, int]]:
+    """What is open in this process: the file that each descriptor is of, and its kind."""
+    found = {}
+    for number in range(1024):
+        with suppress(OSError):
+            status = os.fstat(number)
+            found[number] = status.st_dev, status.st_ino, stat.S_IFMT(status.st_mode)
+    return found
+
+
+def threads_of_ours() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("cagey-sessions")}
+
+
+def end_of_threads(others: AbstractSet[threading.Thread] = frozenset()) -> None:
+    """Wait for the threads of ours, which a test has left to end by themselves."""
+    for thread in threads_of_ours() - others:
+        thread.join(20)
+        assert not thread.is_alive(), f"left behind: {thread}"
 
 
 class ManualClock:
@@ -460,6 +484,7 @@ class FaultyDisk(Files):
         self.crashed = False
         self.steps: list[str] = []
         self._unsynced: dict[int, str] = {}
+        self._open: set[int] = set()
 
     def _step(self, name: str, work: Callable[[], Any], half: Callable[[], Any] = lambda: None) -> Any:
         if self.crashed:
@@ -479,12 +504,19 @@ class FaultyDisk(Files):
             self.crashed = True
             for path in self._unsynced.values():
                 os.truncate(path, os.path.getsize(path) // 2)
+            for file in self._open:
+                Files.close(self, file)
             raise Crash
         return result
 
     def create(self, path: str) -> int:
-        file: int = self._step("create", lambda: Files.create(self, path))
-        self._unsynced[file] = path
+        def create() -> int:
+            file = Files.create(self, path)
+            self._unsynced[file] = path
+            self._open.add(file)
+            return file
+
+        file: int = self._step("create", create)
         return file
 
     def write(self, file: int, data: bytes) -> None:
@@ -496,7 +528,16 @@ class FaultyDisk(Files):
         self._step("sync", lambda: (Files.sync(self, file), self._unsynced.pop(file)))
 
     def close(self, file: int) -> None:
-        self._step("close", lambda: (Files.close(self, file), self._unsynced.pop(file, None)))
+        def close() -> None:
+            self._unsynced.pop(file, None)
+            self._open.discard(file)
+            Files.close(self, file)
+
+        try:
+            self._step("close", close)
+        except OSError:
+            close()  # as systems do: it is gone all the same
+            raise
 
     def replace(self, source: str, target: str) -> None:
         self._step("replace", lambda: Files.replace(self, source, target))
@@ -510,3 +551,69 @@ class FaultyDisk(Files):
     def read(self, path: str) -> bytes:
         data: bytes = self._step("read", lambda: Files.read(self, path))
         return data
+
+
+class HeldDisk(Files):
+    """A disk that does not go on at some steps, each the first time, until it is let."""
+
+    def __init__(self, *steps: str) -> None:
+        self._reached = {step: threading.Event() for step in steps}
+        self._go = {step: threading.Event() for step in steps}
+
+    async def is_reached(self, step: str) -> None:
+        """Wait until a step has begun."""
+        assert await asyncio.to_thread(self._reached[step].wait, 20)
+
+    def let_go(self, step: str) -> None:
+        self._go[step].set()
+
+    def _hold(self, step: str) -> None:
+        if step in self._reached and not self._reached[step].is_set():
+            self._reached[step].set()
+            assert self._go[step].wait(60)
+
+    def create(self, path: str) -> int:
+        file = super().create(path)
+        self._hold("create")
+        return file
+
+    def write(self, file: int, data: bytes) -> None:
+        super().write(file, data[:1])
+        self._hold("write")
+        super().write(file, data[1:])
+
+    def sync(self, file: int) -> None:
+        self._hold("sync")
+        super().sync(file)
+
+    def close(self, file: int) -> None:
+        self._hold("close")
+        super().close(file)
+
+    def replace(self, source: str, target: str) -> None:
+        self._hold("replace")
+        super().replace(source, target)
+
+    def sync_folder(self, path: str) -> None:
+        self._hold("sync folder")
+        super().sync_folder(path)
+
+    def remove(self, path: str) -> None:
+        self._hold("remove")
+        super().remove(path)
+
+    def read(self, path: str) -> bytes:
+        data = super().read(path)
+        self._hold("read")
+        return data
+
+
+needs_links = pytest.mark.skipif(sys.platform == "win32", reason="whoever may make links there may do everything")
+
+
+def made_by_another_user(link: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a symbolic link look as if somebody else had made it; only root can give one away."""
+    if os.geteuid() == 0:
+        os.lchown(link, 4711, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 4711)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import stat
 import threading
@@ -14,12 +15,21 @@ from zlib import crc32
 import orjson
 import pytest
 
-from cagey_sessions import ManagerClosedError, SessionManager, SnapshotError, read_snapshot, savefile
+from cagey_sessions import ManagerClosedError, SessionManager, SnapshotError, read_snapshot, savefile, threads
 from cagey_sessions.records import SnapshotEntry
 from cagey_sessions.savefile import Files, entry_line, first_line, last_line, write_whole
 from cagey_sessions.snapshot import take_snapshot
 from cagey_sessions.stores import MemoryStore
-from support import Crash, FaultyDisk, ScriptedStore
+from support import (
+    Crash,
+    FaultyDisk,
+    HeldDisk,
+    ScriptedStore,
+    end_of_threads,
+    made_by_another_user,
+    needs_links,
+    turns,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "snapshot-1.txt"
 
@@ -179,26 +189,187 @@ async def test_only_the_owner_may_read_it_and_a_link_is_followed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
 
 
-async def test_cancelling_leaves_the_old_file_and_nothing_else(tmp_path):
-    written(tmp_path / "all")
-    go = threading.Event()
+# Calls that end early
 
-    class Slow(FaultyDisk):
-        def sync(self, file):
-            go.wait()
-            super().sync(file)
 
-    async with SessionManager() as manager:
-        work = asyncio.create_task(take_snapshot(manager._life, tmp_path / "all", Slow()))
-        await asyncio.sleep(0.05)
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+async def a_snapshot_held_at(step: str, disk: HeldDisk, path: Path, manager: SessionManager) -> asyncio.Task:
+    """One whose thread is in the middle of a step."""
+    await manager.open("new", default={"text": "x" * 1000})
+    work = asyncio.create_task(take_snapshot(manager._life, path, disk))
+    await disk.is_reached(step)
+    return work
+
+
+async def cancel_in_vain(work: asyncio.Task) -> None:
+    for _ in range(3):
         work.cancel()
-        await asyncio.sleep(0.01)
-        go.set()
+        await turns()
+        assert not work.done(), "its thread is still at work"
+
+
+@pytest.mark.parametrize("step", ["create", "write", "sync", "close"])
+async def test_however_often_it_is_cancelled_the_old_file_stays_and_nothing_else(tmp_path, step):
+    data = written(tmp_path / "all")
+    disk = HeldDisk(step)
+    async with SessionManager(store=MemoryStore()) as manager:
+        work = await a_snapshot_held_at(step, disk, tmp_path / "all", manager)
+        await cancel_in_vain(work)
+        disk.let_go(step)
         with pytest.raises(asyncio.CancelledError):
             await work
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["all"]  # the commit was under way, and came to its end: the old file or the new one, whole
-    assert read_snapshot(tmp_path / "all").complete
+        assert names(tmp_path) == ["all"]
+        assert (tmp_path / "all").read_bytes() == data
+
+
+@pytest.mark.parametrize("step", ["replace", "sync folder"])
+async def test_cancelled_when_the_new_file_takes_its_place_the_new_one_is_there_and_nothing_else(tmp_path, step):
+    written(tmp_path / "all")
+    disk = HeldDisk(step)
+    async with SessionManager(store=MemoryStore()) as manager:
+        work = await a_snapshot_held_at(step, disk, tmp_path / "all", manager)
+        await cancel_in_vain(work)
+        disk.let_go(step)
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        assert names(tmp_path) == ["all"]
+        assert [entry.user_id for entry in read_snapshot(tmp_path / "all").entries] == ["new"]
+
+
+async def test_cancelled_while_it_cleans_up_it_cleans_up_all_the_same(tmp_path):
+    disk = HeldDisk("write", "remove")
+    async with SessionManager(store=MemoryStore()) as manager:
+        work = await a_snapshot_held_at("write", disk, tmp_path / "all", manager)
+        work.cancel()
+        disk.let_go("write")
+        await disk.is_reached("remove")
+        await cancel_in_vain(work)
+        disk.let_go("remove")
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        assert names(tmp_path) == []
+
+
+async def test_a_time_limit_of_the_caller_is_told_apart_from_another_cancellation(tmp_path):
+    disk = HeldDisk("write")
+    async with SessionManager(store=MemoryStore()) as manager:
+        await manager.open("new", default={})
+
+        async def within(seconds: float) -> None:
+            async with asyncio.timeout(seconds):
+                await take_snapshot(manager._life, tmp_path / "all", disk)
+
+        work = asyncio.create_task(within(60))
+        await disk.is_reached("write")
+        work.cancel()
+        await turns()
+        disk.let_go("write")
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        with pytest.raises(TimeoutError):
+            await within(0)
+        assert names(tmp_path) == []
+
+
+async def test_a_disk_that_hangs_holds_up_a_cancelled_call_no_longer_than_it_may(tmp_path, monkeypatch):
+    """The thread is left alone then, and cleans up itself when the disk answers."""
+    monkeypatch.setattr(threads, "PATIENCE", 0)
+    data = written(tmp_path / "all")
+    for step in ("create", "write", "sync", "close"):
+        disk = HeldDisk(step)
+        async with SessionManager(store=MemoryStore()) as manager:
+            work = await a_snapshot_held_at(step, disk, tmp_path / "all", manager)
+            work.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await work
+        disk.let_go(step)
+        end_of_threads()
+        assert names(tmp_path) == ["all"]
+        assert (tmp_path / "all").read_bytes() == data
+
+
+@pytest.mark.parametrize("step", ["create", "write", "sync", "close"])
+def test_a_loop_that_is_closed_meanwhile_leaves_the_old_file_and_nothing_else(tmp_path, step, caplog):
+    """Nobody is cancelled, and nothing can be waited for."""
+    data = written(tmp_path / "all")
+    disk = HeldDisk(step)
+    manager = SessionManager()
+
+    async def begin() -> asyncio.Task:
+        work = asyncio.create_task(take_snapshot(manager._life, tmp_path / "all", disk))
+        await disk.is_reached(step)
+        return work
+
+    loop = asyncio.new_event_loop()
+    work = loop.run_until_complete(begin())
+    loop.close()
+    disk.let_go(step)
+    end_of_threads()
+    del work
+    gc.collect()
+    assert names(tmp_path) == ["all"]
+    assert (tmp_path / "all").read_bytes() == data
+    assert [record.getMessage().splitlines()[0] for record in caplog.records] == [
+        "Task was destroyed but it is pending!"
+    ]
+
+
+async def test_where_there_are_no_more_threads_it_is_written_without_one(tmp_path, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    async with SessionManager(store=MemoryStore()) as manager:
+        await manager.open("ann", default={})
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            await manager.snapshot(tmp_path / "all")
+            with pytest.raises(SnapshotError):
+                await take_snapshot(manager._life, tmp_path / "all", FaultyDisk(fail={"sync": errno.EIO}))
+    assert read_snapshot(tmp_path / "all").complete and names(tmp_path) == ["all"]
+
+
+# Names that lead elsewhere
+
+
+@needs_links
+async def test_a_link_that_another_user_has_made_is_not_followed(tmp_path, monkeypatch):
+    """Whoever may make names in a folder would have the server replace any file of its own."""
+    (tmp_path / "precious").write_bytes(b"precious")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "precious")
+    made_by_another_user(link, monkeypatch)
+    (tmp_path / "all").symlink_to(link)
+    async with SessionManager() as manager:
+        for path in (link, tmp_path / "all"):
+            with pytest.raises(SnapshotError, match="another user"):
+                await manager.snapshot(path)
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+    assert names(tmp_path) == ["all", "link", "precious"]
+
+
+@needs_links
+async def test_the_temporary_file_is_made_by_no_link(tmp_path, monkeypatch):
+    (tmp_path / "precious").write_bytes(b"precious")
+    for target in ("precious", "nowhere"):
+        link = tmp_path / "all.00000000.tmp"
+        link.symlink_to(tmp_path / target)
+        async with SessionManager() as manager:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "urandom", bytes)
+                with pytest.raises(SnapshotError, match="could not be written"):
+                    await manager.snapshot(tmp_path / "all")
+        link.unlink()
+        assert names(tmp_path) == ["precious"] and (tmp_path / "precious").read_bytes() == b"precious"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_a_pipe_is_no_snapshot_and_nobody_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SnapshotError, match="no regular file"):
+        read_snapshot(tmp_path / "pipe")
 
 
 def test_what_is_printed_of_one_shows_no_data_and_no_key(tmp_path):
@@ -409,6 +580,7 @@ async def test_the_steps_of_a_snapshot(tmp_path):
     ]
 
 
+@pytest.mark.crashes
 @pytest.mark.parametrize("moment", ["before", "during", "after"])
 @pytest.mark.parametrize("chunk", [1, 2**20])
 async def test_a_crash_at_any_step_leaves_the_whole_old_file_or_the_whole_new_one(tmp_path, monkeypatch, moment, chunk):

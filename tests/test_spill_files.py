@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
 
 import pytest
 
-from cagey_sessions import OptionError, SessionManager, SnapshotError, read_snapshot
+from cagey_sessions import OptionError, SessionManager, SnapshotError, drain, read_snapshot, threads
 from cagey_sessions._core import Digest
 from cagey_sessions.savefile import DISK, first_line, last_line
 from cagey_sessions.spill import Spill, SpillEntry
 from cluster import Cluster, spill_gold
 from conftest import run
-from support import Crash, FaultyDisk, ScriptedStore
+from support import (
+    Crash,
+    FaultyDisk,
+    HeldDisk,
+    ScriptedStore,
+    end_of_threads,
+    let_time_pass,
+    made_by_another_user,
+    needs_links,
+    turns,
+)
 
 
 async def test_damaged_lines_are_kept_byte_for_byte_and_reported(cluster):
@@ -175,6 +187,124 @@ async def test_a_full_disk_is_reported_and_everybody_is_named(cluster):
     assert {entry.user_id for entry in read_snapshot(cluster.path).entries} == {"ann", "bob"}
 
 
+# Calls that end early
+
+
+async def a_start_that_is_held(cluster: Cluster, step: str) -> tuple[SessionManager, HeldDisk, asyncio.Task]:
+    """The start of a process for which ann was spilled; its thread is in the middle of a step."""
+    await spill_gold(cluster)
+    cluster.errors.clear()
+    cluster.backing.dead |= {row.owner for row in cluster.backing.rows.values()}
+    manager = cluster.manager()
+    disk = manager._life.spill._files = HeldDisk(step)
+    starting = asyncio.create_task(manager.__aenter__())
+    await disk.is_reached(step)
+    return manager, disk, starting
+
+
+async def test_however_often_a_start_is_cancelled_what_was_spilled_is_known_once(cluster):
+    manager, disk, starting = await a_start_that_is_held(cluster, "read")
+    for _ in range(3):
+        starting.cancel()
+        await turns()
+        assert not starting.done(), "its thread is still at work"
+    another = asyncio.create_task(manager.open("ann", default={}))
+    await turns()
+    disk.let_go("read")
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert (await another).user_data == {"gold": 2}
+    assert (manager.spill_report.replayed, manager.spill_report.pending) == (("ann",), ())
+    await let_time_pass(cluster.clock, manager.destroy())
+    assert cluster.errors == [] and not cluster.path.exists()
+
+
+async def test_a_start_that_was_cancelled_while_the_disk_hung_tells_nothing_later(cluster, monkeypatch):
+    monkeypatch.setattr(threads, "PATIENCE", 0)
+    manager, disk, starting = await a_start_that_is_held(cluster, "read")
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    session = await manager.open("ann", default={})
+    assert manager.spill_report.replayed == ("ann",)
+    session.user_data["gold"] = 3
+    await session.persist_now()
+    disk.let_go("read")
+    end_of_threads()
+    await turns()
+    assert manager.spill_report.pending == ()
+    await session.destroy()
+    assert (await manager.open("ann", default={})).user_data == {"gold": 3}
+    await let_time_pass(cluster.clock, manager.destroy())
+    assert cluster.errors == [] and not cluster.path.exists()
+
+
+async def test_a_drain_does_not_wait_for_ever_for_a_disk_that_hangs_and_nor_does_its_loop(cluster, monkeypatch):
+    monkeypatch.setattr(drain, "SECONDS_TO_SPILL", 0)
+    manager = await cluster.start()
+    await manager.open("ann", default={"gold": 1})
+    disk = manager._life.spill._files = HeldDisk("sync")
+    error = await cluster.fail(manager)
+    assert not error.report.unsaved[0].spilled
+    assert isinstance(error.exceptions[-1], SnapshotError) and "the disk hangs" in str(error.exceptions[-1])
+    await turns()
+    assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("cagey-sessions")]
+    disk.let_go("sync")
+    end_of_threads()
+    assert cluster.spilled() == {"ann": b'{"gold":1}'}, "it goes on alone when the disk answers"
+    manager._life.spill_at_exit()
+
+
+# Names that lead elsewhere
+
+NO_LOCK_FILES = {
+    "a link": lambda lock, precious: lock.symlink_to(precious),
+    "a link to nothing": lambda lock, precious: lock.symlink_to(precious.parent / "nowhere"),
+    "a file of something else": lambda lock, precious: os.link(precious, lock),
+    "a folder": lambda lock, precious: lock.mkdir(),
+    "a pipe": lambda lock, precious: os.mkfifo(lock),
+}
+
+
+@needs_links
+@pytest.mark.parametrize("kind", NO_LOCK_FILES)
+async def test_what_is_no_lock_file_is_refused_at_once_and_left_as_it_is(cluster, kind, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"precious")
+    lock = tmp_path / "spill.lock"
+    NO_LOCK_FILES[kind](lock, precious)
+    if kind != "a folder":
+        with pytest.raises(OptionError, match=r"spill\.lock"):
+            cluster.manager()
+        lock.unlink()
+    else:
+        lock.rmdir()
+    manager = await cluster.start()
+    await manager.open("ann", default={})
+    NO_LOCK_FILES[kind](lock, precious)
+    error = await cluster.fail(manager)
+    assert error.report.unsaved[0].spilled, "it is better written without a lock than not at all"
+    assert precious.read_bytes() == b"precious" and not (tmp_path / "nowhere").exists()
+
+
+@needs_links
+async def test_a_link_that_another_user_has_made_is_refused_at_once(tmp_path, clock, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "spill")
+    made_by_another_user(tmp_path / "link", monkeypatch)
+    with pytest.raises(OptionError, match="another user"):
+        SessionManager(store=ScriptedStore(clock), spill=tmp_path / "link")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+async def test_a_pipe_is_no_spill_and_nobody_waits_for_it(cluster):
+    os.mkfifo(cluster.path)
+    manager = cluster.manager()
+    with pytest.raises(SnapshotError, match="no regular file"):
+        await manager.open("ann", default={})
+    await manager.destroy()
+
+
+@pytest.mark.crashes
 @pytest.mark.parametrize("moment", ["before", "during", "after"])
 async def test_a_crash_at_any_step_of_a_replay_loses_nothing_and_makes_no_conflict(cluster, moment):
     done = False
@@ -207,6 +337,7 @@ async def test_a_crash_at_any_step_of_a_replay_loses_nothing_and_makes_no_confli
     assert number >= 3
 
 
+@pytest.mark.crashes
 @pytest.mark.parametrize("moment", ["before", "during", "after"])
 def test_a_crash_at_any_step_of_a_write_leaves_what_was_there_or_what_is_to_be(cluster, moment, clock):
     run(spill_gold(cluster))
@@ -216,7 +347,7 @@ def test_a_crash_at_any_step_of_a_write_leaves_what_was_there_or_what_is_to_be(c
     for number in range(20):
         cluster.path.write_bytes(before)
         spill = Spill(cluster.path)
-        spill.open()
+        spill.open(spill.read())
         entry = spill.pending["ann"][0]
         spill.collect(replace(entry, user_id="bob"))
         spill._files = FaultyDisk(crash=(number, moment))

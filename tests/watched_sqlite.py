@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -72,9 +70,3 @@ async def saved(store: SQLiteStore, *users: int | str, body: bytes = b"{}") -> d
     epochs = {each.user_id: each.epoch for each in await store.claim_many(users, "a")}
     assert set(await save(store, *(record(each, epoch=epochs[each], body=body) for each in users))) == {SAVED}
     return epochs
-
-
-async def end_of_writers() -> None:
-    for thread in threading.enumerate():
-        if thread.name == "cagey-sessions sqlite":
-            await asyncio.to_thread(thread.join, 10)

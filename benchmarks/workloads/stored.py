@@ -210,7 +210,7 @@ class Server:
         """Let go of a million users without their last saves."""
         self.clock.stop()
         self.life.autosave.close()
-        self.manager._life.warning.detach()
+        self.life.warning.detach()
         self.life.listeners.clear()
         self.sessions.clear()
 

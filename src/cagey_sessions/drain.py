@@ -19,7 +19,7 @@ from .errors import DrainDeadlineError, DrainError, ListenerError, ManagerClosed
 from .lifecycle import Lifecycle, name_some
 from .options import SECOND
 from .records import DrainReport, EndReason, UnsavedUser
-from .savefile import in_thread
+from .threads import in_thread
 from .user_code import current_task, is_for_this_task
 from .waits import within_host
 
@@ -267,11 +267,12 @@ class _Drain:
         spill = self._life.spill
         try:
             if spill is not None and spill.is_stale:
-                writing = self._life.spawn(in_thread(spill.write), "spill", Context())
-                await asyncio.wait([writing], timeout=SECONDS_TO_SPILL)
-                if not writing.done():
-                    raise SnapshotError(f"{spill.path} was not written within {SECONDS_TO_SPILL} s: the disk hangs")
-                writing.result()
+                try:
+                    await in_thread(spill.write, limit=SECONDS_TO_SPILL)
+                except TimeoutError as error:
+                    raise SnapshotError(
+                        f"{spill.path} was not written within {SECONDS_TO_SPILL} s: the disk hangs"
+                    ) from error
                 self._spill_is_written = True
         except Exception as error:  # whatever it is, everybody is to hear how it went
             self._life.reports.say("error", "what was not saved could not be spilled: %s", error)

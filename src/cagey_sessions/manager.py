@@ -242,11 +242,16 @@ class SessionManager(ManagerCore, Generic[T]):
         Each user's data is of one moment, encoded as for a save; users later in the file are of a later moment. Users
         who leave meanwhile are not in it, users who join may be. Users whose data cannot be encoded are left out and
         named in the report. The file is readable by its owner only (mode 0600), and holds all data as JSON. It replaces
-        an earlier file as a whole, once it is safe on the disk; if that fails, or the call is cancelled, the earlier
-        file stays.
+        an earlier file as a whole, once it is safe on the disk; if that fails, the earlier file stays.
 
-        Raises `SnapshotError` if it cannot be written, `ManagerClosedError` after the end. O(users), in slices; a
-        thread waits for the disk.
+        Cancelled, the call first waits for its thread, for 10 seconds at most where the disk hangs, and leaves nothing
+        but the earlier file. Only a cancellation that comes when the complete new file is already taking its place (the
+        last step, a rename) comes too late for that: then the new one is there, and the call is cancelled all the same.
+
+        `path` may be a symbolic link of this user or of root: what it leads to is replaced.
+
+        Raises `SnapshotError` if it cannot be written, and for a link that another user has made; `ManagerClosedError`
+        after the end. O(users), in slices; a thread waits for the disk.
         """
         return await take_snapshot(self._life, path)
 

@@ -19,10 +19,10 @@ from .errors import (
 )
 from .gateway import StoreGateway
 from .lifecycle import Lifecycle
-from .savefile import in_thread
 from .spill import Plan
 from .stores import Claim, Outcome, Verdict
 from .stores.base import verdicts_of
+from .threads import in_thread
 from .writebehind import MOST_BYTES, MOST_ROWS
 
 __all__ = ["Replay"]
@@ -57,7 +57,7 @@ class Replay:
         if spill is not None and not spill.is_open:
             async with self._spill_turn:
                 if not spill.is_open:
-                    await in_thread(spill.open)
+                    spill.open(await in_thread(spill.read))  # only what is still wanted becomes known
         await self._gateway.open()
         if spill is not None and self._task is None:
             self._life.guard_exit()

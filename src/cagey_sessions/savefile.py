@@ -14,22 +14,21 @@ the first line cannot. In every later version of the format the first line is to
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future
-from contextlib import suppress
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 from zlib import crc32
 
 import orjson
 
 from ._core import check_user_id, decode_plain
 from .errors import EncodingError, InvalidUserIdError, SnapshotError
+from .names import RefusedNameError, open_regular, target_of
 from .records import DamagedEntry, Snapshot, SnapshotEntry
 
 __all__ = [
@@ -40,15 +39,12 @@ __all__ = [
     "NewFile",
     "entry_line",
     "first_line",
-    "in_thread",
     "last_line",
     "read",
     "read_entry",
     "remove_whole",
     "write_whole",
 ]
-
-T = TypeVar("T")
 
 FORMAT = "cagey_sessions"
 VERSION = 1
@@ -64,8 +60,8 @@ class Files:
     """What is done with the disk; tests put one that fails in its place. Every method raises `OSError`."""
 
     def create(self, path: str) -> int:
-        """A new file that only its owner may read."""
-        return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o600)
+        """A new file that only its owner may read; where anything has that name already, a link too, it is none."""
+        return open_regular(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
 
     def write(self, file: int, data: bytes) -> None:
         left = memoryview(data)
@@ -95,7 +91,7 @@ class Files:
         os.remove(path)
 
     def read(self, path: str) -> bytes:
-        with open(path, "rb") as file:
+        with os.fdopen(open_regular(path, os.O_RDONLY, follow=True), "rb") as file:
             return file.read()
 
 
@@ -105,48 +101,79 @@ DISK = Files()
 class NewFile:
     """A file written beside the one it is to replace, which stays whole until `commit`, and after `abandon`.
 
-    Raises `SnapshotError` where the disk does not do what it is told.
+    `path` may be a symbolic link, of this user or of root: what it leads to is replaced, and the link stays. One thread
+    at a time takes a step. `abandon` is for any thread at any time: where a step is under way, that one removes the
+    file when it is done, so that nobody closes a descriptor that somebody else is writing to.
+
+    Raises `SnapshotError` where the disk does not do what it is told, and for a link of another user.
     """
 
     def __init__(self, path: str | os.PathLike[str], files: Files = DISK) -> None:
-        self.path: str = os.path.realpath(path)  # what a link points to is replaced, not the link
+        try:
+            self.path: str = target_of(path)
+        except RefusedNameError as error:
+            raise unwritable(os.fspath(path), error) from error
         self.size: int = 0
         self._files = files
         self._temporary = f"{self.path}.{os.urandom(4).hex()}.tmp"
         self._file: int | None = None
         self._exists = False
+        self._is_abandoned = False
+        self._step = threading.Lock()
 
     def write(self, data: bytes) -> None:
         """Append to the new file."""
-        try:
+        with self._taking_a_step():
             if self._file is None:
                 self._file = self._files.create(self._temporary)
                 self._exists = True
             self._files.write(self._file, data)
-        except OSError as error:
-            raise unwritable(self.path, error) from error
-        self.size += len(data)
+            self.size += len(data)
 
-    def commit(self) -> None:
-        """Put the new file in the place of the old one, durably."""
-        assert self._file is not None
-        try:
+    def finish(self) -> None:
+        """Have all of it safe on the disk, beside the old one."""
+        with self._taking_a_step():
+            assert self._file is not None
             self._files.sync(self._file)
             file, self._file = self._file, None
             self._files.close(file)
+
+    def commit(self) -> None:
+        """Put the new file, which is finished, in the place of the old one, durably."""
+        with self._taking_a_step():
             self._files.replace(self._temporary, self.path)
             self._exists = False
             self._files.sync_folder(os.path.dirname(self.path))
-        except OSError as error:
-            raise unwritable(self.path, error) from error
 
     def abandon(self) -> None:
         """Remove what there is of the new file, if it has not been committed."""
+        self._is_abandoned = True
+        if self._step.acquire(blocking=False):
+            try:
+                self._remove()
+            finally:
+                self._step.release()
+
+    @contextmanager
+    def _taking_a_step(self) -> Iterator[None]:
+        try:
+            with self._step:
+                if self._is_abandoned:
+                    raise SnapshotError(f"{self.path}: the new file was given up, and the old one stays")
+                yield
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        finally:
+            if self._is_abandoned:
+                self.abandon()  # it was, meanwhile
+
+    def _remove(self) -> None:
         if self._file is not None:
             file, self._file = self._file, None
             with suppress(OSError):
                 self._files.close(file)
         if self._exists:
+            self._exists = False
             with suppress(OSError):
                 self._files.remove(self._temporary)
 
@@ -160,6 +187,7 @@ def unwritable(path: str, error: OSError) -> SnapshotError:
         errno.EACCES: "let this process write to its folder",
         errno.EROFS: "give a path that can be written to",
         errno.EISDIR: "give the path of a file, not of a folder",
+        errno.ELOOP: "give the path of the file itself",
     }.get(error.errno or 0, "look at the disk, or give another path")
     return SnapshotError(
         f"{path} could not be written ({error.strerror or type(error).__name__}): {remedy}. "
@@ -363,38 +391,6 @@ def remove_whole(path: str, files: Files = DISK) -> None:
         ) from error
 
 
-class _OwnThread(Executor):
-    """A thread for one piece of work, which holds up no exit of the interpreter."""
-
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        outcome: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                result = fn(*args, **kwargs)
-            except BaseException as error:
-                outcome.set_exception(error)
-            else:
-                outcome.set_result(result)
-
-        threading.Thread(target=run, name="cagey-sessions disk", daemon=True).start()
-        return outcome
-
-
-async def in_thread(work: Callable[..., T], *args: object) -> T:
-    """Have a thread wait for the disk. Cancelled, it waits for the thread all the same, which uses what we clean up.
-
-    The thread is our own: those of the loop may all be taken by calls of a database that never return.
-    """
-    done = asyncio.ensure_future(asyncio.get_running_loop().run_in_executor(_OwnThread(), work, *args))
-    try:
-        return await asyncio.shield(done)
-    except asyncio.CancelledError:
-        await asyncio.wait([done])
-        done.exception()  # nobody is left to hear of it
-        raise
-
-
 def write_whole(path: str, lines: Iterable[bytes], files: Files = DISK) -> None:
     """Replace a file by these lines. Raises `SnapshotError`; then the old file is as it was."""
     new = NewFile(path, files)
@@ -407,6 +403,7 @@ def write_whole(path: str, lines: Iterable[bytes], files: Files = DISK) -> None:
                 new.write(b"".join(chunk))
                 chunk, size = [], 0
         new.write(b"".join(chunk))
+        new.finish()
         new.commit()
     finally:
         new.abandon()

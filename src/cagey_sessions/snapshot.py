@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 
 from . import savefile
 from .errors import ManagerClosedError, OptionError, SnapshotError
 from .lifecycle import Lifecycle
 from .options import SECOND
 from .records import Snapshot, SnapshotReport
-from .savefile import DISK, Files, NewFile, in_thread
+from .savefile import DISK, Files, NewFile
+from .threads import PATIENCE, in_thread
 
 __all__ = ["read_snapshot", "take_snapshot"]
 
@@ -70,8 +72,13 @@ async def take_snapshot(life: Lifecycle, path: str | os.PathLike[str], files: Fi
         saved = len(seen) - len(left_out)
         chunk.append(savefile.last_line(KIND, saved))
         await in_thread(new.write, b"".join(chunk))
+        await in_thread(new.finish)  # cancelled here, too, the old file stays
         await in_thread(new.commit)
+    except GeneratorExit:  # the loop has been closed, and nothing can be waited for
+        new.abandon()
+        raise
     except BaseException:
-        await in_thread(new.abandon)
+        with suppress(TimeoutError):  # the disk hangs: when it answers the thread goes on with that
+            await in_thread(new.abandon, limit=PATIENCE)
         raise
     return SnapshotReport(saved, tuple(left_out), new.size, (life.clock.now() - started) / SECOND)

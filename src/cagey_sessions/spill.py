@@ -16,12 +16,13 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import savefile
 from ._core import Digest
 from .encoding import Encoding
-from .errors import OptionError, SnapshotError, StoreInUseError
+from .errors import OptionError, SnapshotError, StoreInUseError, StoreLayoutError
+from .names import RefusedNameError, target_of
 from .options import quote
 from .records import DamagedEntry, SnapshotEntry, SpillReport
 from .savefile import DISK, Files
@@ -84,16 +85,28 @@ class Plan:
     """What went wrong with the write."""
 
 
+class SpillFile(NamedTuple):
+    """What a spill file holds."""
+
+    entries: list[SpillEntry]
+    damaged: tuple[DamagedEntry, ...]
+    complete: bool
+
+
 class Spill:
     """The spill file of one manager, and what of it waits to be saved.
 
-    Raises `OptionError` for a path that cannot be used. Its methods are for one thread at a time, but for `write`.
+    Raises `OptionError` for a path that cannot be used. `read` and `write` are for a thread that may wait, and
+    whoever waits for it may give up; the others are for the event loop.
     """
 
     def __init__(self, path: str | os.PathLike[str], files: Files = DISK) -> None:
         if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
             raise OptionError(f"spill is the path of a file, not {quote(path)}")
-        self.path: str = os.path.realpath(path)
+        try:
+            self.path: str = target_of(path)
+        except RefusedNameError as error:
+            raise OptionError(f"spill: {path} {error.strerror}; give the path of the file itself") from error
         self.is_open: bool = False
         self.pending: dict[int | str, list[SpillEntry]] = {}
         self._files = files
@@ -121,11 +134,21 @@ class Spill:
             self._files.remove(probe)
         except OSError as error:
             raise OptionError(f"spill: nothing can be written beside {self.path} ({error.strerror})") from error
+        try:
+            FileLock.look_at(self._lock_path)
+        except StoreLayoutError as error:
+            raise OptionError(f"spill: {error}") from error
+        except OSError:
+            return  # see `_alone`
 
-    def open(self) -> None:
-        """Read what an earlier process has left. Raises `SnapshotError`."""
-        entries, self._damaged, self._was_complete = self._read()
-        for entry in entries:
+    @property
+    def _lock_path(self) -> str:
+        return f"{self.path}.lock"
+
+    def open(self, found: SpillFile) -> None:
+        """From now on know what an earlier process has left, as `read` found it."""
+        self._damaged, self._was_complete = found.damaged, found.complete
+        for entry in found.entries:
             self.pending.setdefault(entry.user_id, []).append(entry)
         self.is_open = True
 
@@ -200,7 +223,16 @@ class Spill:
         if not waiting:
             del self.pending[entry.user_id]
 
-    # Into the file
+    # The file
+
+    def read(self) -> SpillFile:
+        """What is in the file. Waits for the disk, and changes nothing here. Raises `SnapshotError`."""
+        try:
+            found = savefile.read(self.path, KIND, _parse, self._files)
+        except FileNotFoundError:
+            return SpillFile([], (), True)
+        entries = [entry for entry in found.entries if isinstance(entry, SpillEntry)]
+        return SpillFile(entries, found.damaged, found.complete)
 
     def collect(self, entry: SpillEntry) -> None:
         """Have a user in the file at the next `write`."""
@@ -220,7 +252,7 @@ class Spill:
         """
         with self._alone():  # with copies, for the loop goes on
             collected, settled = list(self._collected), set(self._settled)
-            there, damaged, _ = self._read()
+            there, damaged, _ = self.read()
             kept = list(dict.fromkeys(entry for entry in (*there, *collected) if entry not in settled))
             if kept or damaged:
                 savefile.write_whole(self.path, self._lines(kept, damaged), self._files)
@@ -241,14 +273,14 @@ class Spill:
         try:
             while True:
                 try:
-                    lock.acquire(f"{self.path}.lock")
+                    lock.acquire(self._lock_path)
                     break
                 except StoreInUseError as error:
                     if time.monotonic() >= until:
                         raise SnapshotError(f"{self.path} is being written by process {error.pid}") from error
                     time.sleep(WAIT_FOR_LOCK)
-                except OSError:
-                    break  # no locks here: unguarded is better than not written
+                except (OSError, StoreLayoutError):
+                    break  # no locks here, or something else in their place: unguarded is better than not written
             yield
         finally:
             lock.release()
@@ -259,14 +291,6 @@ class Spill:
         yield from (entry.line() for entry in entries)
         yield from (entry.raw + b"\n" for entry in damaged)
         yield savefile.last_line(KIND, len(entries) + len(damaged))
-
-    def _read(self) -> tuple[list[SpillEntry], tuple[DamagedEntry, ...], bool]:
-        try:
-            found = savefile.read(self.path, KIND, _parse, self._files)
-        except FileNotFoundError:
-            return [], (), True
-        entries = [entry for entry in found.entries if isinstance(entry, SpillEntry)]
-        return entries, found.damaged, found.complete
 
 
 def _record(

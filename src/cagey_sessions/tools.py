@@ -31,6 +31,7 @@ from .options import suggest
 from .savefile import CHUNK, NewFile
 from .stores import MAX_NUMBER, Claim, Outcome, Record, Store, open_store
 from .stores.urls import engine_of
+from .threads import outlast
 
 __all__ = ["Found", "erase", "export_users", "find", "import_users", "statistics"]
 
@@ -183,6 +184,7 @@ def export_users(url: str, path: Path | None, say: Say, *, replace: bool = False
     try:
         file.write(b"")
         counts = asyncio.run(_export(_store(url, READ), file.write, say))
+        file.finish()
         file.commit()
     finally:
         file.abandon()
@@ -325,13 +327,7 @@ def _batches(users: Iterable[_User]) -> Iterator[list[_User]]:
 
 async def _finish(work: Coroutine[Any, Any, None]) -> None:
     """Cancelled, go on to the end all the same: a batch is written as a whole, and its users are let go of."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        task.result()
-        raise
+    await outlast(asyncio.ensure_future(work))
 
 
 class _Importer:

@@ -594,9 +594,61 @@ FAULTS = [
     Fault(
         "two processes write one spill at the same time",
         "spill.py",
-        '                    lock.acquire(f"{self.path}.lock")\n',
+        "                    lock.acquire(self._lock_path)\n",
         "                    pass\n",
         ("tests/test_spill_found.py",),
+    ),
+    Fault(
+        "a thread is left at work by the second cancellation",
+        "threads.py",
+        "            if cancelled is None:\n                cancelled = error\n",
+        "            if cancelled is not None:\n                raise\n            if cancelled is None:\n"
+        "                cancelled = error\n",
+        ("tests/test_snapshot.py",),
+    ),
+    Fault(
+        "a snapshot takes its place though it was cancelled before",
+        "snapshot.py",
+        "        await in_thread(new.finish)  # cancelled here, too, the old file stays\n"
+        "        await in_thread(new.commit)\n",
+        "        await in_thread(lambda: (new.finish(), new.commit()))\n",
+        ("tests/test_snapshot.py",),
+    ),
+    Fault(
+        "a file is closed while a thread writes to it",
+        "savefile.py",
+        "        if self._step.acquire(blocking=False):\n            try:\n                self._remove()\n"
+        "            finally:\n                self._step.release()\n",
+        "        self._remove()\n",
+        ("tests/test_snapshot.py",),
+    ),
+    Fault(
+        "a lock file is opened through a link",
+        "names.py",
+        "(0 if follow else _NO_FOLLOW)",
+        "0",
+        ("tests/stores/test_sqlite_holding.py",),
+    ),
+    Fault(
+        "whatever has its name is a lock file",
+        "stores/file_lock.py",
+        "            _read_pid(file, path)  # or it is none of ours\n",
+        "",
+        ("tests/stores/test_sqlite_holding.py",),
+    ),
+    Fault(
+        "the log of SQLite stays as large as a long read has made it",
+        "stores/sqlite.py",
+        '                connection.execute(f"PRAGMA journal_size_limit = {LARGEST_LOG}")  # see `_empty_large_log`\n',
+        "",
+        ("tests/stores/test_sqlite_files.py",),
+    ),
+    Fault(
+        "the log of SQLite stays large while nobody saves",
+        "stores/sqlite.py",
+        '            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()',
+        '            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()',
+        ("tests/stores/test_sqlite_files.py",),
     ),
     Fault(
         "one spilled user who is not taken now stops the replay",

@@ -27,7 +27,7 @@ from cagey_sessions.testing.store_conformance import (
     save,
 )
 from support import turns
-from watched_sqlite import blocking, end_of_writers, reading, saved
+from watched_sqlite import blocking, reading, saved
 
 ENDLESS = "(WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT max(x) FROM n)"
 
@@ -356,7 +356,8 @@ async def test_a_close_that_is_cancelled_goes_on(path, store):
         await turns()
         let_go()
         assert await call == [SAVED]
-    await end_of_writers()
+    with pytest.raises(asyncio.CancelledError):
+        await ending
     async with opened(store):
         assert (await store.load(1)).version == 2
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
-from collections.abc import Callable
-from contextlib import closing
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,117 @@ async def test_a_file_that_was_replaced_is_an_error_and_the_new_one_is_left_alon
                 with pytest.raises(StoreUnavailableError, match="replaced"):
                     await call
     assert path.read_bytes() == before
+
+
+# The log
+
+
+def log_size(path: Path) -> int:
+    return (path.parent / f"{path.name}-wal").stat().st_size
+
+
+class Log:
+    """Saves that make the log grow."""
+
+    def __init__(self, store: SQLiteStore, path: Path, epochs: dict[int | str, int]) -> None:
+        self._store = store
+        self._path = path
+        self._epoch = epochs[1]
+        self._version = 1
+
+    async def save(self) -> int:
+        """Half a megabyte more; how large the log is then."""
+        self._version += 1
+        body = b'"%b"' % (b"%d" % (self._version % 10) * 500_000)
+        assert await save(self._store, record(1, self._version, epoch=self._epoch, body=body)) == [SAVED]
+        return log_size(self._path)
+
+    async def grow(self) -> None:
+        for _ in range(40):
+            size = await self.save()
+        assert size > 2 * sqlite.LARGEST_LOG
+
+
+@contextmanager
+def a_long_read(path: Path) -> Iterator[Callable[[], None]]:
+    """Another program that reads what is there now, until the function given is called."""
+    with closing(connect_really(f"file:{path}?mode=ro", uri=True, isolation_level=None)) as connection:
+        connection.execute("BEGIN")
+        connection.execute("SELECT count(*) FROM cagey_sessions").fetchone()
+        yield lambda: connection.execute("COMMIT") and None
+
+
+async def test_the_log_is_short_while_nobody_reads(path):
+    async with opened(SQLiteStore(path, synchronous="NORMAL")) as store:
+        log = Log(store, path, await saved(store, 1))
+        assert max([await log.save() for _ in range(40)]) < sqlite.LARGEST_LOG
+
+
+async def test_the_log_is_short_again_with_the_next_saves_after_a_long_read(path, monkeypatch):
+    monkeypatch.setattr(sqlite, "LOG_PAUSE", 1000)
+    async with opened(SQLiteStore(path, synchronous="NORMAL")) as store:
+        log = Log(store, path, await saved(store, 1))
+        with a_long_read(path) as end_of_read:
+            await log.grow()
+            end_of_read()
+        await log.save()
+        assert await log.save() <= sqlite.LARGEST_LOG
+
+
+async def test_the_log_is_short_again_after_a_long_read_though_nobody_saves(path, writer, monkeypatch):
+    monkeypatch.setattr(sqlite, "LOG_PAUSE", 0.01)
+    monkeypatch.setattr(sqlite, "LOG_WAIT", 0)
+    is_short = threading.Event()
+
+    def look() -> None:
+        if log_size(path) <= sqlite.LARGEST_LOG:
+            is_short.set()
+
+    async with opened(SQLiteStore(path, synchronous="NORMAL")) as store:
+        log = Log(store, path, await saved(store, 1))
+        with a_long_read(path) as end_of_read:
+            await log.grow()
+            end_of_read()
+        writer.at["PRAGMA busy_timeout"] = look
+        assert await asyncio.to_thread(is_short.wait, 20)
+        assert await store.load(1) is not None
+
+
+async def test_the_log_is_short_again_though_there_is_always_somebody_who_reads(path, writer, monkeypatch):
+    """Each reads for a moment only, but begins before the one before has ended; their end is waited for."""
+    monkeypatch.setattr(sqlite, "LOG_PAUSE", 0)
+    monkeypatch.setattr(sqlite, "LOG_WAIT", 0)
+    async with opened(SQLiteStore(path, synchronous="NORMAL")) as store:
+        log = Log(store, path, await saved(store, 1))
+        with ExitStack() as readers:
+            ends = [readers.enter_context(a_long_read(path))]
+            for _ in range(40):
+                size = await log.save()
+                ends.append(readers.enter_context(a_long_read(path)))
+                ends.pop(0)()
+            assert size > 2 * sqlite.LARGEST_LOG
+            waited_for = threading.Event()
+            writer.at["PRAGMA wal_checkpoint"] = waited_for.set
+            monkeypatch.setattr(sqlite, "LOG_WAIT", 20)
+            assert await asyncio.to_thread(waited_for.wait, 20)
+            ends.pop(0)()
+            await store.load(1)  # the thread is through with it
+            assert log_size(path) <= sqlite.LARGEST_LOG
+
+
+async def test_a_large_log_that_a_killed_process_has_left_is_short_again(tmp_path, path):
+    async with opened(SQLiteStore(path, synchronous="NORMAL")) as store:
+        log = Log(store, path, await saved(store, 1))
+        with a_long_read(path):
+            await log.grow()
+        for name in ("users.db", "users.db-wal"):
+            (tmp_path / f"left-{name}").write_bytes((tmp_path / name).read_bytes())
+    for name in ("users.db", "users.db-wal"):
+        (tmp_path / f"left-{name}").replace(tmp_path / name)
+    async with opened(store):
+        assert (await store.load(1)).version == 41
+        await store.load(1)  # the thread has looked at the log before
+        assert log_size(path) <= sqlite.LARGEST_LOG
 
 
 FOREIGN: dict[str, Callable[[Path], Any]] = {

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
 import sys
 import textwrap
-from contextlib import closing
+import threading
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cagey_sessions import StoreContractError, StoreInUseError, StoreLayoutError, StoreUnavailableError
-from cagey_sessions.stores import Record, SQLiteStore
+from cagey_sessions.stores import Record, SQLiteStore, sqlite
+from cagey_sessions.testing.conformance.base import SAVED
 from cagey_sessions.testing.store_conformance import claim, opened, record, save
-from watched_sqlite import connect_really, end_of_writers, reading, saved
+from support import end_of_threads, turns
+from watched_sqlite import Writer, connect_really, reading, saved
 
 no_sigkill = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL")
 
@@ -187,13 +192,120 @@ async def test_a_store_whose_open_failed_may_try_again(path, store):
         assert (await claim(store)).granted
 
 
-async def test_the_file_is_free_after_an_open_that_was_cancelled(path, store):
+class Gate:
+    """Where the thread of a store stops, at the beginning of a statement, until it is let go."""
+
+    def __init__(self, writer: Writer, statement: str) -> None:
+        self._reached = threading.Event()
+        self.go = threading.Event()
+        writer.at[statement] = self._hold
+
+    def _hold(self) -> None:
+        self._reached.set()
+        assert self.go.wait(60)
+
+    async def is_reached(self) -> None:
+        assert await asyncio.to_thread(self._reached.wait, 20)
+
+
+async def cancel_in_vain(work: asyncio.Future[Any]) -> None:
+    for _ in range(3):
+        work.cancel()
+        await turns()
+        assert not work.done(), "the thread is still at work"
+
+
+async def test_the_file_is_free_after_an_open_that_was_cancelled_however_often(path, store, writer):
+    gate = Gate(writer, "PRAGMA journal_mode")
     opening = asyncio.ensure_future(store.open())
-    await asyncio.sleep(0)
+    await gate.is_reached()
+    await cancel_in_vain(opening)
+    gate.go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    async with opened(SQLiteStore(path)) as other:
+        assert (await claim(other)).granted
+    async with opened(store):
+        assert (await claim(store)).granted
+
+
+async def test_the_file_is_free_after_a_close_that_was_cancelled_however_often(path, store, writer):
+    await store.open()
+    epochs = await saved(store, 1)
+    gate = Gate(writer, "COMMIT")
+    call = asyncio.ensure_future(save(store, record(1, 2, epoch=epochs[1])))
+    await gate.is_reached()
+    closing = asyncio.ensure_future(store.close())
+    await turns()
+    await cancel_in_vain(closing)
+    gate.go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert await call == [SAVED]
+    async with opened(SQLiteStore(path)) as other:
+        assert (await other.load(1)).version == 2
+
+
+async def test_a_disk_that_hangs_holds_up_a_cancelled_open_or_close_no_longer_than_it_may(
+    path, store, writer, monkeypatch
+):
+    """The thread is left alone then, and lets go of the file when the disk answers."""
+    monkeypatch.setattr(sqlite, "HANGING_PATIENCE", 0)
+    gate = Gate(writer, "PRAGMA journal_mode")
+    opening = asyncio.ensure_future(store.open())
+    await gate.is_reached()
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening
-    await end_of_writers()
+    gate.go.set()
+    end_of_threads()
+    await store.open()
+    gate = Gate(writer, "SAVEPOINT")
+    call = asyncio.ensure_future(claim(store))
+    await gate.is_reached()
+    closing = asyncio.ensure_future(store.close())
+    await turns()
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    gate.go.set()
+    assert (await call).granted
+    end_of_threads()
+    async with opened(SQLiteStore(path)) as other:
+        assert (await claim(other)).granted
+
+
+def test_a_loop_that_is_closed_while_the_file_is_opened_leaves_it_free(path, store, writer, caplog):
+    async def begin() -> asyncio.Future[None]:
+        opening = asyncio.ensure_future(store.open())
+        await gate.is_reached()
+        return opening
+
+    gate = Gate(writer, "PRAGMA journal_mode")
+    loop = asyncio.new_event_loop()
+    opening = loop.run_until_complete(begin())
+    loop.close()
+    gate.go.set()
+    end_of_threads()
+    del opening
+    gc.collect()
+
+    async def open_again() -> None:
+        async with opened(store):
+            assert (await claim(store)).granted
+
+    asyncio.run(open_again())
+    assert [each.getMessage().splitlines()[0] for each in caplog.records] == ["Task was destroyed but it is pending!"]
+
+
+async def test_without_a_thread_there_is_an_error_and_another_attempt(store, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(StoreUnavailableError, match="thread"):
+            await store.open()
     async with opened(store):
         assert (await claim(store)).granted
 
@@ -206,7 +318,75 @@ async def test_an_open_that_was_cancelled_and_fails_tells_nobody(path, store):
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening
-    await end_of_writers()
+    path.unlink()
+    async with opened(store):
+        assert (await claim(store)).granted
+
+
+# Its lock file
+
+
+def make_pipe(lock: Path, precious: Path) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("there are no named pipes here")
+    os.mkfifo(lock)
+
+
+NO_LOCK_FILES: dict[str, Callable[[Path, Path], Any]] = {
+    "a link": lambda lock, precious: lock.symlink_to(precious),
+    "a link to nothing": lambda lock, precious: lock.symlink_to(precious.parent / "nowhere"),
+    "a second name of a file": lambda lock, precious: os.link(precious, lock),
+    "a pipe": make_pipe,
+}
+
+
+@pytest.mark.parametrize("kind", NO_LOCK_FILES)
+async def test_what_is_no_lock_file_is_refused_and_left_as_it_is(tmp_path, path, store, kind):
+    """Whoever may make names in this folder has the server write to no file of its own."""
+    await check_it_is_refused(store, tmp_path, kind, b"precious")
+
+
+@pytest.mark.parametrize("content", [b" " * 30, b"\n", b"7" * 30, b"12 and more", b"\0" * 20], ids=repr)
+async def test_a_file_that_is_almost_a_lock_file_is_refused_and_left_as_it_is(tmp_path, path, store, content):
+    await check_it_is_refused(store, tmp_path, "a second name of a file", content)
+
+
+async def check_it_is_refused(store: SQLiteStore, folder: Path, kind: str, content: bytes) -> None:
+    precious, lock = folder / "precious", folder / "users.db.lock"
+    precious.write_bytes(content)
+    NO_LOCK_FILES[kind](lock, precious)
+    before = sorted(os.listdir(folder))
+    with pytest.raises(StoreLayoutError, match=r"users\.db\.lock"):
+        await store.open()
+    assert sorted(os.listdir(folder)) == before and precious.read_bytes() == content
+    lock.unlink()
+    async with opened(store):
+        assert (await claim(store)).granted
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+async def test_a_link_in_place_of_a_file_of_sqlites_own_is_not_written_to(tmp_path, path, store, suffix):
+    async with opened(store):
+        await saved(store, 1)
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"precious")
+    (tmp_path / f"users.db{suffix}").symlink_to(precious)
+    with suppress(StoreUnavailableError):
+        async with opened(store):
+            await saved(store, 2)
+    assert precious.read_bytes() == b"precious"
+
+
+async def test_whose_it_was_is_replaced_as_a_whole_by_whose_it_is(tmp_path, path, store):
+    (tmp_path / "users.db.lock").write_bytes(b"9" * 20)
+    async with opened(store):
+        with pytest.raises(StoreInUseError) as caught:
+            await SQLiteStore(path).open()
+        assert caught.value.pid == os.getpid()
+    assert int((tmp_path / "users.db.lock").read_bytes()) == os.getpid()
+
+
+# One file
 
 
 @pytest.mark.parametrize("link", ["file", "folder", "relative"])

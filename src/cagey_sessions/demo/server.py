@@ -17,7 +17,7 @@ import sqlite3
 import sys
 import threading
 import time
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, closing, suppress
 from typing import Any, NamedTuple, Self
 
 import orjson
@@ -87,9 +87,8 @@ class PlayerFile:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._jobs.put(None)
+        self._jobs.put(None)  # the thread closes the file, however often this wait is cancelled
         await asyncio.to_thread(self._thread.join)
-        self._db.close()
 
     async def _run(self, statement: str, values: tuple[object, ...]) -> Any:
         job = _Job(statement, values, self._loop.create_future())
@@ -97,13 +96,14 @@ class PlayerFile:
         return await job.done
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            jobs = [job]
-            while not self._jobs.empty() and (job := self._jobs.get()) is not None:
-                jobs.append(job)
-            self._loop.call_soon_threadsafe(_settle, jobs, self._commit(jobs))
-            if job is None:
-                return
+        with closing(self._db):
+            while (job := self._jobs.get()) is not None:
+                jobs = [job]
+                while not self._jobs.empty() and (job := self._jobs.get()) is not None:
+                    jobs.append(job)
+                self._loop.call_soon_threadsafe(_settle, jobs, self._commit(jobs))
+                if job is None:
+                    return
 
     def _commit(self, jobs: list[_Job]) -> list[Any] | sqlite3.Error:
         try:

@@ -7,41 +7,62 @@ import os
 import sys
 import weakref
 
-from ..errors import StoreInUseError
+from ..errors import StoreInUseError, StoreLayoutError
+from ..names import RefusedNameError, open_regular
 
 __all__ = ["FileLock"]
 
 TAKEN = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
 """What systems say of a lock that somebody else has."""
+LONGEST_PID = 20
+"""The process id is padded to so many characters, so that nothing is left of another one that it is written over."""
 
 
 class FileLock:
-    """An OS lock that ends with the process, on a file that says whose it is."""
+    """An OS lock that ends with the process, on a file that says whose it is.
+
+    The file is made if there is none. One that is there is used only if it can be ours: a regular file, not opened
+    through a link, that holds a process id or nothing. Any other is not written to, and none is ever made shorter.
+    """
 
     def __init__(self) -> None:
         self._file: int | None = None
 
+    @staticmethod
+    def look_at(path: str | os.PathLike[str]) -> None:
+        """Raise `StoreLayoutError` if what has that name is no lock file; `OSError` if that cannot be told."""
+        try:
+            file = _open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return
+        try:
+            _read_pid(file, path)
+        finally:
+            os.close(file)
+
     def acquire(self, path: str | os.PathLike[str]) -> None:
         """Take the lock or say at once who has it.
 
-        Raises `StoreInUseError`, and `OSError` for a file that cannot be made or a file system that has no locks.
+        Raises `StoreInUseError`, `StoreLayoutError` for something else in the place of the file, and `OSError` for a
+        file that cannot be made or a file system that has no locks.
         """
-        file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+        file = _open(path, os.O_RDWR | os.O_CREAT)
         try:
             try:
                 _lock(file)
             except OSError as error:
                 if error.errno not in TAKEN:
                     raise
-                pid, name = _read_pid(file), os.path.basename(path).removesuffix(".lock")
+                pid = _read_pid(file, path)
+                name = os.path.basename(path).removesuffix(".lock")
                 raise StoreInUseError(
                     f"{name} is in use by process {pid or 'of unknown id'}; it has one process at a time, end that one "
                     "first",
                     pid=pid,
                 ) from None
-            os.ftruncate(file, 0)
+            _read_pid(file, path)  # or it is none of ours
             os.lseek(file, 0, os.SEEK_SET)
-            os.write(file, str(os.getpid()).encode())
+            os.write(file, b"%-*d\n" % (LONGEST_PID, os.getpid()))
         except BaseException:
             os.close(file)
             raise
@@ -55,12 +76,21 @@ class FileLock:
             os.close(file)
 
 
-def _read_pid(file: int) -> int | None:
+def _open(path: str | os.PathLike[str], flags: int) -> int:
     try:
-        os.lseek(file, 0, os.SEEK_SET)
-        return int(os.read(file, 20))
-    except (OSError, ValueError):
-        return None
+        return open_regular(path, flags, 0o644)
+    except RefusedNameError as error:
+        raise StoreLayoutError(f"{path} {error.strerror}, and no lock file: it is left as it is; remove it") from error
+
+
+def _read_pid(file: int, path: str | os.PathLike[str]) -> int | None:
+    """Whose lock file that is, or was."""
+    content = os.read(file, LONGEST_PID + 2)
+    if not content:
+        return None  # just made
+    if len(content) > LONGEST_PID + 1 or not content.strip().isdigit():
+        raise StoreLayoutError(f"{path} holds something else than a lock file does: it is left as it is; remove it")
+    return int(content)
 
 
 if sys.platform == "win32":

@@ -16,7 +16,9 @@ import os
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -28,6 +30,7 @@ from ..errors import (
     StoreUnavailableError,
     WrongLoopError,
 )
+from ..threads import outlast
 from .base import Answers, Record, Store, Verdict, latest_of
 from .file_lock import FileLock
 from .layouts import refuse_newer
@@ -56,6 +59,15 @@ OLDEST_SQLITE = (3, 35, 0)
 BUSY_SECONDS = 5.0
 """How long a transaction waits for another program that writes to the file."""
 JOBS_IN_A_TRANSACTION = 64
+LARGEST_LOG = 8 * 1024 * 1024
+"""The ``-wal`` file comes back to so many bytes. From 4 MB on SQLite begins it anew when nobody reads what is in it."""
+LOG_PAUSE = 5.0
+"""Seconds between two attempts to empty a log that is larger than that."""
+LOG_WAIT = 0.1
+"""For how many seconds such an attempt waits for programs that read. Saves wait meanwhile."""
+HANGING_PATIENCE = 1.0
+"""For how many seconds a cancelled `open` or `close` still waits for the thread, which then goes on alone. It is short,
+because it adds to the deadline of a manager that ends while the disk hangs."""
 CACHE_KIB = 16 * 1024
 """Users who are saved in no order lie all over the file; SQLite's own 2 MB hold hardly more than one batch."""
 
@@ -110,23 +122,22 @@ class SQLiteStore(Store):
         self._pid = os.getpid()
         self._writer = writer = _Writer(self.path, self._synchronous, self._read_only)
         opening: asyncio.Future[str] = self._loop.create_future()
-        writer.start(opening)
         try:
-            self.loss_class: str = await opening
-        except asyncio.CancelledError:
+            writer.start(opening)
+            self.loss_class: str = await outlast(opening, patience=HANGING_PATIENCE)
+        except BaseException as error:
             self._writer = None
-            writer.put(_Job(None, self._loop.create_future()))  # it closes when it is open
-            raise
-        except BaseException:
-            self._writer = None
+            if not (opening.done() and opening.exception()):  # it is open, or will be, and nobody wants it any more
+                closed = writer.close(self._loop)
+                if isinstance(error, asyncio.CancelledError):
+                    with suppress(TimeoutError):
+                        await outlast(closed, HANGING_PATIENCE)
             raise
 
     async def close(self) -> None:
         writer, self._writer = self._writer, None
         if writer is not None and self._pid == os.getpid():
-            closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            writer.put(_Job(None, closed))
-            await closed
+            await outlast(writer.close(asyncio.get_running_loop()), patience=HANGING_PATIENCE)
 
     async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> Answers:
         return await self._write(lambda connection: claim_rows(connection, user_ids, owner))
@@ -195,13 +206,25 @@ class _Writer:
         self._connection: sqlite3.Connection | None = None
         self._lock = FileLock()
         self._file_id: tuple[int, int] | None = None
+        self._log_is_large = not read_only  # for all we know of what an earlier process has left
+        self._next_emptying = 0.0
 
     def start(self, opening: asyncio.Future[str]) -> None:
         # a daemon: a manager that was forgotten must not keep the process from its end
-        threading.Thread(target=self._run, args=(opening,), name="cagey-sessions sqlite", daemon=True).start()
+        thread = threading.Thread(target=self._run, args=(opening,), name="cagey-sessions sqlite", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise StoreUnavailableError(f"{self._path} needs a thread, and there are no more: {error}") from error
 
     def put(self, job: _Job) -> None:
         self._jobs.put(job)
+
+    def close(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
+        """Have the thread close the file, when it has opened it and done what was put before."""
+        closed: asyncio.Future[None] = loop.create_future()
+        self.put(_Job(None, closed))
+        return closed
 
     def interrupt(self) -> None:
         connection = self._connection
@@ -215,8 +238,11 @@ class _Writer:
         try:
             # a symbolic link and what it leads to are one file, and stay so wherever the process changes its folder to
             self._path = path = Path(os.path.realpath(self._path))
-            if path.is_dir():
-                raise StoreLayoutError(f"{path} is a folder; the path of an SQLiteStore is that of a file")
+            if path.exists() and not path.is_file():
+                raise StoreLayoutError(
+                    f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; the path of an SQLiteStore is "
+                    "that of a file"
+                )
             if not self._read_only:
                 self._lock.acquire(path.with_name(path.name + ".lock"))
             try:
@@ -227,10 +253,16 @@ class _Writer:
         except Exception as error:
             _deliver([(opening, None, self._explained(error))])
             return
-        _deliver([(opening, loss_class, None)])
+        if not _deliver([(opening, loss_class, None)]):
+            self._close()
+            return
         closing: asyncio.Future[Any] | None = None
         while closing is None:
-            jobs = [self._jobs.get()]
+            try:
+                jobs = [self._jobs.get(timeout=self._until_next_emptying())]
+            except queue.Empty:
+                self._empty_large_log()
+                continue
             while len(jobs) < JOBS_IN_A_TRANSACTION and not self._jobs.empty():
                 jobs.append(self._jobs.get())
             for place, job in enumerate(jobs):
@@ -240,6 +272,7 @@ class _Writer:
                     break
             if jobs:
                 _deliver(self._transact(jobs))
+                self._empty_large_log()
         self._close()
         late: list[_Answer] = []
         while not self._jobs.empty():
@@ -304,6 +337,39 @@ class _Writer:
             except sqlite3.Error:
                 return
 
+    # The log
+
+    def _until_next_emptying(self) -> float | None:
+        """In how many seconds the log is to be emptied, though nobody saves; None if it is not large."""
+        return max(0.0, self._next_emptying - time.monotonic()) if self._log_is_large else None
+
+    def _empty_large_log(self) -> None:
+        """Empty the log if it has become large, which it does while some program reads for long.
+
+        SQLite writes on behind what is still read. When nobody reads any of it the next saves begin at the front again,
+        and by ``journal_size_limit`` the file is made shorter then. That leaves two cases: nobody saves any more, and
+        readers who come and go so that there is always one. They are waited for here, for a moment.
+        """
+        now = time.monotonic()
+        self._log_is_large = not self._read_only and self._log_size() > LARGEST_LOG
+        if not self._log_is_large or now < self._next_emptying:
+            return
+        self._next_emptying = now + LOG_PAUSE
+        try:
+            connection = self._connect()
+            connection.execute(f"PRAGMA busy_timeout = {round(LOG_WAIT * 1000)}")
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()  # which says whether somebody reads still
+            connection.execute(f"PRAGMA busy_timeout = {round(BUSY_SECONDS * 1000)}")
+        except sqlite3.Error:
+            self._abandon()  # the next save tells what is wrong with the file
+        self._log_is_large = self._log_size() > LARGEST_LOG
+
+    def _log_size(self) -> int:
+        try:
+            return os.stat(f"{self._path}-wal").st_size
+        except OSError:
+            return 0
+
     def _explained(self, error: Exception) -> Exception:
         if isinstance(error, StoreError):
             return error
@@ -332,6 +398,7 @@ class _Writer:
                 # more than all the rest of a save but its commit
                 connection.execute("PRAGMA temp_store = MEMORY")
                 connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+                connection.execute(f"PRAGMA journal_size_limit = {LARGEST_LOG}")  # see `_empty_large_log`
             except BaseException:
                 connection.close()
                 raise
@@ -393,8 +460,8 @@ class _Writer:
 _Answer = tuple[asyncio.Future[Any], Any, Exception | None]
 
 
-def _deliver(answers: list[_Answer]) -> None:
-    """Tell those who wait, all on one loop."""
+def _deliver(answers: list[_Answer]) -> bool:
+    """Tell those who wait, all on one loop: False if that is closed, and nobody is left to be told."""
 
     def tell() -> None:
         for future, result, error in answers:
@@ -405,9 +472,9 @@ def _deliver(answers: list[_Answer]) -> None:
             else:
                 future.set_exception(error)
 
-    if not answers:
-        return
     try:
-        answers[0][0].get_loop().call_soon_threadsafe(tell)
+        if answers:
+            answers[0][0].get_loop().call_soon_threadsafe(tell)
     except RuntimeError:
-        return  # the loop is closed: nobody is left to be told
+        return False
+    return True
