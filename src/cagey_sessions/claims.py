@@ -27,6 +27,7 @@ from .errors import (
 from .gateway import StoreGateway
 from .lifecycle import Lifecycle
 from .options import SECOND
+from .quoting import quote
 from .reclaiming import is_sound
 from .stores import Claim, Record
 from .waits import ends_inside
@@ -116,10 +117,10 @@ class Claims:
         if turn is None or turn.holder is None:
             return
         if turn.holder is asyncio.current_task():
-            raise WouldDeadlockError(f"user {user_id!r:.80} is being edited right here: leave that block first")
+            raise WouldDeadlockError(f"user {quote(user_id)} is being edited right here: leave that block first")
         if any(getattr(session, "user_id", None) == user_id for session in ends_inside()):
             raise WouldDeadlockError(
-                f"somebody who wants user {user_id!r:.80} waits for the end that waits for this listener"
+                f"somebody who wants user {quote(user_id)} waits for the end that waits for this listener"
             )
 
     async def outlast(self, user_id: int | str) -> None:
@@ -128,7 +129,7 @@ class Claims:
             await self._gateway.wait_for(write, self._gateway.timeout)
             if not write.done():
                 raise StoreUnavailableError(
-                    f"an earlier write of user {user_id!r:.80} has not returned, and would land on top of what follows"
+                    f"an earlier write of user {quote(user_id)} has not returned, and would land on top of what follows"
                 )
 
     async def claim(self, user_id: int | str) -> Claim:
@@ -139,7 +140,7 @@ class Claims:
         claim = await self.persistently(lambda until: self._wait_for_claim(user_id, until))
         if not claim.granted:
             raise OwnedElsewhereError(
-                f"user {user_id!r:.80} is on another server ({claim.owner})", user_id=user_id, owner=claim.owner
+                f"user {quote(user_id)} is on another server ({claim.owner})", user_id=user_id, owner=claim.owner
             )
         return claim
 

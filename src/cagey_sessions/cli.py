@@ -18,6 +18,7 @@ from . import tools
 from ._version import __version__
 from .errors import CageySessionsError, DurationError, InvalidUserIdError, OptionError, OwnedElsewhereError
 from .options import SECOND, SHORTEST_INTERVAL, duration_of, parse_duration
+from .quoting import quote
 from .stores.urls import engine_of
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def _show(arguments: argparse.Namespace) -> int:
     record, owner = tools.find(arguments.url, user_id)
     if record is None:
         has = f"; {owner} has them, and has not saved them yet" if owner else ""
-        return _not_done(f"{user_id!r:.80} is not stored{has}")
+        return _not_done(f"{quote(user_id)} is not stored{has}")
     fields = {
         "user_id": user_id,
         "owner": owner or None,
@@ -248,18 +249,18 @@ def _import(arguments: argparse.Namespace) -> int:
 def _erase(arguments: argparse.Namespace) -> int:
     user_id = _user_id(arguments)
     if tools.find(arguments.url, user_id).record is None:
-        return _not_done(f"{user_id!r:.80} is not stored; nothing was erased")
+        return _not_done(f"{quote(user_id)} is not stored; nothing was erased")
     if not arguments.yes:
         if not sys.stdin.isatty():
             return _refuse("stdin is not a terminal to ask at; add --yes")
-        print(f"Erase user {user_id!r:.80} for good? [y/N] ", end="", file=sys.stderr, flush=True)
+        print(f"Erase user {quote(user_id)} for good? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             return _not_done("nothing was erased")
     try:
         tools.erase(arguments.url, user_id)
     except OwnedElsewhereError as error:
         return _not_done(str(error))
-    _say(f"{user_id!r:.80} is erased")
+    _say(f"{quote(user_id)} is erased")
     return 0
 
 
@@ -270,7 +271,7 @@ def _user_id(arguments: argparse.Namespace) -> int | str:
     try:
         return int(text)
     except ValueError:
-        raise InvalidUserIdError(f"{text!r:.80} is not a number, as --int says") from None
+        raise InvalidUserIdError(f"{quote(text)} is not a number, as --int says") from None
 
 
 def _print_json(value: object) -> None:
@@ -313,7 +314,7 @@ def _whole(smallest: int, largest: int) -> Callable[[str], int]:
     def whole(text: str) -> int:
         if text.isdecimal() and smallest <= int(text) <= largest:
             return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a whole number from {smallest} to {largest}")
+        raise argparse.ArgumentTypeError(f"{quote(text)} is not a whole number from {smallest} to {largest}")
 
     return whole
 
@@ -333,7 +334,7 @@ def _new_place(text: str) -> str:
         return text
     path = Path(text.removeprefix("sqlite:///"))
     if path.exists():
-        raise argparse.ArgumentTypeError(f"{text!r:.80} exists already; name a new file")
+        raise argparse.ArgumentTypeError(f"{quote(text)} exists already; name a new file")
     if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is in a folder that does not exist")
+        raise argparse.ArgumentTypeError(f"{quote(text)} is in a folder that does not exist")
     return str(path)

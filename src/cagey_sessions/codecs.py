@@ -29,6 +29,8 @@ from .converters import (
     union_converter,
 )
 from .errors import EncodingError, MissingExtraError, OptionError
+from .options import one_of
+from .quoting import quote
 
 __all__ = ["Codec", "dataclass_codec", "msgspec_codec"]
 
@@ -71,9 +73,8 @@ def dataclass_codec(cls: type[T], *, unknown: Literal["refuse", "drop"] = "refus
     The fields are looked at here, once. Raises `OptionError` for a field that cannot be stored, and names it.
     """
     if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
-        raise OptionError(f"dataclass_codec takes a dataclass, not {name_of(cls)}")
-    if unknown not in ("refuse", "drop"):
-        raise OptionError("unknown is 'refuse' or 'drop': what becomes of stored members that are no fields")
+        raise OptionError(f"dataclass_codec takes a dataclass, not {quote(cls)}")
+    one_of("unknown", unknown, ("refuse", "drop"))
     converter = _Converters(drops_unknown=unknown == "drop").of(cls, cls.__name__)
     return Codec(_with_path(converter.encode), _with_path(converter.decode))
 
@@ -242,8 +243,9 @@ def msgspec_codec(kind: Any) -> Codec[Any]:
         ) from error
     try:
         msgspec.json.Decoder(kind)
-    except TypeError as error:
-        raise OptionError(f"msgspec_codec: {error}") from error
+    except Exception as error:  # it shows what it was given, which may raise anything
+        what = f"{name_of(kind)} ({type(error).__name__})"
+        raise OptionError(f"msgspec_codec: msgspec has no codec for {what}") from error
 
     def decode(stored: Any) -> Any:
         try:

@@ -40,7 +40,8 @@ from .events import MANAGER_EVENTS, Listeners, listener_error
 from .flights import Flight, SaveOutcome
 from .gateway import StoreGateway
 from .listener_saver import ListenerSaver
-from .options import Options
+from .options import Options, yes_or_no
+from .quoting import quote
 from .records import EndReason, Receipt, SnapshotEntry
 from .reports import Reports, fresh
 from .sanitizer import Sanitizer
@@ -289,6 +290,7 @@ class Lifecycle:
 
     async def create(self, key: str | None, replace: bool) -> SessionCore:
         self.enter()
+        yes_or_no("replace", replace)
         self.refuse_if_closed()
         if replace and key is not None:
             while (older := self.table.find_by_key(key)) is not None:
@@ -476,4 +478,4 @@ class Lifecycle:
 
 def name_some(user_ids: list[int | str]) -> str:
     """The first few ids, for a message."""
-    return ", ".join(f"{user_id!r:.80}" for user_id in user_ids[:10]) + (", ..." if len(user_ids) > 10 else "")
+    return ", ".join(f"{quote(user_id)}" for user_id in user_ids[:10]) + (", ..." if len(user_ids) > 10 else "")

@@ -19,10 +19,11 @@ from .clock import Clock, SystemClock
 from .drain import drain
 from .encoding import MAX_BYTES, Encoding
 from .errors import OptionError, UnknownEventError
-from .events import Listener
+from .events import MANAGER_EVENTS, Listener
 from .lifecycle import Lifecycle
-from .options import PERSIST_EVENTS, Duration, known_event, parse_duration, quote, read_options, suggest
+from .options import PERSIST_EVENTS, Duration, known_event, lacks, parse_duration, read_options, suggest, yes_or_no
 from .ownership import NO_DEFAULT, Ownership
+from .quoting import quote
 from .records import DrainReport, Health, SnapshotReport, SpillReport, Statistics
 from .replay import Replay
 from .session import Session, T
@@ -125,7 +126,8 @@ class SessionManager(ManagerCore, Generic[T]):
         clock: Clock | None = None,
     ) -> None:
         if store is not None and not isinstance(store, Store):
-            raise OptionError(f"store is a store, such as SQLiteStore('players.db'), not {quote(store)}")
+            what = f"{type(store).__name__}; open_store(url) makes one" if isinstance(store, str) else quote(store)
+            raise OptionError(f"store is a store, such as SQLiteStore('players.db'), not {what}")
         codec = {"encode": encode, "decode": decode, "schema": schema, "max_bytes": max_bytes}
         if store is None:
             for name, value in codec.items():
@@ -149,6 +151,8 @@ class SessionManager(ManagerCore, Generic[T]):
             log=log,
             debug=debug,
         )
+        if clock is not None and (missing := lacks(clock, ("now", "call_later"))):
+            raise OptionError(f"clock has the methods now and call_later; {quote(clock)} has no {missing}")
         spilled = None if spill is None else Spill(spill)
         # fresh at each start, so that nobody takes what an earlier process of the same name has claimed for ours
         owner = f"{socket.gethostname()}-{os.getpid()}-{os.urandom(8).hex()}"
@@ -292,13 +296,12 @@ class SessionManager(ManagerCore, Generic[T]):
         Calls that come later join the first, and its `deadline`; one that asks for saves still gets those that are
         possible, and raises `ManagerClosedError` if somebody had ended without one by then. Inside a listener that this
         end waits for, or in a task that such a listener has started, the call returns at once, with the report so far.
-        Cancelling the call stops the waiting, not the end. Raises `NothingSavesError`, `DurationError` before anything
+        Cancelling the call stops the waiting, not the end. Raises `NothingSavesError`, `OptionError` before anything
         changes. O(users), in slices.
         """
         longest = parse_duration(deadline, "deadline", shortest=0)
-        if persist is None:
-            persist = self._life.gateway is not None
-        report = await drain(self._life, bool(persist), longest)
+        persist = self._life.gateway is not None if persist is None else yes_or_no("persist", persist)
+        report = await drain(self._life, persist, longest)
         if self._life.closed:
             self._warning.detach()
         return report
@@ -399,7 +402,7 @@ class SessionManager(ManagerCore, Generic[T]):
 
     def _add(self, name: str, listener: Listener, *, once: bool) -> None:
         self._life.table.require_thread()
-        if name == "persist_user_data" and self._life.gateway is not None:
+        if known_event(name, MANAGER_EVENTS) == "persist_user_data" and self._life.gateway is not None:
             raise UnknownEventError(
                 "a manager with a store saves by itself and emits no 'persist_user_data'; to copy live state into the "
                 "data right before it is saved, give SessionManager a function before_save="
@@ -416,10 +419,10 @@ def create(apis: Mapping[str, Any] | None = None, options: Mapping[str, Any] | N
     `apis` may hold ``"log"``, a logger; `options` is the nested mapping of `SessionManager`. Raises `OptionError`.
     """
     if apis is not None and not isinstance(apis, Mapping):
-        raise OptionError(f"apis is a mapping like {{'log': logger}}, not {apis!r:.80}")
+        raise OptionError(f"apis is a mapping like {{'log': logger}}, not {quote(apis)}")
     for name in apis or ():
-        if name != "log":
-            raise OptionError(f"there is no api {name!r:.80}{suggest(str(name), ('log',))}")
+        if not isinstance(name, str) or name != "log":
+            raise OptionError(f"there is no api {quote(name)}{suggest(name, ('log',))}")
     return SessionManager(options, log=(apis or {}).get("log"))
 
 

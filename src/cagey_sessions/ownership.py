@@ -37,7 +37,7 @@ from .errors import (
 )
 from .gateway import StoreGateway
 from .lifecycle import Lifecycle
-from .options import quote, suggest
+from .options import one_of
 from .records import EndReason
 from .replay import Replay
 from .stores import Claim, Outcome, Record
@@ -429,8 +429,7 @@ class Ownership:
     def _check(self, user_id: int | str, default: Any, when_active: str, known: tuple[str, ...]) -> None:
         """Bad input gets its error before anything changes."""
         check_user_id(user_id, self._life.options.user_id)
-        if when_active not in known:
-            raise OptionError(f"when_active is not {quote(when_active)}{suggest(str(when_active), known)}")
+        one_of("when_active", when_active, known)
         if default is not NO_DEFAULT and not callable(default):
             self._encoding.dump(default)
 

@@ -135,6 +135,7 @@ class Session(SessionCore, Generic[T]):
 
     def off(self, name: str, listener: Listener) -> None:
         """Take a listener back; nothing happens if it is not registered. Raises `UnknownEventError`."""
+        self._host.table.require_thread()
         if self._listeners is not None:
             self._listeners.remove(name, listener)
         else:

@@ -21,7 +21,7 @@ from . import savefile
 from ._core import Digest
 from .encoding import Encoding
 from .errors import OptionError, SnapshotError, StoreInUseError
-from .options import quote
+from .options import path_text
 from .records import DamagedEntry, SnapshotEntry, SpillReport
 from .savefile import DISK, Files
 from .stores import Claim, Record, Store
@@ -90,9 +90,7 @@ class Spill:
     """
 
     def __init__(self, path: str | os.PathLike[str], files: Files = DISK) -> None:
-        if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
-            raise OptionError(f"spill is the path of a file, not {quote(path)}")
-        self.path: str = os.path.realpath(path)
+        self.path: str = os.path.realpath(path_text("spill", path))
         self.is_open: bool = False
         self.pending: dict[int | str, list[SpillEntry]] = {}
         self._files = files
@@ -106,7 +104,7 @@ class Spill:
         self._writing = threading.Lock()
         self._check()
 
-    def is_at(self, path: str | os.PathLike[str]) -> bool:
+    def is_at(self, path: str) -> bool:
         """Whether that is this very file."""
         return os.path.realpath(path) == self.path
 

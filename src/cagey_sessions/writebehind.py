@@ -25,6 +25,7 @@ from .flights import Flight
 from .gateway import StoreGateway
 from .options import Options
 from .pacing import Pacing
+from .quoting import quote
 from .reclaiming import Reclaiming
 from .sanitizer import Sanitizer
 from .settlement import Row, Settlement, StoreHost
@@ -371,5 +372,5 @@ class StoreSaver:
 def _unsavable(user_id: int | str, error: Exception) -> UnsavableError:
     path = error.path if isinstance(error, EncodingError) else None
     reason = str(error) if isinstance(error, EncodingError) else f"before_save raised {type(error).__name__}"
-    message = f"the data of user {user_id!r:.80} cannot be saved: {reason}"
+    message = f"the data of user {quote(user_id)} cannot be saved: {reason}"
     return UnsavableError(message, user_id=user_id, path=path)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "src" / "cagey_sessions"
 
 FLOORS = [
-    {"_version", "records", "clock"},
+    {"_version", "records", "clock", "quoting"},
     {"errors"},
     {"_core", "options", "converters"},
     {"stores", "encoding", "codecs", "savefile"},

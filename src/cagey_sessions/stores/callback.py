@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 from .._core import encode_plain
 from ..errors import EncodingError, OptionError, StoreContractError, StoreModeError, StoreUnavailableError
+from ..options import is_any
+from ..quoting import quote
 from .base import Claim, Outcome, Record, Store, Verdict, latest_of
 
 __all__ = ["CallbackStore", "Erase", "Load", "SaveMany", "Saved"]
@@ -161,7 +163,7 @@ def _check_function(name: str, function: object) -> None:
     if not callable(function):
         raise OptionError(f"{name} is a function or another callable, not {_kind(function)}")
     for code in (function, type(function).__call__):
-        if inspect.isgeneratorfunction(code) or inspect.isasyncgenfunction(code):
+        if is_any(code, inspect.isgeneratorfunction, inspect.isasyncgenfunction):
             raise OptionError(f"{name} has a `yield` in it, so that it does nothing when it is called; use `return`")
 
 
@@ -183,14 +185,14 @@ def _body(user_id: int | str, data: object) -> bytes:
     if type(data) is str:
         with contextlib.suppress(UnicodeEncodeError):  # left behind here: it holds the whole text
             return data.encode()
-        raise StoreContractError(f"load returned a str with a lone surrogate for user {user_id!r:.80}")
+        raise StoreContractError(f"load returned a str with a lone surrogate for user {quote(user_id)}")
     try:
         return encode_plain(data)
     except EncodingError as error:
         refused = str(error)
     raise StoreContractError(
-        f"load returned what is not JSON for user {user_id!r:.80}: {refused}; return the data as dict, list, str, int, "
-        "float, bool and None, or as JSON text (bytes or str), or None for a user who is new"
+        f"load returned what is not JSON for user {quote(user_id)}: {refused}; return the data as dict, list, str, "
+        "int, float, bool and None, or as JSON text (bytes or str), or None for a user who is new"
     )
 
 

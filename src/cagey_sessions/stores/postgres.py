@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import OptionError, OwnedElsewhereError, StoreLayoutError
 from ..options import Duration
+from ..quoting import quote
 from .base import Claim, Outcome, Record, Verdict, latest_of, text_of
 from .postgres_engine import DOUBT, NODES, PostgresEngine, asyncpg, quoted, verdict_on
 
@@ -265,7 +266,7 @@ class PostgresStore(PostgresEngine):
                     continue  # it has been released meanwhile
                 await self._doubt(connection, {holder})
                 raise OwnedElsewhereError(
-                    f"user {user_id!r:.80} is on another server ({holder}) and cannot be erased now",
+                    f"user {quote(user_id)} is on another server ({holder}) and cannot be erased now",
                     user_id=user_id,
                     owner=holder,
                 )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from ..errors import StoreLayoutError
+from ..quoting import quote
 from .base import Record, text_of
 from .postgres_engine import asyncpg, quoted
 
@@ -199,7 +200,7 @@ class OwnTable:
             raise UnfitError("with columns= the data is a dict with a member for each of them")
         if value.keys() != self._names:
             missing, unknown = sorted(self._names - value.keys()), sorted(value.keys() - self._names)
-            what = f"there is no member {missing[0]!r:.80}" if missing else f"member {unknown[0]!r:.80} has no column"
+            what = f"there is no member {quote(missing[0])}" if missing else f"member {quote(unknown[0])} has no column"
             raise UnfitError(f"with columns= the data is a dict with a member for each of them: {what}")
         return tuple(column.sent(value[column.name]) for column in self.columns)
 

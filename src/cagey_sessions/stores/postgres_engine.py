@@ -27,7 +27,8 @@ from ..errors import (
     StoreLayoutError,
     StoreUnavailableError,
 )
-from ..options import SECOND, Duration, parse_duration
+from ..options import SECOND, Duration, is_text, lacks, parse_duration, yes_or_no
+from ..quoting import kind_name, quote
 from .base import Outcome, Record, Store, Verdict
 from .connections import Connections
 from .layouts import check_layout
@@ -86,8 +87,8 @@ def quoted(name: str) -> str:
 
 def check_name(what: str, name: object) -> str:
     """A name as PostgreSQL takes one; raises `OptionError`."""
-    if not isinstance(name, str) or "\0" in name or not 0 < len(name.encode()) <= LONGEST_NAME:
-        raise OptionError(f"{what} is a name of at most {LONGEST_NAME} bytes, not {name!r:.80}")
+    if not is_text(name) or not 0 < len(name.encode()) <= LONGEST_NAME:
+        raise OptionError(f"{what} is a name of at most {LONGEST_NAME} bytes, not {quote(name)}")
     return name
 
 
@@ -100,12 +101,14 @@ class PostgresEngine(Store):
     def __init__(
         self, dsn: str | None, pool: Any, schema: str, create: bool, timeout: Duration, lease: Duration
     ) -> None:
-        if dsn is not None and not (isinstance(dsn, str) and dsn.startswith(("postgresql://", "postgres://"))):
-            raise OptionError("a DSN begins with postgresql://")
+        if dsn is not None and not (is_text(dsn) and dsn.startswith(("postgresql://", "postgres://"))):
+            raise OptionError("a DSN is a text that begins with postgresql://")
+        if pool is not None and lacks(pool, ("acquire", "release")):
+            raise OptionError(f"pool is an asyncpg.Pool, not {kind_name(pool)}")
         self._dsn = dsn
         self._given = pool
         self._schema = check_name("schema", schema)
-        self._creates = create
+        self._creates = yes_or_no("create", create)
         self._timeout = parse_duration(timeout, "timeout", shortest=SECOND // 10) / SECOND
         self._lease = parse_duration(lease, "lease", shortest=SECOND) / SECOND
         if self._lease < self._timeout:

@@ -22,7 +22,8 @@ from ..errors import (
     StoreLayoutError,
     StoreUnavailableError,
 )
-from ..options import Duration
+from ..options import Duration, one_of
+from ..quoting import quote
 from . import postgres_fences as sql
 from .base import Claim, Outcome, Record, Verdict, latest_of
 from .postgres_catalog import GivenBodies, OwnTable, UnfitError, read_table
@@ -91,27 +92,25 @@ class PostgresTable(PostgresEngine):
         lease: Duration = 15,
     ) -> None:
         is_dsn = isinstance(pool, str)
-        if not is_dsn and not callable(getattr(pool, "acquire", None)):
-            raise OptionError(f"PostgresTable takes an asyncpg.Pool or a DSN first, not {type(pool).__name__}")
+        if pool is None:
+            raise OptionError("PostgresTable takes an asyncpg.Pool or a DSN first")
         super().__init__(pool if is_dsn else None, None if is_dsn else pool, schema, create, timeout, lease)
         names = (table,) if isinstance(table, str) else table
         if not isinstance(names, tuple) or len(names) not in (1, 2):
-            raise OptionError(f"table is a name or a pair (schema, name), not {table!r:.80}")
+            raise OptionError(f"table is a name or a pair (schema, name), not {quote(table)}")
         self._table = ".".join(quoted(check_name("table", name)) for name in names)
         self._key_name = check_name("key", key)
         if (columns is None) == (body is None):
             raise OptionError("give either columns=[...], or body=, the one column with the whole of the data")
-        if columns is not None and (isinstance(columns, str) or not columns):
+        if columns is not None and (isinstance(columns, str) or not isinstance(columns, Sequence) or not len(columns)):
             raise OptionError("columns is a list of names, and not empty")
         self._listed = [check_name("a column", name) for name in ([body] if columns is None else columns)]
         if len({key, *self._listed}) <= len(self._listed):
             raise OptionError("a column is given twice, or the key is among them")
         self._is_body = columns is None
-        if fence not in FENCES:
-            raise OptionError(f"fence is one of {', '.join(FENCES)}, not {fence!r:.80}")
+        self._fence = one_of("fence", fence, FENCES)
         if insert is not None and (fence == "columns" or not callable(insert)):
             raise OptionError('insert is an async function, and not there with fence="columns": a claim makes the row')
-        self._fence = fence
         self._insert = insert
         self.uses_leases: bool = fence != "none"
         self.fenced: bool = self.uses_leases
@@ -393,7 +392,7 @@ class PostgresTable(PostgresEngine):
             return own.check_key(self.key_of(user_id))
         except UnfitError as error:
             kind = "str" if own.key.array == "text[]" else "int"
-            problem = f"{own.name} cannot have user {user_id!r:.80}: {error}; the ids of this table are {kind}"
+            problem = f"{own.name} cannot have user {quote(user_id)}: {error}; the ids of this table are {kind}"
         raise RecordError(problem, user_id=user_id)
 
     async def release(self, user_id: int | str, epoch: int, owner: str) -> bool:
@@ -429,7 +428,7 @@ class PostgresTable(PostgresEngine):
                         was_there: bool = await connection.execute(self._sql(sql.DELETE), key) != "DELETE 0"
                         if await connection.fetchval(self._sql(sql.IS_THERE), key):
                             raise StoreError(
-                                f"the row of user {user_id!r:.80} cannot be deleted: a trigger holds it back"
+                                f"the row of user {quote(user_id)} cannot be deleted: a trigger holds it back"
                             )
                         if row is None:
                             return was_there
@@ -444,7 +443,7 @@ class PostgresTable(PostgresEngine):
                     continue  # it has been released meanwhile
                 await self._doubt(connection, {holder})
                 raise OwnedElsewhereError(
-                    f"user {user_id!r:.80} is on another server ({holder}) and cannot be erased now",
+                    f"user {quote(user_id)} is on another server ({holder}) and cannot be erased now",
                     user_id=user_id,
                     owner=holder,
                 )

@@ -23,7 +23,8 @@ from ..errors import (
     StoreLayoutError,
     StoreUnavailableError,
 )
-from ..options import SECOND, Duration, parse_duration
+from ..options import SECOND, Duration, is_text, parse_duration
+from ..quoting import quote
 from .base import Claim, Outcome, Record, Store, Verdict, latest_of, text_of
 from .connections import Connections
 from .layouts import check_layout
@@ -98,12 +99,12 @@ class RedisStore(Store):
         timeout: Duration = 10,
         lease: Duration = 15,
     ) -> None:
-        if not isinstance(url, str) or url.partition("://")[0] not in SCHEMES:
+        if not is_text(url) or url.partition("://")[0] not in SCHEMES:
             raise OptionError(
                 f"the URL of a RedisStore begins with one of {', '.join(f'{each}://' for each in SCHEMES)}"
             )
-        if not isinstance(prefix, str) or not 0 < len(prefix) <= LONGEST_PREFIX:
-            raise OptionError(f"prefix is a text of 1 to {LONGEST_PREFIX} characters, not {prefix!r:.80}")
+        if not is_text(prefix) or not 0 < len(prefix) <= LONGEST_PREFIX:
+            raise OptionError(f"prefix is a text of 1 to {LONGEST_PREFIX} characters, not {quote(prefix)}")
         self._timeout = parse_duration(timeout, "timeout", shortest=SECOND // 10) / SECOND
         self._lease = parse_duration(lease, "lease", shortest=SECOND) / SECOND
         if self._lease < self._timeout:
@@ -314,7 +315,7 @@ class RedisStore(Store):
         if holder:
             name = holder.decode()
             raise OwnedElsewhereError(
-                f"user {user_id!r:.80} is on another server ({name}) and cannot be erased now",
+                f"user {quote(user_id)} is on another server ({name}) and cannot be erased now",
                 user_id=user_id,
                 owner=name,
             )
@@ -367,7 +368,7 @@ def _user_id(key: str) -> int | str:
     try:
         return key[1:-1] if key.startswith('"') else int(key)
     except ValueError:
-        raise StoreError(f"the key {key!r:.80} among the users is none of ours") from None
+        raise StoreError(f"the key {quote(key)} among the users is none of ours") from None
 
 
 def _record(user_id: int | str, row: Sequence[Any]) -> Record | None:
