@@ -393,7 +393,7 @@ class Claims:
                 attempts += not isinstance(error, StoreUnavailableError)
                 if attempts == MOST_ATTEMPTS:
                     again = None
-                    life.reports.say("error", "user %r stays with this process until it ends: %r", user_id, error)
+                    life.reports.tell(f"user {quote(user_id)} stays with this process until it ends", error)
             finally:
                 self._releasing -= 1
             if again is None:

@@ -126,6 +126,7 @@ class Encoding:
                 f"the record of user {quote(record.user_id)} cannot be read, and is left as it is: {error}",
                 user_id=record.user_id,
                 body=record.body,
+                path=error.path,
             ) from error.__cause__
 
     def copy(self, value: object) -> Any:

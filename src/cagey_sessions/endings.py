@@ -387,8 +387,8 @@ class Endings:
                 return outcome
         self._reports.say(
             "warning",
-            "user %r: the data goes on changing while the session ends; save number %d is the last",
-            session.user_id,
+            "user %s: the data goes on changing while the session ends; save number %d is the last",
+            quote(session.user_id),
             MOST_LAST_SAVES,
         )
         return None

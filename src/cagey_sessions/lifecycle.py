@@ -50,10 +50,12 @@ from .stores import Claim, Store
 from .waits import Wait, saves_inside, waiting_for, would_deadlock
 from .writebehind import StoreSaver
 
-__all__ = ["Claimed", "Lifecycle", "name_some"]
+__all__ = ["MOST_NAMED", "Claimed", "Lifecycle", "name_some"]
 
 T = TypeVar("T")
 
+MOST_NAMED = 10
+"""How many users a message names."""
 MOST_SAVES_ASKED = 1000
 """How many saves of everybody are asked for at a time, where a store takes them in batches."""
 
@@ -478,4 +480,4 @@ class Lifecycle:
 
 def name_some(user_ids: list[int | str]) -> str:
     """The first few ids, for a message."""
-    return ", ".join(f"{quote(user_id)}" for user_id in user_ids[:10]) + (", ..." if len(user_ids) > 10 else "")
+    return ", ".join(map(quote, user_ids[:MOST_NAMED])) + (", ..." if len(user_ids) > MOST_NAMED else "")

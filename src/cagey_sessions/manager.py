@@ -26,6 +26,7 @@ from .ownership import NO_DEFAULT, Ownership
 from .quoting import quote
 from .records import DrainReport, Health, SnapshotReport, SpillReport, Statistics
 from .replay import Replay
+from .reports import say
 from .session import Session, T
 from .signals import run_until_signal
 from .snapshot import take_snapshot
@@ -89,7 +90,9 @@ class SessionManager(ManagerCore, Generic[T]):
         interpreter exits without `destroy`. The next start with the same path saves it, unless the user has been saved
         since; see `spill_report`. Only one manager at a time may use the file.
     log
-        A logger; ``logging.getLogger("cagey_sessions")`` by default. It gets ids and counts, never data or keys.
+        A logger; ``logging.getLogger("cagey_sessions")`` by default. Its methods ``debug``, ``info``, ``warning`` and
+        ``error`` are called with one text, formatted already. It gets ids and counts, and of what functions of yours
+        raise the type and the lines passed; never data or keys.
     debug
         True to report mistakes with user data, each as a `UserDataWarning`: objects that two users share, changes after
         the end or without a mark, values that `encode` and `decode` change, listeners that block the loop. It walks all
@@ -280,7 +283,8 @@ class SessionManager(ManagerCore, Generic[T]):
 
         False in a condition when it is down. Down: the store does not answer, nobody saves, or the manager has been
         destroyed. Degraded: something unsaved is older than two intervals, saves take longer than the interval, or some
-        data cannot be saved as it is. O(1), plus one step for each save under way.
+        data cannot be saved as it is. The reason says all that holds, and names up to ten users whose data that is, so
+        it is not for everybody to see. O(1), plus one step for each save under way.
         """
         return health.health(self._life)
 
@@ -435,7 +439,9 @@ class _Saves:
 def _warn_of_unsaved(counters: Counters, saves: _Saves, log: Any, pid: int) -> None:
     """Called when a manager vanishes, or the process ends, without `SessionManager.destroy`."""
     if saves.configured and counters.identified and os.getpid() == pid:
-        log.warning(
+        say(
+            log,
+            "warning",
             "unsaved users: %d; `await manager.destroy(persist=True)` was not called, or did not finish",
             counters.identified,
         )

@@ -97,8 +97,8 @@ class Settlement:
         self._digest = digest
         self._host = host
         self.fenced: int = 0
-        self.unsavable: dict[SessionCore, str] = {}
-        """Sessions whose data cannot be saved as it is, with the fault that was last told."""
+        self.unsavable: dict[SessionCore, tuple[str, str | None]] = {}
+        """Sessions whose data cannot be saved as it is, with the fault that was last told, and where it is."""
         self.refused: dict[SessionCore, tuple[int, UnsavableError]] = {}
         """What the store has refused: the digest, and why."""
         self.unknown: dict[SessionCore, set[tuple[int, int]]] = {}
@@ -193,8 +193,9 @@ class Settlement:
     def refuse(self, row: Row, error: UnsavableError) -> None:
         """Its data cannot be saved as it is."""
         row.settled = True
-        if self.unsavable.get(row.session) != str(error) and row.session.end_reason is None:
-            self.unsavable[row.session] = str(error)
+        fault = str(error), error.path
+        if self.unsavable.get(row.session) != fault and row.session.end_reason is None:
+            self.unsavable[row.session] = fault
             self._host.unsavable(row.session, error)
         self._autosave.fail(row.session, row.version, row.flight, error, report=False)
 

@@ -115,7 +115,7 @@ async def run_until_signal(
             await destroy(False)
             return 1
         for raised in errors:
-            life.reports.say("error", "at the end of the manager: %s", raised)
+            life.reports.tell("at the end of the manager", raised)
         unsaved = [user.user_id for user in report.unsaved]
         if unsaved:
             life.reports.say(

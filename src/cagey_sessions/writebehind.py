@@ -12,7 +12,7 @@ import asyncio
 import inspect
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextvars import Context
 from functools import partial
 
@@ -132,8 +132,8 @@ class StoreSaver:
         return self._settlement.fenced
 
     @property
-    def unsavable(self) -> dict[SessionCore, str]:
-        """Sessions whose data cannot be saved as it is, with the fault that was last told."""
+    def unsavable(self) -> Collection[SessionCore]:
+        """Sessions whose data cannot be saved as it is."""
         return self._settlement.unsavable
 
     def close(self) -> None:

@@ -95,7 +95,7 @@ async def test_errors_are_raised_where_the_call_is_awaited():
     session, taken, invalid = await asyncio.gather(*calls, return_exceptions=True)
     assert isinstance(session, Session)
     assert isinstance(taken, KeyTakenError)
-    assert "a key is a non-empty str, not int" in str(invalid)
+    assert "a key is a non-empty str, not an int" in str(invalid)
     await session.set_user(1, {})
     other = await manager.create()
     with pytest.raises(UserActiveError):

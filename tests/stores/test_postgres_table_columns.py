@@ -34,7 +34,7 @@ BAD = [
     ({"speed": 2**53 + 1}, "speed"),
     ({"banned": 0}, "banned"),
     ({"notes": {"secret\0": 1}}, "notes"),
-    ({"silver": 1}, "silver"),
+    ({"silver": 1}, "another one, without a column"),
 ]
 
 

@@ -55,6 +55,12 @@ class Record(NamedTuple):
     release: bool = False
     """This is the last save: the user is released by the same write."""
 
+    def __repr__(self) -> str:
+        """All but the data: what is shown somewhere ends up in a log."""
+        fields = {name: repr(value) for name, value in zip(self._fields, self, strict=True) if name != "body"}
+        fields["body"] = f"<{len(self.body)} bytes>"
+        return f"Record({', '.join(f'{name}={fields[name]}' for name in self._fields)})"
+
     def value(self) -> Any:
         """The data as plain Python values: `body`, parsed. O(size)."""
         return orjson.loads(self.body)

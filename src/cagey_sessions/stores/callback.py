@@ -189,10 +189,11 @@ def _body(user_id: int | str, data: object) -> bytes:
     try:
         return encode_plain(data)
     except EncodingError as error:
-        refused = str(error)
+        refused, path = str(error), error.path
     raise StoreContractError(
         f"load returned what is not JSON for user {quote(user_id)}: {refused}; return the data as dict, list, str, "
-        "int, float, bool and None, or as JSON text (bytes or str), or None for a user who is new"
+        "int, float, bool and None, or as JSON text (bytes or str), or None for a user who is new",
+        path=path,
     )
 
 
