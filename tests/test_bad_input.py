@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 from datetime import timedelta
 
 import pytest
@@ -285,21 +286,134 @@ def test_a_manager_belongs_to_one_loop(make_manager):
         asyncio.run(session.start())
 
 
-async def test_a_manager_belongs_to_one_thread(make_manager):
-    manager = make_manager()
-    session = await manager.create("k")
-    await session.set_user(1, {})
-    for call in (
-        lambda: manager.find_by_key("k"),
-        lambda: manager.find_by_user(1),
-        manager.sessions,
-        lambda: session.set("a", 1),
-        lambda: session.user_data,
-        lambda: asyncio.run(session.persist_now()),
-    ):
-        with pytest.raises(WrongLoopError):
-            await asyncio.to_thread(call)
+async def _in_block(block):
+    async with block:
+        pass
+
+
+CALLS = {
+    # whose name it is, and a call of it
+    (SessionManager, "create"): lambda manager, session: manager.create(),
+    (SessionManager, "destroy"): lambda manager, session: manager.destroy(),
+    (SessionManager, "edit"): lambda manager, session: _in_block(manager.edit(1)),
+    (SessionManager, "erase"): lambda manager, session: manager.erase(1),
+    (SessionManager, "estimate_drain_seconds"): lambda manager, session: manager.estimate_drain_seconds(),
+    (SessionManager, "find_by_key"): lambda manager, session: manager.find_by_key("k"),
+    (SessionManager, "find_by_user"): lambda manager, session: manager.find_by_user(1),
+    (SessionManager, "health"): lambda manager, session: manager.health(),
+    (SessionManager, "off"): lambda manager, session: manager.off("created", print),
+    (SessionManager, "on"): lambda manager, session: manager.on("created", print),
+    (SessionManager, "once"): lambda manager, session: manager.once("created", print),
+    (SessionManager, "open"): lambda manager, session: manager.open(1),
+    (SessionManager, "persist_all_user_data"): lambda manager, session: manager.persist_all_user_data(),
+    (SessionManager, "read"): lambda manager, session: manager.read(1),
+    (SessionManager, "run_until_signal"): lambda manager, session: manager.run_until_signal(),
+    (SessionManager, "sessions"): lambda manager, session: manager.sessions(),
+    (SessionManager, "snapshot"): lambda manager, session: manager.snapshot("nowhere"),
+    (SessionManager, "spill_report"): lambda manager, session: manager.spill_report,
+    (SessionManager, "statistics"): lambda manager, session: manager.statistics(),
+    (SessionManager, "will_persist_user_data_on"): lambda manager, session: manager.will_persist_user_data_on(
+        "shutdown"
+    ),
+    (SessionManager, "__len__"): lambda manager, session: len(manager),
+    (SessionManager, "__aenter__"): lambda manager, session: _in_block(manager),
+    (Session, "destroy"): lambda manager, session: session.destroy(),
+    (Session, "get"): lambda manager, session: session.get("name"),
+    (Session, "login"): lambda manager, session: session.login(1),
+    (Session, "mark_changed"): lambda manager, session: session.mark_changed(),
+    (Session, "off"): lambda manager, session: session.off("destroy", print),
+    (Session, "on"): lambda manager, session: session.on("destroy", print),
+    (Session, "once"): lambda manager, session: session.once("destroy", print),
+    (Session, "persist_now"): lambda manager, session: session.persist_now(),
+    (Session, "set"): lambda manager, session: session.set("name", 1),
+    (Session, "set_user"): lambda manager, session: session.set_user(1, {}),
+    (Session, "start"): lambda manager, session: session.start(),
+    (Session, "user_data"): lambda manager, session: session.user_data,
+    (Session, "wait_ended"): lambda manager, session: session.wait_ended(),
+    (Session, "__aenter__"): lambda manager, session: _in_block(session),
+}
+READ_ANYWHERE = {
+    (Session, "alive"): True,
+    (Session, "end_reason"): None,
+    (Session, "key"): "k",
+    (Session, "user_id"): "ann",
+}
+"""What a session is, and whether it still is: neither can be half of anything."""
+
+
+def test_every_public_name_is_tried_in_the_wrong_place():
+    public = {(kind, name) for kind in (SessionManager, Session) for name in dir(kind) if not name.startswith("_")}
+    assert public == {each for each in {**CALLS, **READ_ANYWHERE} if not each[1].startswith("_")}
+
+
+def accepted(manager, session):
+    """What can be called here all the same."""
+    names = []
+    for (kind, name), call in CALLS.items():
+        try:
+            result = call(manager, session)
+            if hasattr(type(result), "__await__"):
+                asyncio.run(_called(result))
+        except WrongLoopError:
+            continue
+        except UsageError as refused:
+            name += f": {refused}"
+        names.append(f"{kind.__name__}.{name}")
+    for (kind, name), value in READ_ANYWHERE.items():
+        if getattr(session, name) != value:
+            names.append(f"{kind.__name__}.{name} has another value")
+    return names
+
+
+async def _called(result):
+    await result
+
+
+def _accepted_in_a_child(manager, session):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writing, repr(accepted(manager, session)).encode())
+        except BaseException as error:
+            os.write(writing, repr(error).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading, encoding="utf-8") as answer:
+        found = answer.read()
+    os.waitpid(child, 0)
+    return found
+
+
+@pytest.mark.parametrize("stored", [False, True])
+async def test_a_manager_belongs_to_one_thread(clock, tmp_path, stored):
+    manager, session = await _with_a_user(clock, tmp_path, stored)
+    assert await asyncio.to_thread(accepted, manager, session) == []
+    assert bool(manager), "a truth, and no call"
+    await session.destroy()
+    assert await asyncio.to_thread(session.__repr__) == "<Session user 'ann', ended: destroyed>"
     await manager.destroy()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("stored", [False, True])
+async def test_a_manager_is_of_no_use_in_a_forked_child(clock, tmp_path, stored):
+    manager, session = await _with_a_user(clock, tmp_path, stored)
+    assert _accepted_in_a_child(manager, session) == "[]"
+    await session.destroy()
+    await manager.destroy()
+
+
+async def _with_a_user(clock, tmp_path, stored):
+    if stored:
+        manager = SessionManager(store=MemoryStore(), spill=tmp_path / "spill", clock=clock)
+        session = await manager.create("k")
+        await session.login("ann", default={})
+    else:
+        manager = SessionManager(clock=clock)
+        session = await manager.create("k")
+        await session.set_user("ann", {})
+    return manager, session
 
 
 def test_every_error_has_one_root_and_a_name_that_ends_in_error():

@@ -99,6 +99,21 @@ async def test_data_that_cannot_be_saved_is_counted_until_it_can(clock: ManualCl
     await let_time_pass(clock, manager.destroy())
 
 
+async def test_another_thread_has_the_figures_handed_over(clock: ManualClock):
+    manager = SessionManager(clock=clock)
+    await manager.create()
+    loop = asyncio.get_running_loop()
+
+    async def figures() -> tuple[int, str]:
+        return manager.statistics().live, manager.health().state
+
+    def export() -> tuple[int, str]:
+        return asyncio.run_coroutine_threadsafe(figures(), loop).result(timeout=30)
+
+    assert await asyncio.to_thread(export) == (1, "ok")
+    await manager.destroy()
+
+
 async def test_users_whose_data_cannot_be_saved_are_named(clock: ManualClock, store: ScriptedStore):
     manager = SessionManager(store=store, clock=clock)
     sessions = [await manager.open(user_id, default={}) for user_id in ("ann", 7, "b" * 1000)]

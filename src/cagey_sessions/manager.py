@@ -103,7 +103,13 @@ class SessionManager(ManagerCore, Generic[T]):
     Notes
     -----
     The manager belongs to the event loop of its first awaited call, or of ``async with``. From another loop or thread,
-    or after a fork, every call raises `WrongLoopError`. Wrong settings raise `OptionError`.
+    or in the child of a fork, every call of the manager and of its sessions raises `WrongLoopError`, `statistics` and
+    `health` included: what they would read may be in the middle of a change. Hand the call over to the loop, with
+    `asyncio.run_coroutine_threadsafe`. What a session is (`key`, `user_id`, `alive`, `end_reason`) can be read
+    anywhere. Wrong settings raise `OptionError`.
+
+    A manager that the program lets go of while it has users to save lives on, and saves them, until its loop ends; only
+    `destroy`, or leaving ``async with``, ends it.
     """
 
     def __init__(
@@ -228,6 +234,7 @@ class SessionManager(ManagerCore, Generic[T]):
 
     def __len__(self) -> int:
         """How many sessions there are, those that are ending included. O(1)."""
+        self._life.table.require_thread()
         return len(self._life.table)
 
     def __bool__(self) -> bool:
@@ -240,6 +247,7 @@ class SessionManager(ManagerCore, Generic[T]):
         For a program that ends sessions or the manager itself:
         ``await session.destroy(manager.will_persist_user_data_on("disconnect"))``. Raises `UnknownEventError`.
         """
+        self._life.table.require_thread()
         return known_event(name, PERSIST_EVENTS) in self._life.options.persist_on
 
     async def persist_all_user_data(self) -> None:
@@ -271,11 +279,13 @@ class SessionManager(ManagerCore, Generic[T]):
 
         None without `spill`, and before the store was opened for the first time.
         """
+        self._life.table.require_thread()
         spill = self._life.spill
         return spill.report() if spill is not None and spill.is_open else None
 
     def statistics(self) -> Statistics:
         """What the manager is doing at this instant. O(1), plus one step for each save under way."""
+        self._life.table.require_thread()
         return health.statistics(self._life)
 
     def health(self) -> Health:
@@ -286,6 +296,7 @@ class SessionManager(ManagerCore, Generic[T]):
         data cannot be saved as it is. The reason says all that holds, and names up to ten users whose data that is, so
         it is not for everybody to see. O(1), plus one step for each save under way.
         """
+        self._life.table.require_thread()
         return health.health(self._life)
 
     async def destroy(self, persist: bool | None = None, *, deadline: Duration = "25s") -> DrainReport:
@@ -347,6 +358,7 @@ class SessionManager(ManagerCore, Generic[T]):
         each user. Before anything was measured it is that work alone. It does not allow for a store that is down, large
         data, failed attempts, or what your listeners do. O(1).
         """
+        self._life.table.require_thread()
         return health.drain_seconds(self._life)
 
     async def __aenter__(self) -> Self:

@@ -84,6 +84,7 @@ async def run_until_signal(
     life: Lifecycle, destroy: Callable[[bool], Awaitable[DrainReport]], persist: Callable[[], bool]
 ) -> int:
     """See `SessionManager.run_until_signal`; `persist` says whether users are saved, unless somebody else has."""
+    life.table.require_thread()
     _require_main_thread(threading.current_thread() is threading.main_thread())
     loop = life.enter()
 
