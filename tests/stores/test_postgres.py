@@ -57,6 +57,10 @@ class TestPostgresStore(SharedStoreConformance):
     async def alive_until(self):
         return await fetch(f"SELECT alive_until FROM {self.nodes}")
 
+    async def seconds_left(self):
+        left = f"SELECT extract(epoch FROM alive_until - clock_timestamp()) FROM {self.nodes} WHERE owner = 'a'"
+        return float(await fetch(left))
+
     async def bury(self, store, owner):
         await execute(
             f"UPDATE {store._names['nodes']} SET alive_until = now() - interval '1 s', doubted = true "

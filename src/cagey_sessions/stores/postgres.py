@@ -112,8 +112,8 @@ class PostgresStore(PostgresEngine):
     `schema` is the schema of the table ``cagey_sessions``, which is created at `open` unless `create` is false: then
     create it yourself, with the statements of `ddl`. The connection of a call that takes longer than `timeout`
     (seconds, or a text such as "10s") is closed, with an unknown outcome. A server that dies keeps its users from
-    others until `lease` has run out, and for a third of it after another server first asks; with a shorter lease a
-    server that stalls loses them sooner.
+    others until `lease` has run out, and then for a third of it after another server first asks; asking before that
+    begins nothing. With a shorter lease a server that stalls loses them sooner.
 
     Raises `MissingExtraError` without asyncpg, and `OptionError`. `open` raises `StoreUnavailableError` if the server
     cannot be reached, or refuses the user, and `StoreLayoutError` for a table of another shape, one made by a newer

@@ -78,7 +78,8 @@ class RedisStore(Store):
     ``redis+sentinel://host:port,host:port/service/database``, where the Sentinels say which server is the primary. All
     keys begin with `prefix`. The connection of a call that takes longer than `timeout` (seconds, or a text such as
     "10s") is closed, with an unknown outcome. A server that dies keeps its users from others until `lease` has run out,
-    and for a third of it after another server first asks; with a shorter lease a server that stalls loses them sooner.
+    and then for a third of it after another server first asks; asking before that begins nothing. With a shorter lease
+    a server that stalls loses them sooner.
 
     Raises `MissingExtraError` without redis-py and hiredis, and `OptionError`. `open` raises `StoreUnavailableError` if
     the engine cannot be reached, refuses the user, or is a replica, and `StoreLayoutError` for Redis Cluster, for an
