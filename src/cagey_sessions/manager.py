@@ -197,6 +197,7 @@ class SessionManager(ManagerCore, Generic[T]):
     async def read(self, user_id: int | str) -> T:
         """A private copy of a user's data: as it is now if they are on this server, else as it is stored.
 
+        Where servers share the store, and the user's session here is ending, the store is asked first whose they are.
         Claims nothing, so another server may be changing the data meanwhile. Raises `InvalidUserIdError`,
         `UserNotFoundError`, `EncodingError` for live data that cannot be saved, `CorruptRecordError`,
         `NewerSchemaError`, `StoreUnavailableError`, `StoreModeError` without a store. O(size).

@@ -272,12 +272,26 @@ class Ownership:
         gateway = self._require_store()
         check_user_id(user_id, life.options.user_id)
         session = life.table.active_session(user_id)
-        if session is not None and session.end_reason is None:
+        if session is not None and await self._has_the_newest(session):
             return self._encoding.copy(session.user_data)
         record = await self._claims.persistently(lambda _: gateway.ask(gateway.store.load, user_id))
         if record is None:
             raise _not_found(user_id)
         return self._decode(record)
+
+    async def _has_the_newest(self, session: SessionCore) -> bool:
+        """Whether nobody can have saved the user of a session since it was loaded.
+
+        One that is ending may have let go of the user already, by a last save whose reply was lost.
+        """
+        life, gateway, user_id = self._life, self._gateway, session.user_id
+        if session.end_reason is not None or life.endings.loss_of(session) is not None:
+            return False
+        if not gateway.store.shared or not life.table.is_ending(session):
+            return True
+        ours = (life.owner, life.table.epoch(session))
+        holder = await self._claims.persistently(lambda _: gateway.ask(gateway.store.holder, user_id))
+        return holder == ours and session.end_reason is None
 
     @asynccontextmanager
     async def edit(self, user_id: int | str, default: Any) -> AsyncIterator[Any]:
