@@ -24,7 +24,7 @@
     |   `-- WrongLoopError           another event loop, another thread, or after a fork (also a RuntimeError)
     |-- StoreError                   the store's: what it could not do, or will not
     |   |-- StoreUnavailableError    it failed, hangs or cannot be reached; what was asked for may have been done or not
-    |   |-- StoreInUseError          another process has it; `.pid`
+    |   |-- StoreInUseError          another process, or another store of this one, has it; `.pid`
     |   |-- StoreLayoutError         what is there is not ours, or made by a newer version; not touched
     |   |-- StoreContractError       a store, or a function given to `CallbackStore`, does not keep its contract
     |   `-- RecordError              about one user, `.user_id`
@@ -218,7 +218,7 @@ class StoreUnavailableError(StoreError):
 
 
 class StoreInUseError(StoreError):
-    """Another process has the store; `pid` is its process id, or None if that could not be read."""
+    """Another process, or another store of this one, has it; `pid` is its process id, or None if unknown."""
 
     def __init__(self, message: str, *, pid: int | None = None) -> None:
         super().__init__(message)

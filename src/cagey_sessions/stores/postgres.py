@@ -19,14 +19,15 @@ from ..errors import OptionError, OwnedElsewhereError, StoreLayoutError
 from ..options import Duration
 from ..quoting import quote
 from .base import Claim, Outcome, Record, Verdict, latest_of, text_of
-from .postgres_engine import DOUBT, NODES, PostgresEngine, asyncpg, quoted, verdict_on
+from .postgres_engine import DOUBT, NODES, SCHEMA, PostgresEngine, asyncpg, quoted, verdict_on
 
 __all__ = ["PostgresStore"]
 
 LAYOUT = 1
 """The number of the layout below, kept in the comment of the table."""
 ROWS_IN_A_SCAN = 100
-DDL = """CREATE TABLE {users} (
+DDL = (
+    """CREATE TABLE {users} (
     -- 7 is a number, "7" is text
     user_id text COLLATE "C" PRIMARY KEY,
     epoch bigint NOT NULL,
@@ -37,9 +38,9 @@ DDL = """CREATE TABLE {users} (
     body json,
     saved_at double precision,
     erased boolean NOT NULL
-) WITH (fillfactor = 50);
-COMMENT ON TABLE {users} IS 'cagey-sessions, layout {layout}';
-"""
+) WITH (fillfactor = 50)""",
+    "COMMENT ON TABLE {users} IS 'cagey-sessions, layout {layout}'",
+)
 """Half of each page is left free, so that a row that is saved again stays in its page and the index is not touched."""
 
 # A new row begins above any epoch there ever was: at the clock, in microseconds. FOR SHARE, for a statement may have
@@ -138,12 +139,16 @@ class PostgresStore(PostgresEngine):
         super().__init__(dsn, pool, schema, create, timeout, lease)
         self._users = self._names["users"] = f"{quoted(schema)}.cagey_sessions"
 
-    def ddl(self) -> str:
-        """The statements that create what `open` creates, for your own migrations."""
-        return (DDL + NODES).format(layout=LAYOUT, **self._names)
+    def ddl(self) -> list[str]:
+        """The statements that create what `open` creates, in order, for your own migrations."""
+        schema = [] if self._schema == "public" else [SCHEMA.format(schema=quoted(self._schema))]
+        return [*schema, *self._tables()]
+
+    def _tables(self) -> list[str]:
+        return [statement.format(layout=LAYOUT, **self._names) for statement in (*DDL, NODES)]
 
     async def _prepare(self, connection: Any) -> None:
-        await self._make(connection, self._users, self.ddl())
+        await self._make(connection, self._users, self._tables())
         await self._check_layout(connection)
         self.loss_class: str = await self._loss_class(connection, self._users)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -41,7 +41,7 @@ except ImportError as _error:
         'a store in PostgreSQL needs asyncpg: pip install "cagey-sessions[postgres]"', extra="postgres"
     ) from _error
 
-__all__ = ["DOUBT", "NODES", "PostgresEngine", "asyncpg", "check_name", "is_of_call", "quoted", "verdict_on"]
+__all__ = ["DOUBT", "NODES", "SCHEMA", "PostgresEngine", "asyncpg", "check_name", "is_of_call", "quoted", "verdict_on"]
 
 T = TypeVar("T")
 
@@ -57,11 +57,12 @@ ANY_NUMBER = 1 << 30
 ATTEMPTS = 5
 """Of a statement that PostgreSQL has rolled back and says may be repeated."""
 
+SCHEMA = "CREATE SCHEMA IF NOT EXISTS {schema}"
 NODES = """CREATE TABLE IF NOT EXISTS {nodes} (
     owner text COLLATE "C" PRIMARY KEY,
     alive_until timestamptz NOT NULL,
     doubted boolean NOT NULL
-);"""
+)"""
 MAY_USE = """SELECT bool_and(has_table_privilege(to_regclass($1), privilege))
     FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privileges (privilege)"""
 RENEW = """INSERT INTO {nodes} VALUES ($1, clock_timestamp() + $2, false)
@@ -196,8 +197,8 @@ class PostgresEngine(Store):
     async def _prepare(self, connection: Any) -> None:
         """Look at the tables, make those that are missing, and set `loss_class`."""
 
-    async def _make(self, connection: Any, name: str, ddl: str) -> None:
-        """Make a table of ours, and whatever else `ddl` makes, unless it is there."""
+    async def _make(self, connection: Any, name: str, statements: Sequence[str]) -> None:
+        """Make a table of ours, and whatever else the statements make, unless it is there."""
         async with connection.transaction():
             # one at a time of those who open it first
             await connection.execute("SELECT pg_advisory_xact_lock(hashtext('cagey-sessions'))")
@@ -205,16 +206,17 @@ class PostgresEngine(Store):
                 return
             if not self._creates:
                 raise StoreLayoutError(
-                    f"there is no table {name}; make it by what `ddl()` gives, or leave out create=False"
+                    f"there is no table {name}; make it with the statements of `ddl()`, or leave out create=False"
                 )
             try:
                 if await connection.fetchval("SELECT to_regnamespace($1)", quoted(self._schema)) is None:
                     await connection.execute(f"CREATE SCHEMA {quoted(self._schema)}")
-                await connection.execute(ddl)
+                for statement in statements:
+                    await connection.execute(statement)
             except asyncpg.InsufficientPrivilegeError as error:
                 raise StoreLayoutError(
-                    f"there is no table {name}, and this user may not make it ({error.args[0]}); have it made by what "
-                    "`ddl()` gives"
+                    f"there is no table {name}, and this user may not make it ({error.args[0]}); have it made with the "
+                    "statements of `ddl()`"
                 ) from None
 
     async def _check_ours(self, connection: Any, name: str, layout: int, of: str = "") -> None:

@@ -27,7 +27,7 @@ from ..quoting import quote
 from . import postgres_fences as sql
 from .base import Claim, Outcome, Record, Verdict, latest_of
 from .postgres_catalog import GivenBodies, OwnTable, UnfitError, read_table
-from .postgres_engine import DOUBT, NODES, PostgresEngine, asyncpg, check_name, is_of_call, quoted, verdict_on
+from .postgres_engine import DOUBT, NODES, SCHEMA, PostgresEngine, asyncpg, check_name, is_of_call, quoted, verdict_on
 
 __all__ = ["PostgresTable"]
 
@@ -125,13 +125,13 @@ class PostgresTable(PostgresEngine):
         self._new: set[int | str] = set()
         """Without a fence: users who had no row when they were claimed."""
 
-    def ddl(self) -> str:
-        """The statements that create what the fence needs; with ``fence="columns"`` you run them yourself."""
+    def ddl(self) -> list[str]:
+        """The statements that create what the fence needs, in order; with ``fence="columns"`` you run them yourself."""
         if not self.uses_leases:
-            return ""
-        return f"CREATE SCHEMA IF NOT EXISTS {quoted(self._schema)};\n{self._fence_ddl()}{NODES.format(**self._names)}"
+            return []
+        return [SCHEMA.format(schema=quoted(self._schema)), *self._fence_ddl(), NODES.format(**self._names)]
 
-    def _fence_ddl(self) -> str:
+    def _fence_ddl(self) -> list[str]:
         return sql.ddl(self._fence, self._table, quoted(self._key_name), self._side)
 
     def key_of(self, user_id: int | str) -> int | str:
@@ -160,7 +160,7 @@ class PostgresTable(PostgresEngine):
             await self._check_ours(connection, self._side, sql.LAYOUT, own.name)
             tables.append(self._side)
         if self.uses_leases:
-            await self._make(connection, nodes, NODES.format(nodes=nodes))
+            await self._make(connection, nodes, [NODES.format(nodes=nodes)])
             await self._check_may_use(connection, nodes)
         self._names = sql.fence_names(self._fence, own, self._side, nodes)
         self._statements.clear()
