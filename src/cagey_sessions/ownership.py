@@ -38,6 +38,7 @@ from .errors import (
 from .gateway import StoreGateway
 from .lifecycle import Lifecycle
 from .options import one_of
+from .quoting import quote
 from .records import EndReason
 from .replay import Replay
 from .stores import Claim, Outcome, Record
@@ -240,7 +241,7 @@ class Ownership:
         while (older := life.table.active_session(user_id)) is not None:
             if not life.table.is_ending(older):
                 if when_active == "refuse":
-                    raise UserActiveError(f"user {user_id!r:.80} has a live session", session=older)
+                    raise UserActiveError(f"user {quote(user_id)} has a live session", session=older)
                 await life.replace(older)
                 continue
             ending = life.endings.under_way.get(older)
@@ -248,7 +249,8 @@ class Ownership:
                 life.endings.resume(older, ending)  # somebody waits now
             if not await self._within_patience(life.endings.wait_ended(older)):
                 raise StoreUnavailableError(
-                    f"the last save of the earlier session of user {user_id!r:.80} is not acknowledged; try again later"
+                    f"the last save of the earlier session of user {quote(user_id)} is not acknowledged; "
+                    "try again later"
                 )
 
     async def _within_patience(self, waiting: Coroutine[Any, Any, object]) -> bool:
@@ -337,7 +339,7 @@ class Ownership:
                 session.mark_changed()  # what a block that raises has changed stays changed
         if session.user_data is not data and self._saver.fingerprint(data) != before:
             raise UsageError(
-                f"user_data was assigned while user {session.user_id!r:.80} was being edited: what this edit has "
+                f"user_data was assigned while user {quote(session.user_id)} was being edited: what this edit has "
                 "changed is not in it; edit again"
             )
         await self._life.persist(session)
@@ -375,13 +377,13 @@ class Ownership:
                 if epoch is None:
                     return
                 record = record._replace(epoch=epoch)
-                raise StoreUnavailableError(f"user {user_id!r:.80} had to be claimed again")
+                raise StoreUnavailableError(f"user {quote(user_id)} had to be claimed again")
             if outcome == Outcome.ERASED:
-                raise UserErasedError(f"user {user_id!r:.80} was erased meanwhile", user_id=user_id)
+                raise UserErasedError(f"user {quote(user_id)} was erased meanwhile", user_id=user_id)
             if outcome == Outcome.INVALID:
-                raise UnsavableError(f"the store refuses the data of user {user_id!r:.80}: {detail}", user_id=user_id)
+                raise UnsavableError(f"the store refuses the data of user {quote(user_id)}: {detail}", user_id=user_id)
             if outcome not in (Outcome.SAVED, Outcome.ALREADY):
-                raise StoreUnavailableError(f"{gateway.name} could not save user {user_id!r:.80}: {detail or outcome}")
+                raise StoreUnavailableError(f"{gateway.name} could not save user {quote(user_id)}: {detail or outcome}")
 
         await self._claims.persistently(save)
 
@@ -436,7 +438,7 @@ class Ownership:
     async def _end_erased(self, user_id: int | str) -> None:
         while (session := self._life.table.active_session(user_id)) is not None:
             self._life.endings.end_unsaved(
-                session, UserErasedError(f"user {user_id!r:.80} was erased", user_id=user_id)
+                session, UserErasedError(f"user {quote(user_id)} was erased", user_id=user_id)
             )
             await self._life.endings.wait_ended(session)
 
@@ -478,10 +480,11 @@ class Ownership:
             if claim.record is None:
                 raise  # it is the default
             raise CorruptRecordError(
-                f"the record of user {claim.user_id!r:.80} can be read but not be written again, and is left as it is: "
-                f"{error}",
+                f"the record of user {quote(claim.user_id)} can be read but not be written again, and is left as it "
+                f"is: {error}",
                 user_id=claim.user_id,
                 body=claim.record.body,
+                path=error.path,
             ) from error
 
     def _decode(self, record: Record) -> Any:
@@ -503,10 +506,10 @@ def _made(default: Callable[[], Any]) -> Any:
 
 def _taken_over(user_id: int | str, may_be_written: bool) -> FencedError:
     outcome = "whether this edit was written before that is not known" if may_be_written else "nothing was written"
-    return FencedError(f"another server has taken over user {user_id!r:.80}; {outcome}", user_id=user_id)
+    return FencedError(f"another server has taken over user {quote(user_id)}; {outcome}", user_id=user_id)
 
 
 def _not_found(user_id: int | str) -> UserNotFoundError:
     return UserNotFoundError(
-        f"the store has no user {user_id!r:.80}; give a default, a value or a function that makes one, to begin anew"
+        f"the store has no user {quote(user_id)}; give a default, a value or a function that makes one, to begin anew"
     )
