@@ -132,10 +132,10 @@ def is_text(value: object) -> TypeGuard[str]:
     return True
 
 
-def path_text(name: str, path: object) -> str:
+def path_text(name: str, path: Any) -> str:
     """The path of a file as a `str`; raises `OptionError`, which does not quote it, for one that no file can have."""
     try:
-        text = os.fspath(path)  # type: ignore[call-overload]
+        text = os.fspath(path)
     except Exception:  # a path of somebody's own may raise anything
         text = None
     if not isinstance(text, str):

@@ -43,7 +43,8 @@ cdef int require_user_id(user_id, required=None) except -1:
     try:
         size = len(user_id.encode())
     except UnicodeEncodeError:
-        raise InvalidUserIdError(f"a user id must be valid text; this one holds a lone surrogate: {quote(user_id)}") from None
+        raise InvalidUserIdError(
+            f"a user id must be valid text; this one holds a lone surrogate: {quote(user_id)}") from None
     if size > MAX_USER_ID_BYTES:
         raise InvalidUserIdError(
             f"a user id that is a str takes at most {MAX_USER_ID_BYTES} bytes of UTF-8; this one takes {size}")
@@ -168,9 +169,9 @@ cdef class SessionCore:
         same. If the last save fails, raises what it raised (`StoreUnavailableError` with a store, after `save_timeout`;
         `ListenerError` without); then the session stays hidden, keeps its user, and is tried again until it is saved:
         call once more to try at once, or with ``persist=False`` to let the data go. Raises `UnsavableError` before
-        anything changes if the data cannot be saved as it is, `OptionError`, `NothingSavesError` if nobody would perform the save, and
-        `SessionEndedError` if it is asked for too late. Raises `FencedError` or `UserErasedError` if the session has
-        lost its user meanwhile and ended unsaved.
+        anything changes if the data cannot be saved as it is, `OptionError`, `NothingSavesError` if nobody would
+        perform the save, and `SessionEndedError` if it is asked for too late. Raises `FencedError` or `UserErasedError`
+        if the session has lost its user meanwhile and ended unsaved.
         """
         cdef SessionTable table = require_made(self)
         if table.loud & (LOUD_ENDING | LOUD_ENDED) or (self.listeners is not None and not self.ended):
