@@ -70,7 +70,7 @@ async def member(request: Request, name: Name) -> Any:
 async def health(request: Request, response: Response) -> Any:
     found = request.state.manager.health()
     response.status_code = status.HTTP_200_OK if found else status.HTTP_503_SERVICE_UNAVAILABLE
-    return found
+    return {"state": found.state}  # the reason may name members
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ async def players(schema, fence="side_table", **settings):
     store = table(schema, **settings)
     await execute(
         PLAYERS.format(schema=schema),
-        *([store.ddl()] if fence == "columns" else []),
+        *(store.ddl() if fence == "columns" else []),
         f"INSERT INTO {schema}.players (id, email, gold, bag) VALUES (7, 'ann@example.org', 3, '[\"rope\"]')",
     )
     return store

@@ -30,6 +30,10 @@ class SharedStoreConformance(StoreConformance):
         """When the only lease runs out."""
         raise NotImplementedError
 
+    async def seconds_left(self) -> float:
+        """Until the lease of "a" runs out, or the doubt about it ends, by the clock of the engine."""
+        raise NotImplementedError
+
     async def renewal(self) -> None:
         """Wait until the only lease is renewed."""
         first = await self.alive_until()
@@ -49,6 +53,22 @@ class SharedStoreConformance(StoreConformance):
             assert await save(here, record(epoch=epoch)) == [FENCED]
             with pytest.raises(OwnedElsewhereError):
                 await here.erase(1, "a")
+
+    async def test_the_doubt_begins_with_the_first_ask_that_finds_the_lease_run_out(self, make):
+        """So the users of a dead server are free a third of a lease after that, and no sooner for an earlier ask."""
+        async with opened(make(lease=600), make(lease=600)) as (here, there):
+            await claim(here, 1, "a")
+            assert 500 < await self.seconds_left() <= 600, "after the last renewal"
+            for _ in range(3):
+                assert not (await claim(there, 1, "b")).granted
+            assert 500 < await self.seconds_left() <= 600, "whoever asks before it has run out begins nothing"
+            await self.expire()
+            assert not (await claim(there, 1, "b")).granted
+            assert 150 < await self.seconds_left() <= 200, "a third, from the first ask after that"
+            assert not (await claim(there, 1, "b")).granted
+            assert await self.seconds_left() <= 200, "a later ask does not make it longer"
+            await self.expire()
+            assert (await claim(there, 1, "b")).granted
 
     async def test_after_an_outage_whoever_comes_back_first_takes_nobodys_users(self, make):
         async with opened(make(), make()) as (here, there):

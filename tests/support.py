@@ -98,6 +98,17 @@ async def execute(*statements: str) -> None:
         await connection.close()
 
 
+async def execute_each(statements: list[str]) -> None:
+    """As a migration does, one statement at a time: the protocol for that takes no two in one text."""
+    assert isinstance(statements, list)
+    connection = await asyncpg.connect(POSTGRES)
+    try:
+        for statement in statements:
+            await connection.fetch(statement)
+    finally:
+        await connection.close()
+
+
 @asynccontextmanager
 async def new_role(schema: str) -> AsyncIterator[tuple[str, str]]:
     """A user of the server who may do nothing yet, for one schema of a test: the name, and a DSN for it."""

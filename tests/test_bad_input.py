@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 from datetime import timedelta
 
 import pytest
@@ -23,6 +24,9 @@ from cagey_sessions import (
     errors,
 )
 from cagey_sessions.options import SECOND, parse_duration
+from cagey_sessions.quoting import quote
+from cagey_sessions.stores import MemoryStore, PostgresStore, RedisStore, open_store
+from cagey_sessions.testing import world
 
 GOOD = {
     30: 30,
@@ -39,13 +43,39 @@ GOOD = {
     "500ms": 0.5,
     "250 ms": 0.25,
     "1.5 milliseconds": 0.0015,
+    "\t1h\n 30m ": 5400,
+    " 500  ms ": 0.5,
+    "1 week, 2 days, 3 hours, 4 minutes, 5 seconds": 788_645,
 }
 BAD = [
     *("90", "", "1m30", "1h 30", "1y", "1e3s", "8h:57m:28s", "5:1", "-5s", "0s", "abc", "1 fortnight", "-1ms", "0ms"),
-    *("999999999999999d", "1e400s"),
+    *("999999999999999d", "1e400s", "30s" + " " * 100, "\ud800s", "30\0s"),
     *(math.nan, math.inf, -math.inf, 0, -5, 1e300, 10**400, 10**5000),
     *(True, False, b"30s", [], {}, object(), timedelta(0), timedelta(seconds=-1)),
 ]
+
+
+def _advance(duration):
+    with world(lambda store, clock: SessionManager(store=store, clock=clock)) as here:
+        here.advance(duration)
+
+
+def _run(duration, call):
+    manager = SessionManager()
+    asyncio.run(getattr(manager, call)(deadline=duration))
+
+
+SETTINGS = {
+    "interval": lambda value: SessionManager(interval=value),
+    "save_timeout": lambda value: SessionManager(store=MemoryStore(), save_timeout=value),
+    "destroy": lambda value: _run(value, "destroy"),
+    "run_until_signal": lambda value: _run(value, "run_until_signal"),
+    "redis lease": lambda value: RedisStore(lease=value),
+    "postgres timeout": lambda value: PostgresStore(timeout=value),
+    "in a URL": lambda value: open_store(f"redis://localhost?lease={value}"),
+    "virtual time": _advance,
+}
+"""Wherever a duration is given."""
 
 
 @pytest.mark.parametrize("value", GOOD)
@@ -59,10 +89,30 @@ def test_case_70_durations_that_are_not(value):
         SessionManager(interval=value)
     assert isinstance(caught.value, ValueError)
     assert "interval" in str(caught.value)
-    if not isinstance(value, int) or abs(value) < 10**70:
-        assert repr(value)[:60] in str(caught.value)
+    assert quote(value) in str(caught.value)
     with pytest.raises(DurationError):
         create({}, {"user_data": {"persistence": {"interval": value}}})
+
+
+ENDLESS = [
+    "1h" + "\t" * 5000 + "!",
+    "1m" + " " * 5000 + "x",
+    "1" + " " * 5000 + "s!",
+    " " * 50_000 + "!",
+    "1" * 50_000,
+    "1." * 50_000 + "s",
+    "1:" * 50_000,
+    "1w, " * 20_000,
+    "1 w 1 d 1 h 1 m " * 5 + "!",
+]
+"""What a regular expression may take minutes or years for."""
+
+
+@pytest.mark.parametrize("text", ENDLESS, ids=range(len(ENDLESS)))
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_text_is_refused_as_a_duration_without_long_thought(setting, text):
+    with pytest.raises(DurationError):
+        SETTINGS[setting](text)
 
 
 def test_an_interval_that_would_only_keep_the_loop_busy_is_refused():
@@ -236,21 +286,134 @@ def test_a_manager_belongs_to_one_loop(make_manager):
         asyncio.run(session.start())
 
 
-async def test_a_manager_belongs_to_one_thread(make_manager):
-    manager = make_manager()
-    session = await manager.create("k")
-    await session.set_user(1, {})
-    for call in (
-        lambda: manager.find_by_key("k"),
-        lambda: manager.find_by_user(1),
-        manager.sessions,
-        lambda: session.set("a", 1),
-        lambda: session.user_data,
-        lambda: asyncio.run(session.persist_now()),
-    ):
-        with pytest.raises(WrongLoopError):
-            await asyncio.to_thread(call)
+async def _in_block(block):
+    async with block:
+        pass
+
+
+CALLS = {
+    # whose name it is, and a call of it
+    (SessionManager, "create"): lambda manager, session: manager.create(),
+    (SessionManager, "destroy"): lambda manager, session: manager.destroy(),
+    (SessionManager, "edit"): lambda manager, session: _in_block(manager.edit(1)),
+    (SessionManager, "erase"): lambda manager, session: manager.erase(1),
+    (SessionManager, "estimate_drain_seconds"): lambda manager, session: manager.estimate_drain_seconds(),
+    (SessionManager, "find_by_key"): lambda manager, session: manager.find_by_key("k"),
+    (SessionManager, "find_by_user"): lambda manager, session: manager.find_by_user(1),
+    (SessionManager, "health"): lambda manager, session: manager.health(),
+    (SessionManager, "off"): lambda manager, session: manager.off("created", print),
+    (SessionManager, "on"): lambda manager, session: manager.on("created", print),
+    (SessionManager, "once"): lambda manager, session: manager.once("created", print),
+    (SessionManager, "open"): lambda manager, session: manager.open(1),
+    (SessionManager, "persist_all_user_data"): lambda manager, session: manager.persist_all_user_data(),
+    (SessionManager, "read"): lambda manager, session: manager.read(1),
+    (SessionManager, "run_until_signal"): lambda manager, session: manager.run_until_signal(),
+    (SessionManager, "sessions"): lambda manager, session: manager.sessions(),
+    (SessionManager, "snapshot"): lambda manager, session: manager.snapshot("nowhere"),
+    (SessionManager, "spill_report"): lambda manager, session: manager.spill_report,
+    (SessionManager, "statistics"): lambda manager, session: manager.statistics(),
+    (SessionManager, "will_persist_user_data_on"): lambda manager, session: manager.will_persist_user_data_on(
+        "shutdown"
+    ),
+    (SessionManager, "__len__"): lambda manager, session: len(manager),
+    (SessionManager, "__aenter__"): lambda manager, session: _in_block(manager),
+    (Session, "destroy"): lambda manager, session: session.destroy(),
+    (Session, "get"): lambda manager, session: session.get("name"),
+    (Session, "login"): lambda manager, session: session.login(1),
+    (Session, "mark_changed"): lambda manager, session: session.mark_changed(),
+    (Session, "off"): lambda manager, session: session.off("destroy", print),
+    (Session, "on"): lambda manager, session: session.on("destroy", print),
+    (Session, "once"): lambda manager, session: session.once("destroy", print),
+    (Session, "persist_now"): lambda manager, session: session.persist_now(),
+    (Session, "set"): lambda manager, session: session.set("name", 1),
+    (Session, "set_user"): lambda manager, session: session.set_user(1, {}),
+    (Session, "start"): lambda manager, session: session.start(),
+    (Session, "user_data"): lambda manager, session: session.user_data,
+    (Session, "wait_ended"): lambda manager, session: session.wait_ended(),
+    (Session, "__aenter__"): lambda manager, session: _in_block(session),
+}
+READ_ANYWHERE = {
+    (Session, "alive"): True,
+    (Session, "end_reason"): None,
+    (Session, "key"): "k",
+    (Session, "user_id"): "ann",
+}
+"""What a session is, and whether it still is: neither can be half of anything."""
+
+
+def test_every_public_name_is_tried_in_the_wrong_place():
+    public = {(kind, name) for kind in (SessionManager, Session) for name in dir(kind) if not name.startswith("_")}
+    assert public == {each for each in {**CALLS, **READ_ANYWHERE} if not each[1].startswith("_")}
+
+
+def accepted(manager, session):
+    """What can be called here all the same."""
+    names = []
+    for (kind, name), call in CALLS.items():
+        try:
+            result = call(manager, session)
+            if hasattr(type(result), "__await__"):
+                asyncio.run(_called(result))
+        except WrongLoopError:
+            continue
+        except UsageError as refused:
+            name += f": {refused}"
+        names.append(f"{kind.__name__}.{name}")
+    for (kind, name), value in READ_ANYWHERE.items():
+        if getattr(session, name) != value:
+            names.append(f"{kind.__name__}.{name} has another value")
+    return names
+
+
+async def _called(result):
+    await result
+
+
+def _accepted_in_a_child(manager, session):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writing, repr(accepted(manager, session)).encode())
+        except BaseException as error:
+            os.write(writing, repr(error).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading, encoding="utf-8") as answer:
+        found = answer.read()
+    os.waitpid(child, 0)
+    return found
+
+
+@pytest.mark.parametrize("stored", [False, True])
+async def test_a_manager_belongs_to_one_thread(clock, tmp_path, stored):
+    manager, session = await _with_a_user(clock, tmp_path, stored)
+    assert await asyncio.to_thread(accepted, manager, session) == []
+    assert bool(manager), "a truth, and no call"
+    await session.destroy()
+    assert await asyncio.to_thread(session.__repr__) == "<Session user 'ann', ended: destroyed>"
     await manager.destroy()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("stored", [False, True])
+async def test_a_manager_is_of_no_use_in_a_forked_child(clock, tmp_path, stored):
+    manager, session = await _with_a_user(clock, tmp_path, stored)
+    assert _accepted_in_a_child(manager, session) == "[]"
+    await session.destroy()
+    await manager.destroy()
+
+
+async def _with_a_user(clock, tmp_path, stored):
+    if stored:
+        manager = SessionManager(store=MemoryStore(), spill=tmp_path / "spill", clock=clock)
+        session = await manager.create("k")
+        await session.login("ann", default={})
+    else:
+        manager = SessionManager(clock=clock)
+        session = await manager.create("k")
+        await session.set_user("ann", {})
+    return manager, session
 
 
 def test_every_error_has_one_root_and_a_name_that_ends_in_error():

@@ -236,7 +236,8 @@ def test_stored_data_of_the_wrong_shape_is_a_corrupt_record_with_its_path(change
     body = orjson.dumps(value)
     with pytest.raises(CorruptRecordError, match=says) as caught:
         encoding.load(stored(body))
-    assert "user_data" + path in str(caught.value)
+    assert caught.value.path == "user_data" + path
+    assert path not in str(caught.value)
     assert "canary" not in str(caught.value).replace('["canary"]', "")
     assert caught.value.body == body
 
@@ -244,7 +245,7 @@ def test_stored_data_of_the_wrong_shape_is_a_corrupt_record_with_its_path(change
 def test_missing_fields_take_their_default():
     assert players.decode({"gold": 5}) == Player(5)
     assert players.decode({"gold": 5}).bag is not players.decode({"gold": 5}).bag
-    with pytest.raises(EncodingError, match=r'user_data\["gold"\]: is missing, and Player has no default for it'):
+    with pytest.raises(EncodingError, match="is missing, and Player has no default for it"):
         players.decode({})
     with pytest.raises(EncodingError, match="not list"):
         players.decode([])
@@ -253,7 +254,7 @@ def test_missing_fields_take_their_default():
 def test_unknown_members_can_be_dropped():
     dropping = dataclass_codec(Player, unknown="drop")
     assert dropping.decode({"gold": 5, "old": 1, "bag": [{"name": "a", "older": {}}]}) == Player(5, [Item("a")])
-    with pytest.raises(OptionError, match="'refuse' or 'drop'"):
+    with pytest.raises(OptionError, match="one of 'refuse', 'drop'"):
         dataclass_codec(Player, unknown="ignore")  # type: ignore[arg-type]
 
 

@@ -96,8 +96,9 @@ class Holder:
 
 def test_a_class_that_refuses_its_values_is_named_with_the_path():
     holders = dataclass_codec(Holder)
-    with pytest.raises(CorruptRecordError, match=r'user_data\["picky"\]\[0\]: Picky raised ValueError') as caught:
+    with pytest.raises(CorruptRecordError, match="Picky raised ValueError") as caught:
         Encoding(decode=holders.decode).load(stored(b'{"picky":[{"size":-1}]}'))
+    assert caught.value.path == 'user_data["picky"][0]'
     assert "canary" not in str(caught.value)
     assert str(caught.value.__cause__) == "canary"
 
@@ -181,7 +182,7 @@ def test_a_field_that_cannot_be_stored_is_named_when_the_codec_is_made(annotatio
         (Custom, r"Custom\.a: its constructor does not take"),
         (Unknown, "Unknown: its annotations cannot be read"),
         (Box, r"Box\.value"),
-        (int, "takes a dataclass, not int"),
+        (int, "takes a dataclass, not <class 'int'>"),
         (Item("a"), "takes a dataclass"),
         (list[int], "takes a dataclass"),
         (None, "takes a dataclass"),

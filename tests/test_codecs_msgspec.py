@@ -147,13 +147,14 @@ def test_a_stored_struct_of_the_wrong_shape_is_a_corrupt_record_with_its_path(va
     body = orjson.dumps(value)
     with pytest.raises(CorruptRecordError, match=says) as caught:
         Encoding(things.encode, things.decode).load(stored(body))
-    assert f"user_data{path}: " in str(caught.value)
+    assert caught.value.path == f"user_data{path}"
+    assert not path or path not in str(caught.value)
     assert "canary" not in str(caught.value)
 
 
 def test_unknown_members_are_msgspecs_choice():
     assert things.decode({"name": "a", "old": 1}) == Thing("a")
-    with pytest.raises(EncodingError, match="unknown field"):
+    with pytest.raises(EncodingError, match="has a member that is no field"):
         msgspec_codec(Strict).decode({"a": 1, "old": 1})
 
 

@@ -164,8 +164,8 @@ async def test_functions_that_would_have_to_wait_are_refused():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"encode": 1}, "encode is a function, not int"),
-        ({"decode": "json"}, "decode is a function, not str"),
+        ({"encode": 1}, "encode is a function, not 1"),
+        ({"decode": "json"}, "decode is a function, not 'json'"),
         *(({"schema": schema}, "schema is a whole number") for schema in (-1, 2**31, 1.0, True, "1", None, 10**5000)),
         *(({"max_bytes": size}, "max_bytes is a whole number") for size in (0, -1, 1.0, True, "1", None)),
     ],

@@ -13,19 +13,23 @@ import sqlite3
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import aiohttp.web
 import asyncpg
 import httpx
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.server import serve
 from websockets.exceptions import ConnectionClosed
 
 import cagey_sessions
+from cagey_sessions import SessionManager
+from cagey_sessions.stores import MemoryStore
 from support import POSTGRES, drop_schema, needs_server
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -180,6 +184,192 @@ def test_the_chat_keeps_its_members_in_their_table(tmp_path, members):
     with running(program, DATABASE_URL=address, PORT=port) as chat:
         asyncio.run(come_back())
         chat.stop()
+
+
+# How a connection is closed with its session
+
+STARLETTE = """
+import sys
+import uvicorn
+from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
+
+from cagey_sessions import CageySessionsError, SessionManager
+from cagey_sessions.stores import MemoryStore
+
+{hang_up}
+
+async def play(socket):
+    await socket.accept()
+    try:
+        async with await manager.create() as session:
+            {listens}
+            await session.login(socket.path_params["name"], default={{}})
+            async for text in socket.iter_text():
+                if text == "leave":
+                    break
+                await socket.send_text(text)
+    except CageySessionsError as error:
+        print(type(error).__name__, flush=True)
+
+
+async def main():
+    global manager
+    async with SessionManager(store=MemoryStore()) as manager:
+        app = Starlette(routes=[WebSocketRoute("/{{name}}", play)])
+        config = uvicorn.Config(app, port=int(sys.argv[1]), ws=sys.argv[2], timeout_graceful_shutdown=2)
+        await uvicorn.Server(config).serve()
+
+
+import asyncio
+asyncio.run(main())
+"""
+WEB_SOCKETS = ["websockets", "websockets-sansio"]
+"""What uvicorn speaks to a client with."""
+
+
+def of_the_page() -> tuple[str, str]:
+    """The function that the page of the examples shows, and how it is to be used."""
+    page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (use,) = re.findall(r'`(session\.on\("destroy", lambda: .*?)`', page)
+    return code, use
+
+
+async def gone(program: Program, client: ClientConnection) -> None:
+    """Wait until a connection that the server closes is closed."""
+    async with asyncio.timeout(20):
+        with pytest.raises(ConnectionClosed):
+            while True:
+                await client.recv()
+
+
+async def come_and_go(program: Program, port: str) -> None:
+    """A connection ends in every way there is."""
+    await until_it_listens(port)
+    url = f"ws://127.0.0.1:{port}"
+
+    async def arrive(name: str) -> ClientConnection:
+        client = await connect(f"{url}/{name}")
+        await client.send("hello")
+        assert await said_to(client) == "hello"
+        return client
+
+    await (await arrive("closes")).close()
+    (await arrive("vanishes")).transport.abort()
+    leaves = await arrive("leaves")
+    await leaves.send("leave")
+    await gone(program, leaves)
+    older, newer = await arrive("twice"), await arrive("twice")
+    await gone(program, older)
+    stays = await arrive("stays")
+    await asyncio.to_thread(program.process.send_signal, signal.SIGTERM)
+    await asyncio.gather(gone(program, newer), gone(program, stays))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ws", WEB_SOCKETS)
+def test_the_advice_for_starlette_closes_a_connection_however_it_ends(tmp_path, ws):
+    code, use = of_the_page()
+    program, port = tmp_path / "server.py", free_port()
+    program.write_text(STARLETTE.format(hang_up=code, listens=use), encoding="utf-8")
+    with running(program, port, ws) as server:
+        asyncio.run(come_and_go(server, port))
+        server.out, server.err = server.process.communicate(timeout=60)
+    assert "Traceback" not in server.err, server.err
+    assert set(server.out.split()) <= {"SessionEndedError"}, "who has logged in again has no session any more"
+
+
+@pytest.mark.slow
+def test_without_the_advice_an_ordinary_disconnect_raises(tmp_path):
+    program, port = tmp_path / "server.py", free_port()
+    listens = 'session.on("destroy", socket.close)'
+    program.write_text(STARLETTE.format(hang_up="", listens=listens), encoding="utf-8")
+    with running(program, port, WEB_SOCKETS[1]) as server:
+        asyncio.run(come_and_go(server, port))
+        server.out, server.err = server.process.communicate(timeout=60)
+    assert "ListenerError" in server.out.split()
+
+
+async def until_it_ends(manager: SessionManager[Any], socket: Any, read: Any, raised: list[BaseException]) -> None:
+    """What a handler does with its connection."""
+    try:
+        async with await manager.create() as session:
+            session.on("destroy", socket.close)
+            await session.login("ann", default={})
+            await read()
+    except BaseException as error:
+        raised.append(error)
+        raise
+
+
+async def read_all(messages: Any) -> None:
+    async for _ in messages:
+        pass
+
+
+@asynccontextmanager
+async def served(kind: str, manager: SessionManager[Any], raised: list[BaseException]) -> AsyncIterator[int]:
+    """A server of that kind: its port."""
+    if kind == "asyncio":
+        done = []
+
+        async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            done.append(asyncio.current_task())
+            with suppress(ConnectionError):
+                await until_it_ends(manager, writer, lambda: read_all(reader), raised)
+
+        server = await asyncio.start_server(stream, "127.0.0.1", 0)
+        yield server.sockets[0].getsockname()[1]
+        server.close()
+        await asyncio.wait(done)
+    elif kind == "websockets":
+
+        async def answer(socket: Any) -> None:
+            await until_it_ends(manager, socket, lambda: read_all(socket), raised)
+
+        async with serve(answer, "127.0.0.1", 0) as sockets:
+            yield next(iter(sockets.sockets)).getsockname()[1]
+    else:
+
+        async def handle(request: aiohttp.web.Request) -> aiohttp.web.WebSocketResponse:
+            socket = aiohttp.web.WebSocketResponse()
+            await socket.prepare(request)
+            await until_it_ends(manager, socket, lambda: read_all(socket), raised)
+            return socket
+
+        runner = aiohttp.web.AppRunner(aiohttp.web.Application())
+        runner.app.router.add_get("/", handle)
+        await runner.setup()
+        site = aiohttp.web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        yield runner.addresses[0][1]
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize("vanishes", [False, True])
+@pytest.mark.parametrize("kind", ["asyncio", "aiohttp", "websockets"])
+async def test_the_others_are_closed_by_the_listener_alone(kind, vanishes):
+    manager: SessionManager[Any] = SessionManager(store=MemoryStore())
+    raised: list[BaseException] = []
+    ended = asyncio.Event()
+    manager.on("destroy", lambda session: ended.set())
+    identified = asyncio.Event()
+    manager.on("identified", lambda *_: identified.set())
+    async with served(kind, manager, raised) as port, asyncio.timeout(30):
+        if kind == "asyncio":
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            transport, close = writer.transport, writer.close
+        else:
+            client = await connect(f"ws://127.0.0.1:{port}/")
+            transport, close = client.transport, client.close
+        await identified.wait()
+        left = transport.abort() if vanishes else close()
+        if left is not None:
+            await left
+        await ended.wait()
+    assert [error for error in raised if not isinstance(error, ConnectionError | ConnectionClosed)] == []
+    await manager.destroy()
 
 
 # An arena with aiohttp

@@ -92,8 +92,50 @@ async def test_data_that_cannot_be_saved_is_counted_until_it_can(clock: ManualCl
     session = await let_time_pass(clock, manager.open(1, default={"n": 0}))
     session.user_data["n"] = {1, 2}
     await clock.advance("31s")
-    assert manager.health() == Health("degraded", "users whose data cannot be saved as it is: 1")
+    assert manager.health() == Health("degraded", "users whose data cannot be saved as it is: 1 (1)")
     session.user_data["n"] = [1, 2]
+    await clock.advance("31s")
+    assert manager.health() == Health("ok", "")
+    await let_time_pass(clock, manager.destroy())
+
+
+async def test_another_thread_has_the_figures_handed_over(clock: ManualClock):
+    manager = SessionManager(clock=clock)
+    await manager.create()
+    loop = asyncio.get_running_loop()
+
+    async def figures() -> tuple[int, str]:
+        return manager.statistics().live, manager.health().state
+
+    def export() -> tuple[int, str]:
+        return asyncio.run_coroutine_threadsafe(figures(), loop).result(timeout=30)
+
+    assert await asyncio.to_thread(export) == (1, "ok")
+    await manager.destroy()
+
+
+async def test_users_whose_data_cannot_be_saved_are_named(clock: ManualClock, store: ScriptedStore):
+    manager = SessionManager(store=store, clock=clock)
+    sessions = [await manager.open(user_id, default={}) for user_id in ("ann", 7, "b" * 1000)]
+    sessions[0].user_data["bag"] = {1}
+    await clock.advance("31s")
+    found = manager.health()
+    assert found == Health("degraded", "users whose data cannot be saved as it is: 1 ('ann')")
+    for session in sessions:
+        session.user_data["bag"] = {1}
+    await clock.advance("31s")
+    assert manager.health().reason.startswith("the oldest unsaved state is 62.0 s old; users whose data cannot be ")
+    assert all(name in manager.health().reason for name in ("'ann'", "7", "'bbb"))
+    more = [await manager.open(user_id, default={}) for user_id in range(1000, 1020)]
+    for session in more:
+        session.user_data["bag"] = {1}
+    await clock.advance("31s")
+    reason = manager.health().reason.partition("; ")[2]
+    assert reason.startswith("users whose data cannot be saved as it is: 23 (")
+    assert reason.endswith(", ...)")
+    assert len(reason) < 1000
+    for session in (*sessions, *more):
+        session.user_data.clear()
     await clock.advance("31s")
     assert manager.health() == Health("ok", "")
     await let_time_pass(clock, manager.destroy())

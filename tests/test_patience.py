@@ -40,7 +40,7 @@ def silenced(name: str) -> Callable[..., Any]:
     return method
 
 
-for name in ("open", "claim_many", "save_many", "load", "erase", "release"):
+for name in ("open", "claim_many", "save_many", "load", "erase", "release_many"):
     setattr(Silent, name, silenced(name))
 
 

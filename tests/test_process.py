@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 
 import support
+from cagey_sessions import SessionManager
+from cagey_sessions.stores import MemoryStore
 
 PRELUDE = """
 import asyncio, gc, os, signal, sys, threading
@@ -149,6 +154,46 @@ def test_a_forked_child_can_neither_use_nor_warn_about_the_manager():
     )
     assert done.stdout == "refused\n"
     assert done.stderr == ""
+
+
+async def test_a_manager_that_nobody_keeps_saves_on(clock, store):
+    """It has users, and an interval: somebody may be playing."""
+
+    async def forget() -> weakref.ref[object]:
+        manager = SessionManager(store=store, clock=clock, interval="30s")
+        session = await manager.open("ann", default={"n": 0})
+        session.user_data["n"] = 1
+        return weakref.ref(session)
+
+    session = await forget()
+    gc.collect()
+    await clock.advance("31s")
+    assert store.stored("ann") == {"n": 1}
+    left = session()
+    assert left is not None and left.alive
+    left.user_data["n"] = 2
+    del left
+    gc.collect()
+    await clock.advance("31s")
+    assert store.stored("ann") == {"n": 2}
+    await session().destroy()
+
+
+def test_a_manager_that_nobody_keeps_ends_with_its_loop(caplog):
+    async def forget() -> weakref.ref[object]:
+        manager = SessionManager(store=MemoryStore(), interval="1h")
+        session = weakref.ref(await manager.open("ann", default={}))
+        del manager
+        await asyncio.sleep(0)
+        gc.collect()
+        assert session() is not None
+        assert not caplog.records
+        return session
+
+    session = asyncio.run(forget())
+    gc.collect()
+    assert session() is None
+    assert [record.message[:16] for record in caplog.records] == ["unsaved users: 1"]
 
 
 def test_a_listener_that_ends_the_process_can():

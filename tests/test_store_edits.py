@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from cagey_sessions import (
+    DrainError,
     EncodingError,
     EndReason,
     OwnedElsewhereError,
@@ -16,6 +17,7 @@ from cagey_sessions import (
     UserErasedError,
     UserNotFoundError,
 )
+from cagey_sessions.stores import CallbackStore
 from support import ScriptedStore, end, let_time_pass, turns
 
 
@@ -31,6 +33,112 @@ async def test_read_gives_a_private_copy_of_what_is_live_or_stored(clock, store,
     assert store.owner_of(2) == ""
     with pytest.raises(UserNotFoundError):
         await manager.read(3)
+    await end(clock, manager)
+
+
+async def _leave_in_vain(clock, manager, session):
+    """Have a session wait, hidden, for a last save that is not acknowledged."""
+    with pytest.raises(StoreUnavailableError):
+        await let_time_pass(clock, session.destroy())
+    assert manager.find_by_user(session.user_id) is None
+    assert session.alive
+
+
+async def test_read_of_a_session_that_waits_for_a_lost_reply_gives_what_somebody_else_has_saved_since(clock, store):
+    """The last save came through, and let go of the user; only its reply was lost."""
+    here = SessionManager(store=store, clock=clock)
+    session = await here.open("ann", default={"n": 0})
+    session.user_data["n"] = 1
+    store.script = ["lose", *[StoreUnavailableError("cut")] * 10_000]
+    await _leave_in_vain(clock, here, session)
+    assert store.owner_of("ann") == ""
+    assert await let_time_pass(clock, here.read("ann")) == {"n": 1}
+    there = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
+    other = await let_time_pass(clock, there.open("ann"))
+    other.user_data["n"] = 2
+    await let_time_pass(clock, other.persist_now())
+    assert session.user_data == {"n": 1}
+    assert await let_time_pass(clock, here.read("ann")) == {"n": 2}
+    await let_time_pass(clock, other.destroy())
+    assert await let_time_pass(clock, here.read("ann")) == {"n": 2}, "also when nobody has the user any more"
+    store.script = []
+    await clock.advance("20s")
+    assert session.end_reason == EndReason.FENCED
+    await end(clock, there, here)
+
+
+@pytest.mark.parametrize("saved_before", [False, True])
+async def test_read_of_a_session_whose_last_save_is_not_written_gives_its_data(clock, store, manager, saved_before):
+    session = await manager.open("ann", default={"n": 0})
+    if saved_before:
+        await session.persist_now()
+    session.user_data["n"] = 1
+    store.script = [StoreUnavailableError("cut")] * 10_000
+    await _leave_in_vain(clock, manager, session)
+    assert store.stored("ann") == ({"n": 0} if saved_before else None)
+    found = await let_time_pass(clock, manager.read("ann"))
+    assert found == {"n": 1}
+    found["n"] = 7
+    assert session.user_data == {"n": 1}, "a private copy"
+    store.script = []
+    await end(clock, manager)
+
+
+async def test_read_of_a_session_that_ends_meanwhile_gives_what_it_has_saved(clock, store, manager):
+    session = await manager.open("ann", default={"n": 0})
+    session.user_data["n"] = 1
+    store.script = ["5s"]
+    ending = asyncio.create_task(session.destroy())
+    await clock.advance("1s")
+    asked, holder, gate = asyncio.Event(), store.holder, asyncio.Event()
+
+    async def slowly(user_id):
+        answer = await holder(user_id)
+        asked.set()
+        await gate.wait()
+        return answer
+
+    store.holder = slowly
+    reading = asyncio.create_task(manager.read("ann"))
+    await asked.wait()
+    await clock.advance("5s")
+    assert ending.done() and not session.alive
+    gate.set()
+    assert await let_time_pass(clock, reading) == {"n": 1}
+    await end(clock, manager)
+
+
+async def test_read_in_one_process_alone_gives_the_data_of_a_session_that_waits(clock):
+    """Nobody else can have saved it since, so the program is not asked."""
+    loads = []
+
+    def save_many(records):
+        raise OSError("cut")
+
+    manager = SessionManager(store=CallbackStore(loads.append, save_many), clock=clock)
+    session = await manager.open("ann", default={"n": 0})
+    session.user_data["n"] = 1
+    await _leave_in_vain(clock, manager, session)
+    loads.clear()
+    assert await manager.read("ann") == {"n": 1}
+    assert loads == []
+    with pytest.raises(DrainError):
+        await let_time_pass(clock, manager.destroy(deadline="1s"))
+
+
+async def test_read_of_a_session_that_is_ended_by_an_erasure_finds_nobody(clock, store, manager):
+    session = await manager.open("ann", default={"n": 0})
+    await session.persist_now()
+    found = []
+
+    @session.on("before_destroy")
+    async def read():
+        with pytest.raises(UserNotFoundError):
+            await manager.read("ann")
+        found.append("nobody")
+
+    assert await let_time_pass(clock, manager.erase("ann"))
+    assert found == ["nobody"]
     await end(clock, manager)
 
 

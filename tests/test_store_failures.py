@@ -219,6 +219,22 @@ async def test_an_erased_user_is_never_written_again(clock, store, manager):
     await end(clock, manager)
 
 
+async def test_two_users_saved_at_once_are_two_saves(clock, store, manager):
+    """In one statement, mostly, and yet one of them may be stored without the other."""
+    ann, bob = await changed(manager, "ann"), await changed(manager, "bob")
+    await let_time_pass(clock, manager.persist_all_user_data())
+    store.batches.clear()
+    ann.user_data["sword"], bob.user_data["gold"] = 1, 50
+    store.verdict_of["bob"] = Verdict(Outcome.FAILED, "the row is locked")
+    both = asyncio.gather(ann.persist_now(), bob.persist_now(), return_exceptions=True)
+    receipt, refused = await let_time_pass(clock, both)
+    assert len(store.batches[0].records) == 2, "they shared a call of the store"
+    assert receipt.changed and isinstance(refused, StoreUnavailableError)
+    assert "sword" in store.stored("ann") and "gold" not in store.stored("bob"), "what a crash would leave now"
+    store.verdict_of.clear()
+    await end(clock, manager)
+
+
 # Data that cannot be saved
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import cagey_sessions
-from cagey_sessions import SessionManager
+from cagey_sessions import OptionError, SessionManager
 from cagey_sessions.testing import CrashTestError, StuckError, WorldError, crash_test, world
 
 
@@ -221,9 +221,9 @@ def test_what_play_raises_is_raised():
 
 
 def test_misuse_of_crash_test():
-    with pytest.raises(TypeError, match="invariant is a function"):
+    with pytest.raises(OptionError, match="invariant is a function"):
         crash_test(make_manager, peaceful, None)
-    with pytest.raises(TypeError, match="async def"):
+    with pytest.raises(OptionError, match="async def"):
         crash_test(make_manager, lambda manager: None, total)
 
 

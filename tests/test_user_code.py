@@ -389,7 +389,7 @@ async def test_a_save_that_raises_for_one_user_stops_no_save_of_another(kind, ra
     assert end.value.user_ids == (BAD,)
 
 
-@pytest.mark.parametrize("method", ["open", "claim_many", "save_many", "release", "load", "erase", "holder"])
+@pytest.mark.parametrize("method", ["open", "claim_many", "save_many", "release_many", "load", "erase", "holder"])
 async def test_a_method_of_a_store_that_raises_once_is_called_again(method, raised, clock):
     class Odd(MemoryStore):
         shared = True
@@ -424,7 +424,7 @@ async def test_a_method_of_a_store_that_raises_once_is_called_again(method, rais
             await let_time_pass(clock, call(2))
         except Exception as error:
             assert isinstance(error, (StoreError, LookupError, type(raised()), RuntimeError)), error
-    Odd.is_on = method == "release"
+    Odd.is_on = method == "release_many"
     await clock.advance("5s")
     report = await let_time_pass(clock, manager.destroy())
     assert report.unsaved == ()

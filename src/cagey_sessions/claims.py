@@ -29,6 +29,7 @@ from .errors import (
 from .gateway import StoreGateway
 from .lifecycle import Lifecycle
 from .options import SECOND
+from .quoting import quote
 from .reclaiming import claims_of
 from .releases import FIRST_RETRY, LONGEST_RETRY, Releases, leave
 from .stores import Claim, Record
@@ -131,7 +132,7 @@ class Claims:
         target = Wait(turn, Kind.TURN)
         if would_deadlock(target):
             raise WouldDeadlockError(
-                f"a call that is at work on user {user_id!r:.80} waits for this very code, which would wait for that "
+                f"a call that is at work on user {quote(user_id)} waits for this very code, which would wait for that "
                 "call; do it outside of that listener or edit block"
             )
         turn.calls += 1
@@ -153,7 +154,7 @@ class Claims:
                 await turn.take(self._life.clock, until)
         except TimeoutError:
             raise StoreUnavailableError(
-                f"another call is at work on user {user_id!r:.80} and has not come to its end; try again later"
+                f"another call is at work on user {quote(user_id)} and has not come to its end; try again later"
             ) from None
 
     def is_at_work(self, user_id: int | str) -> bool:
@@ -166,7 +167,7 @@ class Claims:
             await self._gateway.wait_for(write, self._gateway.timeout)
             if not write.done():
                 raise StoreUnavailableError(
-                    f"an earlier write of user {user_id!r:.80} has not returned, and would land on top of what follows"
+                    f"an earlier write of user {quote(user_id)} has not returned, and would land on top of what follows"
                 )
 
     async def claim(self, user_id: int | str) -> Claim:
@@ -178,7 +179,7 @@ class Claims:
         claim = await self.persistently(lambda until: self._wait_for_claim(user_id, until))
         if not claim.granted:
             raise OwnedElsewhereError(
-                f"user {user_id!r:.80} is on another server ({claim.owner})", user_id=user_id, owner=claim.owner
+                f"user {quote(user_id)} is on another server ({claim.owner})", user_id=user_id, owner=claim.owner
             )
         try:
             check_claim(claim)

@@ -25,6 +25,7 @@ from .errors import (
     OwnedElsewhereError,
 )
 from .options import SECOND, SHORTEST_INTERVAL, duration_of, parse_duration
+from .quoting import quote
 from .stores.urls import engine_of
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def _show(arguments: argparse.Namespace) -> int:
         return _show_damaged({"user_id": user_id}, error)
     if record is None:
         has = f"; {owner} has them, and has not saved them yet" if owner else ""
-        return _not_done(f"{user_id!r:.80} is not stored{has}")
+        return _not_done(f"{quote(user_id)} is not stored{has}")
     fields = {
         "user_id": user_id,
         "owner": owner or None,
@@ -265,20 +266,20 @@ def _erase(arguments: argparse.Namespace) -> int:
     user_id = _user_id(arguments)
     try:
         if tools.find(arguments.url, user_id).record is None:
-            return _not_done(f"{user_id!r:.80} is not stored; nothing was erased")
+            return _not_done(f"{quote(user_id)} is not stored; nothing was erased")
     except CorruptRecordError as error:
         _say(f"cagey-sessions: {error}")
     if not arguments.yes:
         if not sys.stdin.isatty():
             return _refuse("stdin is not a terminal to ask at; add --yes")
-        print(f"Erase user {user_id!r:.80} for good? [y/N] ", end="", file=sys.stderr, flush=True)
+        print(f"Erase user {quote(user_id)} for good? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             return _not_done("nothing was erased")
     try:
         tools.erase(arguments.url, user_id)
     except OwnedElsewhereError as error:
         return _not_done(str(error))
-    _say(f"{user_id!r:.80} is erased")
+    _say(f"{quote(user_id)} is erased")
     return 0
 
 
@@ -289,7 +290,7 @@ def _user_id(arguments: argparse.Namespace) -> int | str:
     try:
         return int(text)
     except ValueError:
-        raise InvalidUserIdError(f"{text!r:.80} is not a number, as --int says") from None
+        raise InvalidUserIdError(f"{quote(text)} is not a number, as --int says") from None
 
 
 def _print_json(value: object) -> None:
@@ -332,7 +333,7 @@ def _whole(smallest: int, largest: int) -> Callable[[str], int]:
     def whole(text: str) -> int:
         if text.isdecimal() and smallest <= int(text) <= largest:
             return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a whole number from {smallest} to {largest}")
+        raise argparse.ArgumentTypeError(f"{quote(text)} is not a whole number from {smallest} to {largest}")
 
     return whole
 
@@ -352,7 +353,7 @@ def _new_place(text: str) -> str:
         return text
     path = Path(text.removeprefix("sqlite:///"))
     if path.exists():
-        raise argparse.ArgumentTypeError(f"{text!r:.80} exists already; name a new file")
+        raise argparse.ArgumentTypeError(f"{quote(text)} exists already; name a new file")
     if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is in a folder that does not exist")
+        raise argparse.ArgumentTypeError(f"{quote(text)} is in a folder that does not exist")
     return str(path)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
-from ._core import path_of
+from ._core import path_of, refusal
 from .converters import (
     SIMPLE,
     Convert,
@@ -29,6 +29,8 @@ from .converters import (
     union_converter,
 )
 from .errors import EncodingError, MissingExtraError, OptionError
+from .options import one_of
+from .quoting import quote
 
 __all__ = ["Codec", "dataclass_codec", "msgspec_codec"]
 
@@ -71,9 +73,8 @@ def dataclass_codec(cls: type[T], *, unknown: Literal["refuse", "drop"] = "refus
     The fields are looked at here, once. Raises `OptionError` for a field that cannot be stored, and names it.
     """
     if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
-        raise OptionError(f"dataclass_codec takes a dataclass, not {name_of(cls)}")
-    if unknown not in ("refuse", "drop"):
-        raise OptionError("unknown is 'refuse' or 'drop': what becomes of stored members that are no fields")
+        raise OptionError(f"dataclass_codec takes a dataclass, not {quote(cls)}")
+    one_of("unknown", unknown, ("refuse", "drop"))
     converter = _Converters(drops_unknown=unknown == "drop").of(cls, cls.__name__)
     return Codec(_with_path(converter.encode), _with_path(converter.decode))
 
@@ -83,8 +84,7 @@ def _with_path(convert: Convert) -> Convert:
         try:
             return convert(value)
         except Refused as refused:
-            path = path_of(reversed(refused.steps))
-            raise EncodingError(f"{path}: {refused}", path=path) from refused.__cause__
+            raise refusal(path_of(reversed(refused.steps)), str(refused)) from refused.__cause__
         except RecursionError:
             raise EncodingError("user_data: too deeply nested, or inside itself") from None
 
@@ -242,15 +242,16 @@ def msgspec_codec(kind: Any) -> Codec[Any]:
         ) from error
     try:
         msgspec.json.Decoder(kind)
-    except TypeError as error:
-        raise OptionError(f"msgspec_codec: {error}") from error
+    except Exception as error:  # it shows what it was given, which may raise anything
+        what = f"{name_of(kind)} ({type(error).__name__})"
+        raise OptionError(f"msgspec_codec: msgspec has no codec for {what}") from error
 
     def decode(stored: Any) -> Any:
         try:
             return msgspec.convert(stored, kind, str_keys=True)
         except msgspec.ValidationError as error:
             path, reason = _read_validation_error(error)
-            raise EncodingError(f"{path}: {reason}", path=path) from error.__cause__
+            raise refusal(path, reason) from error.__cause__
 
     def encode(value: Any) -> Any:
         try:
@@ -275,8 +276,10 @@ def _read_validation_error(error: Exception) -> tuple[str, str]:
     """Path and reason of msgspec's error; the reason without anything of the data, which some of its messages quote."""
     reason, _, place = str(error).partition(" - at `")
     path = re.sub(r"\.([^.\[\]]+)", r'["\1"]', "user_data" + place[place.find("$") + 1 :].rstrip("`"))
-    if error.__cause__ is not None:
+    if reason.startswith("Object contains unknown field"):  # the name is one of the data
+        reason = "has a member that is no field"
+    elif error.__cause__ is not None:
         reason = f"refused with {type(error.__cause__).__name__}"
-    elif not reason.startswith(("Expected `", "Object missing", "Object contains")):
+    elif not reason.startswith(("Expected `", "Object missing")):
         reason = "is not a value that its annotation allows"
     return path, reason

@@ -14,6 +14,7 @@ from typing import Any, Final, NoReturn, get_args
 from uuid import UUID
 
 from .errors import OptionError
+from .quoting import quote
 
 __all__ = [
     "SIMPLE",
@@ -59,7 +60,13 @@ class Converter:
 
 
 def name_of(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else f"{hint!r:.80}"
+    """An annotation, as messages name it."""
+    if isinstance(hint, type) and not get_args(hint):
+        return quote(hint.__name__)[1:-1]
+    try:
+        return f"{hint!r:.80}"  # it is made of types, and of what a program has written into it
+    except Exception:  # or of something else
+        return quote(hint)
 
 
 def refuse_type(wanted: str, value: object) -> NoReturn:

@@ -18,6 +18,7 @@ from .endings import Ending
 from .errors import DrainDeadlineError, DrainError, ListenerError, ManagerClosedError, SnapshotError
 from .lifecycle import Lifecycle, name_some
 from .options import SECOND
+from .quoting import quote
 from .records import DrainReport, EndReason, UnsavedUser
 from .threads import in_thread
 from .user_code import current_task, is_for_this_task
@@ -118,7 +119,7 @@ class _Drain:
             if len(self.errors) < MOST_ERRORS:
                 self.errors.append(error)
             else:
-                self._life.reports.say("error", "user %r: %s", session.user_id, error.message)
+                self._life.reports.tell(f"user {quote(session.user_id)}", error)
         elif ending.reason in (EndReason.UNSAVED, EndReason.FENCED) and session.user_id is not None:
             age = self._life.autosave.age(self._life.table.saved_at(session))
             assert ending.last_error is not None

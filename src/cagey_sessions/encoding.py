@@ -12,12 +12,15 @@ A codec (`codecs.py`) is the pair of functions in the outer column; so are any t
 from __future__ import annotations
 
 import inspect
+import sys
 import types
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from ._core import decode_plain, encode_plain
 from .errors import CorruptRecordError, EncodingError, NewerSchemaError, OptionError
+from .options import is_any
+from .quoting import quote
 from .user_code import END_OF_PROCESS
 
 __all__ = ["MAX_BYTES", "Encoding", "Stored"]
@@ -62,13 +65,13 @@ class Encoding:
     ) -> None:
         for name, function in (("encode", encode), ("decode", decode)):
             if function is not None and not callable(function):
-                raise OptionError(f"{name} is a function, not {type(function).__name__}")
-            if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+                raise OptionError(f"{name} is a function, not {quote(function)}")
+            if is_any(function, inspect.iscoroutinefunction, inspect.isasyncgenfunction):
                 raise OptionError(f"{name} is called in one step and cannot wait; make it a plain function")
         if type(schema) is not int or not 0 <= schema <= LAST_SCHEMA:
-            raise OptionError(f"schema is a whole number from 0 to {LAST_SCHEMA}{_given(schema)}")
-        if type(max_bytes) is not int or max_bytes < 1:
-            raise OptionError(f"max_bytes is a whole number from 1 upwards{_given(max_bytes)}")
+            raise OptionError(f"schema is a whole number from 0 to {LAST_SCHEMA}, not {quote(schema)}")
+        if type(max_bytes) is not int or not 1 <= max_bytes <= sys.maxsize:
+            raise OptionError(f"max_bytes is a whole number from 1 to {sys.maxsize}, not {quote(max_bytes)}")
         self._encode = encode
         self._decode = decode
         self._tells_schema = decode is not None and _has_parameter(decode, "schema")
@@ -113,7 +116,7 @@ class Encoding:
         """
         if record.schema > self.schema:
             raise NewerSchemaError(
-                f"the record of user {record.user_id!r:.80} has schema {record.schema}, and this program reads up to "
+                f"the record of user {quote(record.user_id)} has schema {record.schema}, and this program reads up to "
                 f"{self.schema}; run the newer program. The record is left as it is",
                 user_id=record.user_id,
                 schema=record.schema,
@@ -122,9 +125,10 @@ class Encoding:
             return self._read(record.body, record.schema)
         except EncodingError as error:
             raise CorruptRecordError(
-                f"the record of user {record.user_id!r:.80} cannot be read, and is left as it is: {error}",
+                f"the record of user {quote(record.user_id)} cannot be read, and is left as it is: {error}",
                 user_id=record.user_id,
                 body=record.body,
+                path=error.path,
             ) from error.__cause__
 
     def copy(self, value: object) -> Any:
@@ -152,15 +156,11 @@ class Encoding:
         return value
 
 
-def _given(value: object) -> str:
-    return f", not {value}" if type(value) is int and value.bit_length() < 64 else f", not {type(value).__name__}"
-
-
 def _has_parameter(function: Callable[..., Any], name: str) -> bool:
     """Whether a function takes, after its first parameter, one that can be given by this name."""
     try:
         parameters = list(inspect.signature(function).parameters.values())[1:]
-    except (TypeError, ValueError):  # some that are written in C do not tell
+    except Exception:  # some that are written in C do not tell, and others may raise anything
         return False
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return any(parameter.name == name and parameter.kind in by_name for parameter in parameters)

@@ -29,6 +29,8 @@ from .errors import (
 from .events import Listeners, listener_error
 from .flights import Flight
 from .gateway import StoreGateway
+from .options import yes_or_no
+from .quoting import quote
 from .records import EndReason
 from .reports import Reports, drop_tracebacks, fresh
 from .sanitizer import Sanitizer
@@ -161,6 +163,8 @@ class Endings:
         self._host.enter()
         if persist is None and self._gateway is not None:
             persist = True
+        elif persist is not None:
+            yes_or_no("persist", persist)
         if not session.alive:
             return
         ending = self.under_way.get(session)
@@ -374,8 +378,8 @@ class Endings:
                 return outcome
         self._reports.say(
             "warning",
-            "user %r: the data goes on changing while the session ends; save number %d is the last",
-            session.user_id,
+            "user %s: the data goes on changing while the session ends; save number %d is the last",
+            quote(session.user_id),
             MOST_LAST_SAVES,
         )
         return None
@@ -424,7 +428,7 @@ class Endings:
         if isinstance(error, UnsavableError):
             return UnsavableError(f"{error}; {note}", user_id=error.user_id, path=error.path)
         unavailable = StoreUnavailableError(
-            f"the last save of user {session.user_id!r:.80} was not acknowledged; {note}"
+            f"the last save of user {quote(session.user_id)} was not acknowledged; {note}"
         )
         unavailable.__cause__ = error
         return unavailable

@@ -24,7 +24,7 @@
     |   `-- WrongLoopError           another event loop, another thread, or after a fork (also a RuntimeError)
     |-- StoreError                   the store's: what it could not do, or will not
     |   |-- StoreUnavailableError    it failed, hangs or cannot be reached; what was asked for may have been done or not
-    |   |-- StoreInUseError          another process has it; `.pid`
+    |   |-- StoreInUseError          another process, or another store of this one, has it; `.pid`
     |   |-- StoreLayoutError         what is there is not ours, or made by a newer version; not touched
     |   |-- StoreContractError       a store, or a function given to `CallbackStore`, does not keep its contract
     |   `-- RecordError              about one user, `.user_id`
@@ -32,7 +32,7 @@
     |       |-- FencedError          another server has taken the user over; nothing more of this session is saved
     |       |-- UserErasedError      the user was erased; nothing more of this session is saved
     |       |-- LostRecordError      the store no longer has the record; it is claimed and saved again
-    |       |-- CorruptRecordError   a stored body that cannot be read; `.body`
+    |       |-- CorruptRecordError   a stored body that cannot be read; `.body`, `.path`
     |       |-- SpillConflictError   the store has something newer than what was spilled; the spill is kept
     |       `-- NewerSchemaError     written by a newer version of the program; `.schema`
     |-- UnsavableError               data that cannot be saved as it is; `.user_id`, `.path`
@@ -180,7 +180,8 @@ class StoreModeError(UsageError):
 class EncodingError(UsageError, ValueError):
     """A value that is not JSON, or that the decoder does not take.
 
-    `path` says where, like a Python expression: ``user_data["bag"][3]["price"]``. The value is not quoted in full.
+    `path` says where, like a Python expression: ``user_data["bag"][3]["price"]``. It is for the program, which knows
+    whether the names in it may be shown: the text of the error holds neither names nor values of the data.
     """
 
     def __init__(self, message: str, *, path: str = "user_data") -> None:
@@ -217,7 +218,7 @@ class StoreUnavailableError(StoreError):
 
 
 class StoreInUseError(StoreError):
-    """Another process has the store; `pid` is its process id, or None if that could not be read."""
+    """Another process, or another store of this one, has it; `pid` is its process id, or None if unknown."""
 
     def __init__(self, message: str, *, pid: int | None = None) -> None:
         super().__init__(message)
@@ -229,7 +230,14 @@ class StoreLayoutError(StoreError):
 
 
 class StoreContractError(StoreError):
-    """An adapter, or a function handed to `CallbackStore`, does not do what its contract says."""
+    """An adapter, or a function handed to `CallbackStore`, does not do what its contract says.
+
+    `path` says where in the data that it returned, as in `EncodingError`, or is None.
+    """
+
+    def __init__(self, message: str, *, path: str | None = None) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class RecordError(StoreError):
@@ -261,11 +269,15 @@ class LostRecordError(RecordError):
 
 
 class CorruptRecordError(RecordError):
-    """A stored body that cannot be read: `body`, as it is. It is never saved over."""
+    """A stored body that cannot be read: `body`, as it is. It is never saved over.
 
-    def __init__(self, message: str, *, user_id: int | str, body: bytes) -> None:
+    `path` says where in the data, as in `EncodingError`, or is None where that is not known.
+    """
+
+    def __init__(self, message: str, *, user_id: int | str, body: bytes, path: str | None = None) -> None:
         super().__init__(message, user_id=user_id)
         self.body = body
+        self.path = path
 
 
 class NewerSchemaError(RecordError):
@@ -287,7 +299,8 @@ class SnapshotError(CageySessionsError):
 class UnsavableError(CageySessionsError):
     """Data that cannot be saved as it is: not JSON, too large, or refused by the store for good.
 
-    `user_id` says whose; `path` where in the data, or None where that is not known. What was saved last is untouched.
+    `user_id` says whose; `path` where in the data, as in `EncodingError`, or None where that is not known. What was
+    saved last is untouched.
     """
 
     def __init__(self, message: str, *, user_id: int | str, path: str | None = None) -> None:

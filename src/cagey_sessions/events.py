@@ -17,6 +17,7 @@ from types import AsyncGeneratorType, GeneratorType
 from ._core import SessionCore
 from .errors import InvalidListenerError, ListenerError
 from .options import known_event, name_of
+from .quoting import quote
 from .sanitizer import Sanitizer
 from .user_code import as_exception, current_task, is_for_this_task
 
@@ -57,7 +58,7 @@ class Listeners:
         """Register a listener. Raises `UnknownEventError`, `InvalidListenerError`. O(1)."""
         known_event(name, self._known)
         if not callable(function):
-            raise InvalidListenerError(f"a listener is a function or another callable, not {function!r:.80}")
+            raise InvalidListenerError(f"a listener is a function or another callable, not {quote(function)}")
         self._by_name.setdefault(name, []).append(_Registration(function, once))
         self._hear(name, True)
 
@@ -65,7 +66,7 @@ class Listeners:
         """Take back one registration of a listener, the oldest; nothing happens if there is none. O(listeners)."""
         known_event(name, self._known)
         for registration in self._by_name.get(name, ()):
-            if registration.function == function:
+            if _is_same(registration.function, function):
                 self._discard(name, registration)
                 return
 
@@ -129,6 +130,14 @@ class Listeners:
             if not registrations:
                 del self._by_name[name]
                 self._hear(name, False)
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Whether two listeners are one: a method of an object is another object each time, and equal."""
+    try:
+        return one is other or bool(one == other)
+    except Exception:  # equality of somebody's own may raise anything
+        return False
 
 
 async def _finish(result: object) -> None:

@@ -191,7 +191,8 @@ class StoreGateway:
         if not closing.done():
             self._say("error", "%s did not close within %g s", self.name, CLOSING / SECOND)
         elif closing.cancelled() or closing.exception() is not None:
-            self._say("error", "%s could not be closed: %r", self.name, closing)
+            error = None if closing.cancelled() else closing.exception()
+            self._say("error", "%s could not be closed: %s", self.name, type(error or asyncio.CancelledError).__name__)
 
     # Calling
 

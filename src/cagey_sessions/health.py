@@ -4,8 +4,11 @@ change of what it looks at.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
+
 from .errors import StoreError
-from .lifecycle import Lifecycle
+from .lifecycle import MOST_NAMED, Lifecycle, name_some
 from .options import SECOND
 from .records import Health, Statistics
 from .writebehind import MOST_ROWS
@@ -63,18 +66,21 @@ def health(life: Lifecycle) -> Health:
         return Health("down", f"{life.gateway.name} has been down for {seconds:.1f} s: {why}")
     if life.options.interval is not None and life.table.counters.identified and not life.can_save():
         return Health("down", "nobody listens to 'persist_user_data', and there is no store")
+    reasons = list(_troubles(life, statistics(life)))
+    return Health("degraded", "; ".join(reasons)) if reasons else Health("ok", "")
+
+
+def _troubles(life: Lifecycle, found: Statistics) -> Iterator[str]:
     if life.gateway is not None and life.gateway.fails_for_several:
-        return Health(
-            "degraded", f"{life.gateway.name} fails for several users: {type(life.gateway.last_error).__name__}"
-        )
-    found = statistics(life)
+        yield f"{life.gateway.name} fails for several users: {type(life.gateway.last_error).__name__}"
     limit = 2 * (life.options.interval or 0) / SECOND
     if limit and found.oldest_unsaved is not None and found.oldest_unsaved > limit:
-        return Health("degraded", f"the oldest unsaved state is {found.oldest_unsaved:.1f} s old")
+        yield f"the oldest unsaved state is {found.oldest_unsaved:.1f} s old"
     if found.overdue:
-        return Health("degraded", f"saves that take longer than the interval: {found.overdue}")
-    if found.unsavable:
-        return Health("degraded", f"users whose data cannot be saved as it is: {found.unsavable}")
+        yield f"saves that take longer than the interval: {found.overdue}"
+    if life.store_saver is not None and found.unsavable:
+        some = [session.user_id for session in islice(life.store_saver.unsavable, MOST_NAMED + 1)]
+        names = name_some([user_id for user_id in some if user_id is not None])
+        yield f"users whose data cannot be saved as it is: {found.unsavable} ({names})"
     if life.drain is not None:
-        return Health("degraded", "the manager is being destroyed")
-    return Health("ok", "")
+        yield "the manager is being destroyed"

@@ -39,10 +39,11 @@ from .events import MANAGER_EVENTS, Listeners, listener_error
 from .flights import Flight, SaveOutcome
 from .gateway import StoreGateway
 from .listener_saver import ListenerSaver
-from .options import Options
+from .options import Options, yes_or_no
 from .process import Identity, at_exit, is_forked_worker
+from .quoting import quote
 from .records import EndReason, Receipt, SnapshotEntry
-from .reports import Reports, fresh
+from .reports import Reports, fresh, say
 from .sanitizer import Sanitizer
 from .spill import Spill, SpillEntry
 from .stores import Claim, Store
@@ -50,10 +51,12 @@ from .stores.base import Answers
 from .waits import Kind, Wait, saves_inside, waiting_for, would_deadlock
 from .writebehind import StoreSaver
 
-__all__ = ["Claimed", "Lifecycle", "name_some"]
+__all__ = ["MOST_NAMED", "Claimed", "Lifecycle", "name_some"]
 
 T = TypeVar("T")
 
+MOST_NAMED = 10
+"""How many users a message names."""
 MOST_SAVES_ASKED = 1000
 """How many saves of everybody are asked for at a time, where a store takes them in batches."""
 
@@ -316,6 +319,7 @@ class Lifecycle:
 
     async def create(self, key: str | None, replace: bool) -> SessionCore:
         self.enter()
+        yes_or_no("replace", replace)
         self.refuse_if_closed()
         if replace and key is not None:
             while (older := self.table.find_by_key(key)) is not None:
@@ -513,7 +517,9 @@ class Lifecycle:
 
 def _warn_of_unsaved(counters: Counters, intent: SaveIntent, log: Any, identity: Identity) -> None:
     if intent.is_there and counters.identified and identity.is_this_process():
-        log.warning(
+        say(
+            log,
+            "warning",
             "unsaved users: %d; `await manager.destroy(persist=True)` was not called, or did not finish",
             counters.identified,
         )
@@ -521,4 +527,4 @@ def _warn_of_unsaved(counters: Counters, intent: SaveIntent, log: Any, identity:
 
 def name_some(user_ids: list[int | str]) -> str:
     """The first few ids, for a message."""
-    return ", ".join(f"{user_id!r:.80}" for user_id in user_ids[:10]) + (", ..." if len(user_ids) > 10 else "")
+    return ", ".join(map(quote, user_ids[:MOST_NAMED])) + (", ..." if len(user_ids) > MOST_NAMED else "")

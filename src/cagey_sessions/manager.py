@@ -17,10 +17,11 @@ from .clock import Clock, SystemClock
 from .drain import drain
 from .encoding import MAX_BYTES, Encoding
 from .errors import OptionError, UnknownEventError
-from .events import Listener
+from .events import MANAGER_EVENTS, Listener
 from .lifecycle import Lifecycle
-from .options import PERSIST_EVENTS, Duration, known_event, parse_duration, quote, read_options, suggest
+from .options import PERSIST_EVENTS, Duration, known_event, lacks, parse_duration, read_options, suggest, yes_or_no
 from .ownership import NO_DEFAULT, Ownership
+from .quoting import quote
 from .records import DrainReport, Health, SnapshotReport, SpillReport, Statistics
 from .replay import Replay
 from .session import Session, T
@@ -86,7 +87,9 @@ class SessionManager(ManagerCore, Generic[T]):
         interpreter exits without `destroy`. The next start with the same path saves it, unless the user has been saved
         since; see `spill_report`. Only one manager at a time may use the file.
     log
-        A logger; ``logging.getLogger("cagey_sessions")`` by default. It gets ids and counts, never data or keys.
+        A logger; ``logging.getLogger("cagey_sessions")`` by default. Its methods ``debug``, ``info``, ``warning`` and
+        ``error`` are called with one text, formatted already. It gets ids and counts, and of what functions of yours
+        raise the type and the lines passed; never data or keys.
     debug
         True to report mistakes with user data, each as a `UserDataWarning`: objects that two users share, changes after
         the end or without a mark, values that `encode` and `decode` change, listeners that block the loop. It walks all
@@ -97,8 +100,14 @@ class SessionManager(ManagerCore, Generic[T]):
     Notes
     -----
     The manager belongs to the event loop of its first awaited call, or of ``async with``. From another loop or thread,
-    or after a fork, every call raises `WrongLoopError`. A manager that is made before a fork and first used after it
-    is another one in each process. Wrong settings raise `OptionError`.
+    or in the child of a fork, every call of the manager and of its sessions raises `WrongLoopError`, `statistics` and
+    `health` included: what they would read may be in the middle of a change. Hand the call over to the loop, with
+    `asyncio.run_coroutine_threadsafe`. What a session is (`key`, `user_id`, `alive`, `end_reason`) can be read
+    anywhere. A manager that is made before a fork and first used after it is another one in each process. Wrong
+    settings raise `OptionError`.
+
+    A manager that the program lets go of while it has users to save lives on, and saves them, until its loop ends; only
+    `destroy`, or leaving ``async with``, ends it.
     """
 
     def __init__(
@@ -124,7 +133,8 @@ class SessionManager(ManagerCore, Generic[T]):
         clock: Clock | None = None,
     ) -> None:
         if store is not None and not isinstance(store, Store):
-            raise OptionError(f"store is a store, such as SQLiteStore('players.db'), not {quote(store)}")
+            what = f"{type(store).__name__}; open_store(url) makes one" if isinstance(store, str) else quote(store)
+            raise OptionError(f"store is a store, such as SQLiteStore('players.db'), not {what}")
         codec = {"encode": encode, "decode": decode, "schema": schema, "max_bytes": max_bytes}
         if store is None:
             for name, value in codec.items():
@@ -148,6 +158,8 @@ class SessionManager(ManagerCore, Generic[T]):
             log=log,
             debug=debug,
         )
+        if clock is not None and (missing := lacks(clock, ("now", "call_later"))):
+            raise OptionError(f"clock has the methods now and call_later; {quote(clock)} has no {missing}")
         spilled = None if spill is None else Spill(spill)
         self._life = Lifecycle(Session, checked, clock or SystemClock(), store, encoding, spilled)
         self._attend(self._life.table)
@@ -176,6 +188,7 @@ class SessionManager(ManagerCore, Generic[T]):
     async def read(self, user_id: int | str) -> T:
         """A private copy of a user's data: as it is now if they are on this server, else as it is stored.
 
+        Where servers share the store, and the user's session here is ending, the store is asked first whose they are.
         Claims nothing, so another server may be changing the data meanwhile. Raises `InvalidUserIdError`,
         `UserNotFoundError`, `EncodingError` for live data that cannot be saved, `CorruptRecordError`,
         `NewerSchemaError`, `StoreUnavailableError`, `StoreModeError` without a store. O(size).
@@ -213,6 +226,7 @@ class SessionManager(ManagerCore, Generic[T]):
 
     def __len__(self) -> int:
         """How many sessions there are, those that are ending included. O(1)."""
+        self._life.table.require_thread()
         return len(self._life.table)
 
     def __bool__(self) -> bool:
@@ -225,6 +239,7 @@ class SessionManager(ManagerCore, Generic[T]):
         For a program that ends sessions or the manager itself:
         ``await session.destroy(manager.will_persist_user_data_on("disconnect"))``. Raises `UnknownEventError`.
         """
+        self._life.table.require_thread()
         return known_event(name, PERSIST_EVENTS) in self._life.options.persist_on
 
     async def persist_all_user_data(self) -> None:
@@ -261,11 +276,13 @@ class SessionManager(ManagerCore, Generic[T]):
 
         None without `spill`, and before the store was opened for the first time.
         """
+        self._life.table.require_thread()
         spill = self._life.spill
         return spill.report() if spill is not None and spill.is_open else None
 
     def statistics(self) -> Statistics:
         """What the manager is doing at this instant. O(1), plus one step for each save under way."""
+        self._life.table.require_thread()
         return health.statistics(self._life)
 
     def health(self) -> Health:
@@ -273,8 +290,10 @@ class SessionManager(ManagerCore, Generic[T]):
 
         False in a condition when it is down. Down: the store does not answer, nobody saves, or the manager has been
         destroyed. Degraded: something unsaved is older than two intervals, saves take longer than the interval, or some
-        data cannot be saved as it is. O(1), plus one step for each save under way.
+        data cannot be saved as it is. The reason says all that holds, and names up to ten users whose data that is, so
+        it is not for everybody to see. O(1), plus one step for each save under way.
         """
+        self._life.table.require_thread()
         return health.health(self._life)
 
     async def destroy(self, persist: bool | None = None, *, deadline: Duration = "25s") -> DrainReport:
@@ -289,13 +308,12 @@ class SessionManager(ManagerCore, Generic[T]):
         Calls that come later join the first, and its `deadline`; one that asks for saves still gets those that are
         possible, and raises `ManagerClosedError` if somebody had ended without one by then. Inside a listener that this
         end waits for, or in a task that such a listener has started, the call returns at once, with the report so far.
-        Cancelling the call stops the waiting, not the end. Raises `NothingSavesError`, `DurationError` before anything
+        Cancelling the call stops the waiting, not the end. Raises `NothingSavesError`, `OptionError` before anything
         changes. O(users), in slices.
         """
         longest = parse_duration(deadline, "deadline", shortest=0)
-        if persist is None:
-            persist = self._life.gateway is not None
-        report = await drain(self._life, bool(persist), longest)
+        persist = self._life.gateway is not None if persist is None else yes_or_no("persist", persist)
+        report = await drain(self._life, persist, longest)
         if self._life.closed:
             self._life.warning.detach()
         return report
@@ -337,6 +355,7 @@ class SessionManager(ManagerCore, Generic[T]):
         each user. Before anything was measured it is that work alone. It does not allow for a store that is down, large
         data, failed attempts, or what your listeners do. O(1).
         """
+        self._life.table.require_thread()
         return health.drain_seconds(self._life)
 
     async def __aenter__(self) -> Self:
@@ -396,7 +415,7 @@ class SessionManager(ManagerCore, Generic[T]):
 
     def _add(self, name: str, listener: Listener, *, once: bool) -> None:
         self._life.table.require_thread()
-        if name == "persist_user_data" and self._life.gateway is not None:
+        if known_event(name, MANAGER_EVENTS) == "persist_user_data" and self._life.gateway is not None:
             raise UnknownEventError(
                 "a manager with a store saves by itself and emits no 'persist_user_data'; to copy live state into the "
                 "data right before it is saved, give SessionManager a function before_save="
@@ -413,8 +432,8 @@ def create(apis: Mapping[str, Any] | None = None, options: Mapping[str, Any] | N
     `apis` may hold ``"log"``, a logger; `options` is the nested mapping of `SessionManager`. Raises `OptionError`.
     """
     if apis is not None and not isinstance(apis, Mapping):
-        raise OptionError(f"apis is a mapping like {{'log': logger}}, not {apis!r:.80}")
+        raise OptionError(f"apis is a mapping like {{'log': logger}}, not {quote(apis)}")
     for name in apis or ():
-        if name != "log":
-            raise OptionError(f"there is no api {name!r:.80}{suggest(str(name), ('log',))}")
+        if not isinstance(name, str) or name != "log":
+            raise OptionError(f"there is no api {quote(name)}{suggest(name, ('log',))}")
     return SessionManager(options, log=(apis or {}).get("log"))

@@ -9,14 +9,16 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from .errors import DurationError, OptionError, UnknownEventError
+from .quoting import MOST_SHOWN, kind_name, quote
 
 __all__ = [
     "PERSIST_EVENTS",
@@ -25,12 +27,17 @@ __all__ = [
     "Duration",
     "Options",
     "duration_of",
+    "is_any",
+    "is_text",
     "known_event",
+    "lacks",
     "name_of",
+    "one_of",
     "parse_duration",
-    "quote",
+    "path_text",
     "read_options",
     "suggest",
+    "yes_or_no",
 ]
 
 Duration: TypeAlias = int | float | str | timedelta
@@ -39,6 +46,9 @@ Duration: TypeAlias = int | float | str | timedelta
 SECOND = 1_000_000_000
 SHORTEST_INTERVAL = SECOND // 100
 LONGEST = 100 * 365 * 86_400 * SECOND
+LONGEST_PATH = 4096
+"""Bytes; no system that this runs on takes more."""
+MOST_IN_FLIGHT = 1_000_000
 BEYOND = 10**12  # seconds, past LONGEST, where a float still holds nanoseconds as a finite number
 
 PERSIST_EVENTS = ("disconnect", "shutdown")
@@ -46,7 +56,9 @@ PERSIST_EVENTS = ("disconnect", "shutdown")
 
 TRACKING = ("content", "marked")
 
-_MILLISECONDS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:ms|msecs?|milliseconds?)\s*", re.ASCII)
+LONGEST_TEXT = 100
+"""Characters of a duration; "1 week, 2 days, 3 hours, 4 minutes, 5 seconds" has 45."""
+_MILLISECONDS = re.compile(r"(\d+(?:\.\d+)?) ?(?:ms|msecs?|milliseconds?)", re.ASCII)
 _LOG_METHODS = ("debug", "info", "warning", "error")
 
 
@@ -65,29 +77,88 @@ class Options:
     log: Any = field(default_factory=lambda: logging.getLogger("cagey_sessions"))
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: object, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` if one of the known names is close, else the list of them all."""
     import difflib  # noqa: PLC0415 - for mistakes only: to import the package is to cost little
 
     known = sorted(known)
-    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name[:MOST_SHOWN]).lower() if isinstance(name, str) else ""
     close = difflib.get_close_matches(snake, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(map(repr, known))}"
 
 
-def quote(value: object) -> str:
-    """A value as messages show it: short, and whatever its `repr` does."""
+def one_of(name: str, value: object, known: Collection[str]) -> str:
+    """The value of a setting that is one of a few words; raises `OptionError` otherwise."""
+    if isinstance(value, str) and value in known:
+        return value
+    raise OptionError(f"{name} is one of {', '.join(map(repr, known))}, not {quote(value)}")
+
+
+def yes_or_no(name: str, value: object) -> bool:
+    """The value of a setting that is True or False; raises `OptionError` otherwise."""
+    if value is True or value is False:
+        return value
+    raise OptionError(f"{name} is True or False, not {quote(value)}")
+
+
+def lacks(value: object, methods: Iterable[str]) -> str | None:
+    """The first of some methods that an object does not have."""
+    for name in methods:
+        try:
+            method = getattr(value, name)
+        except Exception:  # attributes of somebody's own may raise anything
+            return name
+        if not callable(method):
+            return name
+    return None
+
+
+def is_any(function: object, *checks: Callable[[object], bool]) -> bool:
+    """Whether a callable is of one of the kinds that `inspect` tells apart."""
     try:
-        return f"{value!r:.80}"
-    except Exception:  # an int of more digits than Python writes, or a repr that raises
-        return f"a {type(value).__name__}"
+        return any(check(function) for check in checks)
+    except Exception:  # it looks at attributes, and those of somebody's own may raise anything
+        return False
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether a value is a `str` that every engine can take: without a NUL and without a lone surrogate."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def path_text(name: str, path: Any) -> str:
+    """The path of a file as a `str`; raises `OptionError`, which does not quote it, for one that no file can have."""
+    try:
+        text = os.fspath(path)
+    except Exception:  # a path of somebody's own may raise anything
+        text = None
+    if not isinstance(text, str):
+        raise OptionError(f"{name} is the path of a file, a str or a pathlib.Path, not {kind_name(path)}")
+    try:
+        size = len(os.fsencode(text))
+    except UnicodeEncodeError:
+        raise OptionError(f"{name} is the path of a file, and this one holds a character that no path has") from None
+    if not 0 < size <= LONGEST_PATH or "\0" in text:
+        what = "holds a NUL" if "\0" in text else f"takes {size} bytes; a path takes 1 to {LONGEST_PATH}"
+        raise OptionError(f"{name} is the path of a file, and this one {what}")
+    return text
 
 
 def name_of(function: Callable[..., object]) -> str:
     """A function or another callable, as messages name it."""
     while isinstance(function, partial):
         function = function.func
-    return getattr(function, "__qualname__", None) or type(function).__qualname__
+    try:
+        name = function.__qualname__
+    except Exception:  # a callable may have anything for its attributes
+        name = None
+    return name[:MOST_SHOWN] if type(name) is str else quote(function)
 
 
 def parse_duration(value: object, name: str, *, shortest: int = 1, longest: int = LONGEST) -> int:
@@ -100,12 +171,7 @@ def parse_duration(value: object, name: str, *, shortest: int = 1, longest: int 
     if isinstance(value, timedelta):
         seconds = value.total_seconds()
     elif isinstance(value, str):
-        if milliseconds := _MILLISECONDS.fullmatch(value):
-            seconds = float(milliseconds[1]) / 1000
-        else:
-            from pytimeparse.timeparse import timeparse  # noqa: PLC0415 - it brings decimal along
-
-            seconds = timeparse(value)
+        seconds = _seconds_in(value)
         if seconds is None:
             raise DurationError(
                 f"{name}: cannot read {quote(value)} as a duration; write '30s', '1h30m', '500ms', or seconds"
@@ -127,6 +193,18 @@ def parse_duration(value: object, name: str, *, shortest: int = 1, longest: int 
     return nanoseconds
 
 
+def _seconds_in(text: str) -> float | None:
+    """What a text says, or None. The patterns of pytimeparse take minutes for a long text with many spaces."""
+    if len(text) > LONGEST_TEXT:
+        return None
+    text = " ".join(text.split())
+    if milliseconds := _MILLISECONDS.fullmatch(text):
+        return float(milliseconds[1]) / 1000
+    from pytimeparse.timeparse import timeparse  # noqa: PLC0415 - it brings decimal along
+
+    return timeparse(text)
+
+
 def duration_of(text: str) -> Duration:
     """A duration given where all is text, in a URL or on a command line: a bare number stands for seconds."""
     try:
@@ -138,9 +216,9 @@ def duration_of(text: str) -> Duration:
 def known_event(name: object, known: Collection[str]) -> str:
     """The name, if there is an event of that name; raises `UnknownEventError` otherwise."""
     if not isinstance(name, str):
-        raise UnknownEventError(f"the name of an event is a str, not {name!r:.80}")
+        raise UnknownEventError(f"the name of an event is a str, not {quote(name)}")
     if name not in known:
-        raise UnknownEventError(f"there is no event {name!r:.80}{suggest(name, known)}")
+        raise UnknownEventError(f"there is no event {quote(name)}{suggest(name, known)}")
     return name
 
 
@@ -188,8 +266,8 @@ def _branch(value: object, place: str, known: tuple[str, ...]) -> Mapping[str, A
     if not isinstance(value, Mapping):
         raise OptionError(f"{place} is a mapping, not {quote(value)}")
     for name in value:
-        if name not in known:
-            raise OptionError(f"{place} has no setting {name!r:.80}{suggest(str(name), known)}")
+        if not isinstance(name, str) or name not in known:
+            raise OptionError(f"{place} has no setting {quote(name)}{suggest(name, known)}")
     return value
 
 
@@ -200,16 +278,22 @@ def _interval(value: object) -> int:
 def _persist_on(value: object) -> frozenset[str]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise OptionError(f"persist_on is a list of names, like ['disconnect', 'shutdown'], not {quote(value)}")
-    names = list(value)
-    for name in names:
-        if name not in PERSIST_EVENTS:
-            raise OptionError(f"persist_on has no event {name!r:.80}{suggest(str(name), PERSIST_EVENTS)}")
+    names = set()
+    try:
+        for name in value:
+            if not isinstance(name, str) or name not in PERSIST_EVENTS:
+                raise OptionError(f"persist_on has no event {quote(name)}{suggest(name, PERSIST_EVENTS)}")
+            names.add(name)
+    except OptionError:
+        raise
+    except Exception as error:
+        raise OptionError(f"persist_on is a list of names, and {quote(value)} raised {kind_name(error)}") from error
     return frozenset(names)
 
 
 def _max_in_flight(value: object) -> int:
-    if type(value) is not int or value < 1:
-        raise OptionError(f"max_in_flight is a whole number from 1 upwards, not {quote(value)}")
+    if type(value) is not int or not 1 <= value <= MOST_IN_FLIGHT:
+        raise OptionError(f"max_in_flight is a whole number from 1 to {MOST_IN_FLIGHT:,}, not {quote(value)}")
     return value
 
 
@@ -220,7 +304,7 @@ def _save_timeout(value: object) -> int:
 def _before_save(value: object) -> object:
     if not callable(value):
         raise OptionError(f"before_save is a function that is given the session, not {quote(value)}")
-    if inspect.iscoroutinefunction(value) or inspect.isgeneratorfunction(value):
+    if is_any(value, inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction):
         raise OptionError("before_save is a plain function: nothing may come between it and the bytes that are saved")
     return value
 
@@ -231,23 +315,18 @@ def _user_id(value: object) -> object:
     return value
 
 
-def _tracking(value: object) -> object:
-    if not isinstance(value, str) or value not in TRACKING:
-        raise OptionError(f"tracking is 'content' or 'marked', not {quote(value)}{suggest(str(value), TRACKING)}")
-    return value
+def _tracking(value: object) -> str:
+    return one_of("tracking", value, TRACKING)
 
 
-def _debug(value: object) -> object:
-    if type(value) is not bool:
-        raise OptionError(f"debug is True or False, not {quote(value)}")
-    return value
+def _debug(value: object) -> bool:
+    return yes_or_no("debug", value)
 
 
 def _log(value: object) -> object:
-    missing = [name for name in _LOG_METHODS if not callable(getattr(value, name, None))]
-    if missing:
+    if missing := lacks(value, _LOG_METHODS):
         wanted = ", ".join(_LOG_METHODS)
-        raise OptionError(f"log is a logger with the methods {wanted}; {quote(value)} has no {missing[0]}")
+        raise OptionError(f"log is a logger with the methods {wanted}; {quote(value)} has no {missing}")
     return value
 
 

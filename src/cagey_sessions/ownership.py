@@ -38,7 +38,8 @@ from .errors import (
 )
 from .gateway import StoreGateway
 from .lifecycle import Lifecycle
-from .options import SECOND, quote, suggest
+from .options import SECOND, one_of
+from .quoting import quote
 from .records import EndReason
 from .replay import Replay
 from .stores import Claim, Outcome, Record
@@ -220,11 +221,11 @@ class Ownership:
         while (older := life.table.active_session(user_id)) is not None:
             if not life.table.is_ending(older):
                 if when_active == "refuse":
-                    raise UserActiveError(f"user {user_id!r:.80} has a live session", session=older)
+                    raise UserActiveError(f"user {quote(user_id)} has a live session", session=older)
                 # a save, and then an end; each of them has the patience of a caller
                 if not await self._within_patience(life.replace(older), 2 * self._gateway.timeout + SECOND):
                     raise StoreUnavailableError(
-                        f"the earlier session of user {user_id!r:.80} has not ended: its last save is not "
+                        f"the earlier session of user {quote(user_id)} has not ended: its last save is not "
                         "acknowledged, or a listener of its end has not returned; try again later"
                     )
                 continue
@@ -233,7 +234,8 @@ class Ownership:
                 life.endings.resume(older, ending)  # somebody waits now
             if not await self._within_patience(life.endings.wait_ended(older), self._gateway.timeout):
                 raise StoreUnavailableError(
-                    f"the last save of the earlier session of user {user_id!r:.80} is not acknowledged; try again later"
+                    f"the last save of the earlier session of user {quote(user_id)} is not acknowledged; "
+                    "try again later"
                 )
 
     async def _within_patience(self, waiting: Coroutine[Any, Any, object], limit: int) -> bool:
@@ -258,12 +260,27 @@ class Ownership:
         gateway = self._require_store()
         check_user_id(user_id, life.options.user_id)
         session = life.table.active_session(user_id)
-        if session is not None and session.alive:
+        if session is not None and await self._has_the_newest(session):
             return self._encoding.copy(session.user_data)
         record = await self._claims.persistently(lambda _: gateway.ask(gateway.store.load, user_id))
         if record is None:
             raise _not_found(user_id)
         return self._decode(record)
+
+    async def _has_the_newest(self, session: SessionCore) -> bool:
+        """Whether nobody can have saved the user of a session since it was loaded.
+
+        One that is ending may have let go of the user already, by a last save whose reply was lost.
+        """
+        life, gateway, user_id = self._life, self._gateway, session.user_id
+        if not session.alive or life.endings.loss_of(session) is not None:
+            return False
+        if not gateway.store.shared or not life.table.is_ending(session):
+            return True
+        ours = (life.owner, life.table.epoch(session))
+        assert user_id is not None
+        holder = await self._claims.persistently(lambda _: gateway.ask(gateway.store.holder, user_id))
+        return holder == ours and session.alive
 
     @asynccontextmanager
     async def edit(self, user_id: int | str, default: Any) -> AsyncIterator[Any]:
@@ -306,7 +323,7 @@ class Ownership:
                 session.mark_changed()  # what a block that raises has changed stays changed
         if session.user_data is not data and self._saver.fingerprint(data) != before:
             raise UsageError(
-                f"user_data was assigned while user {session.user_id!r:.80} was being edited: what this edit has "
+                f"user_data was assigned while user {quote(session.user_id)} was being edited: what this edit has "
                 "changed is not in it; edit again"
             )
         await self._life.persist(session)
@@ -344,13 +361,13 @@ class Ownership:
                 if epoch is None:
                     return
                 record = record._replace(epoch=epoch)
-                raise StoreUnavailableError(f"user {user_id!r:.80} had to be claimed again")
+                raise StoreUnavailableError(f"user {quote(user_id)} had to be claimed again")
             if outcome == Outcome.ERASED:
-                raise UserErasedError(f"user {user_id!r:.80} was erased meanwhile", user_id=user_id)
+                raise UserErasedError(f"user {quote(user_id)} was erased meanwhile", user_id=user_id)
             if outcome == Outcome.INVALID:
-                raise UnsavableError(f"the store refuses the data of user {user_id!r:.80}: {detail}", user_id=user_id)
+                raise UnsavableError(f"the store refuses the data of user {quote(user_id)}: {detail}", user_id=user_id)
             if outcome not in (Outcome.SAVED, Outcome.ALREADY):
-                raise StoreUnavailableError(f"{gateway.name} could not save user {user_id!r:.80}: {detail or outcome}")
+                raise StoreUnavailableError(f"{gateway.name} could not save user {quote(user_id)}: {detail or outcome}")
 
         await self._claims.persistently(save)
 
@@ -407,15 +424,14 @@ class Ownership:
     async def _end_erased(self, user_id: int | str) -> None:
         while (session := self._life.table.active_session(user_id)) is not None:
             self._life.endings.end_unsaved(
-                session, UserErasedError(f"user {user_id!r:.80} was erased", user_id=user_id)
+                session, UserErasedError(f"user {quote(user_id)} was erased", user_id=user_id)
             )
             await self._life.endings.wait_ended(session)
 
     def _check(self, user_id: int | str, default: Any, when_active: str, known: tuple[str, ...]) -> None:
         """Bad input gets its error before anything changes."""
         check_user_id(user_id, self._life.options.user_id)
-        if when_active not in known:
-            raise OptionError(f"when_active is not {quote(when_active)}{suggest(str(when_active), known)}")
+        one_of("when_active", when_active, known)
         if default is not NO_DEFAULT and not callable(default):
             self._encoding.dump(default)
 
@@ -450,10 +466,11 @@ class Ownership:
             if claim.record is None:
                 raise  # it is the default
             raise CorruptRecordError(
-                f"the record of user {claim.user_id!r:.80} can be read but not be written again, and is left as it is: "
-                f"{error}",
+                f"the record of user {quote(claim.user_id)} can be read but not be written again, and is left as it "
+                f"is: {error}",
                 user_id=claim.user_id,
                 body=claim.record.body,
+                path=error.path,
             ) from error
 
     def _decode(self, record: Record) -> Any:
@@ -480,10 +497,10 @@ def _made(default: Callable[[], Any]) -> Any:
 
 def _taken_over(user_id: int | str, may_be_written: bool) -> FencedError:
     outcome = "whether this edit was written before that is not known" if may_be_written else "nothing was written"
-    return FencedError(f"another server has taken over user {user_id!r:.80}; {outcome}", user_id=user_id)
+    return FencedError(f"another server has taken over user {quote(user_id)}; {outcome}", user_id=user_id)
 
 
 def _not_found(user_id: int | str) -> UserNotFoundError:
     return UserNotFoundError(
-        f"the store has no user {user_id!r:.80}; give a default, a value or a function that makes one, to begin anew"
+        f"the store has no user {quote(user_id)}; give a default, a value or a function that makes one, to begin anew"
     )

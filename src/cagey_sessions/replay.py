@@ -19,6 +19,7 @@ from .errors import (
 )
 from .gateway import StoreGateway
 from .lifecycle import Lifecycle
+from .quoting import quote
 from .spill import Plan
 from .stores import Claim, Outcome, Verdict
 from .stores.base import verdicts_of
@@ -164,11 +165,11 @@ class Replay:
         elif verdict.outcome == Outcome.INVALID:
             spill.set_aside(plan.saved)
             plan.write = None
-            refusal = f"the store refuses what was spilled of user {user_id!r:.80}: {verdict.detail}"
+            refusal = f"the store refuses what was spilled of user {quote(user_id)}: {verdict.detail}"
             self._life.reports.error(UnsavableError(f"{refusal}; it stays in {spill.path}", user_id=user_id), None)
         else:
             plan.error = StoreUnavailableError(
-                f"what was spilled of user {user_id!r:.80} could not be saved: {verdict.detail or verdict.outcome}"
+                f"what was spilled of user {quote(user_id)} could not be saved: {verdict.detail or verdict.outcome}"
             )
 
     async def write_spill(self) -> None:
@@ -197,7 +198,8 @@ class Replay:
 def _conflict(claim: Claim, path: str) -> SpillConflictError:
     found = "was erased" if claim.record is None else "was saved by somebody else"
     return SpillConflictError(
-        f"user {claim.user_id!r:.80} {found} after their data was spilled; the store is left as it is, and the spilled "
-        f"data in {path}. Look at it with read_snapshot, and erase the user or remove the file when it is dealt with",
+        f"user {quote(claim.user_id)} {found} after their data was spilled; the store is left as it is, and the "
+        f"spilled data in {path}. Look at it with read_snapshot, and erase the user or remove the file when it is "
+        "dealt with",
         user_id=claim.user_id,
     )

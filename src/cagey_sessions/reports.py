@@ -1,22 +1,30 @@
 """Errors that no caller waits for. What lives here: where they are told, in the log and to listeners, and how much of
 them. What must not: what becomes of a session that an error is about.
+
+The log gets what our own errors say. Of an exception of somebody else's it gets the type and the places it has passed,
+file, line and function; never its text, which may quote user data.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from traceback import walk_tb
 from typing import Any
 
 from ._core import SessionCore
 from .errors import CageySessionsError, ListenerError, UnsavableError
 from .events import Listeners
+from .quoting import quote
 from .user_code import END_OF_PROCESS
 
-__all__ = ["Reports", "drop_tracebacks", "fresh"]
+__all__ = ["Reports", "drop_tracebacks", "fresh", "say"]
 
 LONGEST_QUEUE = 1000
+MOST_CAUSES = 10
+MOST_FRAMES = 20
+"""Of an exception in the log, those nearest to where it was raised."""
 
 
 class Reports:
@@ -33,25 +41,22 @@ class Reports:
         self._closed = False
 
     def say(self, level: str, message: str, *args: object) -> None:
-        """Log, and let no logger that fails stop a save."""
-        try:
-            getattr(self._log, level)(message, *args)
-        except END_OF_PROCESS:
-            raise
-        except BaseException:
-            return  # there is nowhere else to say it
+        """See `say`."""
+        say(self._log, level, message, *args)
+
+    def tell(self, what: str, error: Exception) -> None:
+        """Log an error that no caller waits for: what it is about, what it is, and where it comes from."""
+        self.say("error", "%s: %s%s", what, _summary(error), _origins(error))
 
     def error(self, error: Exception, session: SessionCore | None) -> None:
         """Log an error that no caller waits for and hand it to the listeners of ``error``."""
-        if session is None:
-            self.say("error", "%s", error)
-        else:
-            self.say("error", "user %r: %s", session.user_id, _summary(error))
+        who = "" if session is None else f"user {quote(session.user_id)}: "
+        self.say("error", "%s%s%s", who, _summary(error), _origins(error))
         self._announce("error", error, session)
 
     def unsavable(self, error: UnsavableError, session: SessionCore) -> None:
         """Log that data cannot be saved as it is and tell the listeners of ``unsavable``."""
-        self.say("error", "%s", error)
+        self.say("error", "%s%s", error, _origins(error))
         self._announce("unsavable", session, error)
 
     def close(self) -> None:
@@ -72,7 +77,20 @@ class Reports:
             name, args = self._queue.popleft()
             await self._listeners.call(name, args, errors)
             for error in errors:
-                self.say("error", "a listener of %r raised: %s", name, _summary(error))
+                self.tell(f"a listener of {name!r} raised", error)
+
+
+def say(log: Any, level: str, message: str, *args: object) -> None:
+    """Log, and let no logger that fails stop a save.
+
+    The text is put together here: not every logger does that with ``%``, and all take one text as it is.
+    """
+    try:
+        getattr(log, level)(message % args)
+    except END_OF_PROCESS:
+        raise
+    except BaseException:
+        return  # there is nowhere else to say it
 
 
 def fresh(error: Exception) -> Exception:
@@ -94,6 +112,37 @@ def drop_tracebacks(error: BaseException) -> None:
 
 def _summary(error: BaseException) -> str:
     """One line for the log: the types of what was raised, without the texts, which may quote data."""
+    if not isinstance(error, CageySessionsError):
+        return type(error).__name__
     if isinstance(error, BaseExceptionGroup):
         return f"{error.message} ({', '.join(type(part).__name__ for part in error.exceptions[:10])})"
-    return f"{type(error).__name__}: {error}" if isinstance(error, CageySessionsError) else type(error).__name__
+    return f"{type(error).__name__}: {error}"
+
+
+def _origins(error: BaseException) -> str:
+    """Where the exceptions of others that an error is made of, or comes from, were raised: lines for the log."""
+    lines: list[str] = []
+    for other in _others(error, MOST_CAUSES):
+        frames = deque(walk_tb(other.__traceback__), MOST_FRAMES)
+        if frames:
+            lines.append(f"\n  {type(other).__name__}, raised in")
+        for frame, line in frames:
+            lines.append(f'\n    File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_qualname}')
+    return "".join(lines)
+
+
+def _others(error: BaseException, most: int) -> Iterator[BaseException]:
+    """The exceptions of others among an error, its parts and its causes; of so many at the most."""
+    seen: set[int] = set()
+    waiting = deque([error])
+    while waiting and len(seen) < most:
+        each = waiting.popleft()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if not isinstance(each, CageySessionsError):
+            yield each
+        if isinstance(each, BaseExceptionGroup):
+            waiting += each.exceptions
+        if each.__cause__ is not None:
+            waiting.append(each.__cause__)

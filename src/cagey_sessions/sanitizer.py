@@ -21,6 +21,7 @@ from typing import Any
 from ._core import SessionCore, SessionTable, path_of
 from .encoding import Encoding
 from .options import name_of
+from .quoting import quote
 from .user_code import END_OF_PROCESS, as_exception
 
 __all__ = ["Sanitizer", "UserDataWarning"]
@@ -97,7 +98,7 @@ class Sanitizer:
                 self._warn(
                     "mark",
                     user_id,
-                    f"user {user_id!r:.80}: the data, or what before_save copies, has changed without a call of "
+                    f"user {quote(user_id)}: the data, or what before_save copies, has changed without a call of "
                     "session.mark_changed(); without debug the timer would have passed it over",
                     session,
                 )
@@ -121,8 +122,8 @@ class Sanitizer:
                     self._warn(
                         "shared",
                         user_id,
-                        f"user {user_id!r:.80}: {path_of(_steps(path))} is the very object that is "
-                        f"{path_of(_steps(place))} of user {other.user_id!r:.80}; loaded again it will be two copies",
+                        f"user {quote(user_id)}: {path_of(_steps(path))} is the very object that is "
+                        f"{path_of(_steps(place))} of user {quote(other.user_id)}; loaded again it will be two copies",
                         session,
                     )
                 if place is not None:
@@ -144,7 +145,7 @@ class Sanitizer:
             found = (), f"cannot be read again ({type(error).__name__})"
         if found is not None:
             path, what = found
-            text = f"user {user_id!r:.80}: after encode and decode {path_of(_steps(path))} {what}"
+            text = f"user {quote(user_id)}: after encode and decode {path_of(_steps(path))} {what}"
             self._warn("conversion", user_id, text, session)
 
     # Ends
@@ -181,7 +182,7 @@ class Sanitizer:
             self._warn(
                 "ended",
                 user_id,
-                f"user {user_id!r:.80}: the data was changed after the session had ended, and nobody saves that; ask "
+                f"user {quote(user_id)}: the data was changed after the session had ended, and nobody saves that; ask "
                 "session.user_data each time in place of keeping what it returned",
             )
 

@@ -75,6 +75,10 @@ class Session(SessionCore, Generic[T]):
         nothing happens. Returns None then, and where a listener saves. Cancelling the call stops the waiting, not the
         save.
 
+        It saves this user alone. ``asyncio.gather(ann.persist_now(), bob.persist_now())`` is two saves: after a crash,
+        or where one of them is refused, one may be stored and the other not. The trade of the page on tests survives
+        that.
+
         With a store attempts that fail are repeated meanwhile; raises `StoreUnavailableError` when none has succeeded
         within `save_timeout` (the data stays due), `UnsavableError` for data that cannot be saved as it is,
         `FencedError` and `UserErasedError` when the session has lost its user. Without one raises `ListenerError` with
@@ -135,6 +139,7 @@ class Session(SessionCore, Generic[T]):
 
     def off(self, name: str, listener: Listener) -> None:
         """Take a listener back; nothing happens if it is not registered. Raises `UnknownEventError`."""
+        self._host.table.require_thread()
         if self._listeners is not None:
             self._listeners.remove(name, listener)
         else:

@@ -22,6 +22,7 @@ from .errors import (
 from .flights import Flight
 from .gateway import StoreGateway
 from .process import Identity
+from .quoting import quote
 from .records import Receipt
 from .stores import Claim, Outcome, Record
 from .stores.base import Answers, verdicts_of
@@ -97,8 +98,8 @@ class Settlement:
         self._identity = identity
         self._host = host
         self.fenced: int = 0
-        self.unsavable: dict[SessionCore, str] = {}
-        """Sessions whose data cannot be saved as it is, with the fault that was last told."""
+        self.unsavable: dict[SessionCore, tuple[str, str | None]] = {}
+        """Sessions whose data cannot be saved as it is, with the fault that was last told, and where it is."""
         self.refused: dict[SessionCore, tuple[int, UnsavableError]] = {}
         """What the store has refused: the digest, and why."""
         self.unknown: dict[SessionCore, set[tuple[int, int]]] = {}
@@ -130,19 +131,19 @@ class Settlement:
             self.acknowledge(row, record.saved_at)
         elif outcome is Outcome.INVALID:
             reason = detail or "it does not say why"
-            invalid = UnsavableError(f"the store refuses the data of user {user_id!r:.80}: {reason}", user_id=user_id)
+            invalid = UnsavableError(f"the store refuses the data of user {quote(user_id)}: {reason}", user_id=user_id)
             if session.alive:
                 self.refused[session] = (self._identity.digest(record.body), invalid)
             self.refuse(row, invalid)
         elif outcome is Outcome.FAILED or row.claims >= MOST_CLAIMS:
             failed = StoreUnavailableError(
-                f"{self._gateway.name} could not save user {user_id!r:.80}: {detail or outcome}"
+                f"{self._gateway.name} could not save user {quote(user_id)}: {detail or outcome}"
             )
             self.fail(row, failed)
         elif outcome is Outcome.MISSING:
             row.unowned = True
             if not self.failures(row) and not row.claims:
-                lost = f"the store no longer has the record of user {user_id!r:.80}; it is claimed and saved again"
+                lost = f"the store no longer has the record of user {quote(user_id)}; it is claimed and saved again"
                 self._host.report(LostRecordError(lost, user_id=user_id), session)
         elif outcome is Outcome.FENCED and not self._gateway.store.fenced:
             self.fence(row)  # it can only know from somewhere else
@@ -152,7 +153,7 @@ class Settlement:
             row.was_fenced = True
         else:
             self._drop(
-                row, UserErasedError(f"user {user_id!r:.80} was erased while the session lived", user_id=user_id)
+                row, UserErasedError(f"user {quote(user_id)} was erased while the session lived", user_id=user_id)
             )
 
     # Ends
@@ -193,8 +194,9 @@ class Settlement:
     def refuse(self, row: Row, error: UnsavableError) -> None:
         """Its data cannot be saved as it is."""
         row.settled = True
-        if self.unsavable.get(row.session) != str(error) and row.session.alive:
-            self.unsavable[row.session] = str(error)
+        fault = str(error), error.path
+        if self.unsavable.get(row.session) != fault and row.session.alive:
+            self.unsavable[row.session] = fault
             self._host.unsavable(row.session, error)
         self._autosave.fail(row.session, row.version, row.flight, error, report=False)
 
@@ -202,7 +204,7 @@ class Settlement:
         """Somebody else has the user."""
         self.fenced += 1
         message = (
-            f"somebody else has taken over user {row.user_id!r:.80}: "
+            f"somebody else has taken over user {quote(row.user_id)}: "
             "what this session had not saved by then is not saved"
         )
         self._drop(row, FencedError(message, user_id=row.user_id))

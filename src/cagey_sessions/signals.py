@@ -84,6 +84,7 @@ async def run_until_signal(
     life: Lifecycle, destroy: Callable[[bool], Awaitable[DrainReport]], persist: Callable[[], bool]
 ) -> int:
     """See `SessionManager.run_until_signal`; `persist` says whether users are saved, unless somebody else has."""
+    life.table.require_thread()
     _require_main_thread(threading.current_thread() is threading.main_thread())
     loop = life.enter()
 
@@ -115,7 +116,7 @@ async def run_until_signal(
             await destroy(False)
             return 1
         for raised in errors:
-            life.reports.say("error", "at the end of the manager: %s", raised)
+            life.reports.tell("at the end of the manager", raised)
         unsaved = [user.user_id for user in report.unsaved]
         if unsaved:
             life.reports.say(

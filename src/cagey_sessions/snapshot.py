@@ -14,7 +14,7 @@ from contextlib import suppress
 from . import savefile
 from .errors import ManagerClosedError, OptionError, SnapshotError
 from .lifecycle import Lifecycle
-from .options import SECOND
+from .options import SECOND, path_text
 from .records import Snapshot, SnapshotReport
 from .savefile import DISK, Files, NewFile
 from .threads import PATIENCE, in_thread
@@ -30,18 +30,20 @@ def read_snapshot(path: str | os.PathLike[str]) -> Snapshot:
     Lines that are damaged are in ``damaged``, with their bytes and the user they are of as far as that can be told, and
     nowhere else: what is in ``entries`` is what was written. ``complete`` says whether that is everybody.
 
-    Raises `SnapshotError` for a file that is none, or of a later format, or cannot be read. O(size), all of it in
-    memory.
+    Raises `SnapshotError` for a file that is none, or of a later format, or cannot be read, and `OptionError` for what
+    is no path. O(size), all of it in memory.
     """
+    text = path_text("path", path)
     try:
-        return savefile.read(path)
+        return savefile.read(text)
     except FileNotFoundError as error:
-        raise SnapshotError(f"there is no file {path}") from error
+        raise SnapshotError(f"there is no file {text}") from error
 
 
 async def take_snapshot(life: Lifecycle, path: str | os.PathLike[str], files: Files = DISK) -> SnapshotReport:
     """See `SessionManager.snapshot`."""
     life.enter()
+    path = path_text("path", path)
     if life.closed:
         raise ManagerClosedError(
             "this manager has been destroyed: a snapshot of nobody would take the place of another"

@@ -23,7 +23,7 @@ from ._core import Digest
 from .encoding import Encoding
 from .errors import OptionError, SnapshotError, StoreInUseError, StoreLayoutError
 from .names import RefusedNameError, target_of
-from .options import quote
+from .options import path_text
 from .records import DamagedEntry, SnapshotEntry, SpillReport
 from .savefile import DISK, Files
 from .stores import Claim, Record, Store
@@ -101,12 +101,11 @@ class Spill:
     """
 
     def __init__(self, path: str | os.PathLike[str], files: Files = DISK) -> None:
-        if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
-            raise OptionError(f"spill is the path of a file, not {quote(path)}")
+        text = path_text("spill", path)
         try:
-            self.path: str = target_of(path)
+            self.path: str = target_of(text)
         except RefusedNameError as error:
-            raise OptionError(f"spill: {path} {error.strerror}; give the path of the file itself") from error
+            raise OptionError(f"spill: {text} {error.strerror}; give the path of the file itself") from error
         self.is_open: bool = False
         self.pending: dict[int | str, list[SpillEntry]] = {}
         self._files = files
@@ -120,7 +119,7 @@ class Spill:
         self._writing = threading.Lock()
         self._check()
 
-    def is_at(self, path: str | os.PathLike[str]) -> bool:
+    def is_at(self, path: str) -> bool:
         """Whether that is this very file."""
         return os.path.realpath(path) == self.path
 

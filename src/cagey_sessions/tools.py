@@ -28,6 +28,7 @@ from ._core import check_user_id, decode_plain
 from .encoding import LAST_SCHEMA, Encoding
 from .errors import InvalidUserIdError, OptionError, OwnedElsewhereError, SnapshotError, StoreError
 from .options import suggest
+from .quoting import quote
 from .savefile import CHUNK, NewFile
 from .stores import MAX_NUMBER, Claim, Outcome, Record, Store, open_store
 from .stores.urls import engine_of
@@ -285,7 +286,7 @@ def _users(lines: Iterable[bytes]) -> Iterator[_User]:
             user = _user(line)
             first = seen.setdefault(user.user_id, number)
             if first != number:
-                raise ValueError(f"user {user.user_id!r:.80} is in line {first} already")
+                raise ValueError(f"user {quote(user.user_id)} is in line {first} already")
         except (ValueError, InvalidUserIdError) as error:
             raise SnapshotError(f"line {number} is not one of an export: {error}") from None
         yield user
@@ -297,7 +298,7 @@ def _user(line: bytes) -> _User:
         raise ValueError("not a JSON object")
     for name in fields:
         if name not in FIELDS:
-            raise ValueError(f"there is no field {name!r:.40}{suggest(name, FIELDS)}")
+            raise ValueError(f"there is no field {quote(name)}{suggest(name, FIELDS)}")
     for name in ("user_id", "body"):
         if fields.get(name) is None:
             raise ValueError(f"there is no {name}")
@@ -379,7 +380,7 @@ class _Importer:
 
     def _refuse(self, user_id: int | str, reason: str) -> None:
         self.refused += 1
-        self._say(f"refused: user {user_id!r:.80} {reason}")
+        self._say(f"refused: user {quote(user_id)} {reason}")
 
 
 # How far it is

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextvars import Context
 from functools import partial
 
@@ -25,6 +25,7 @@ from .gateway import StoreGateway
 from .options import Options
 from .pacing import Pacing
 from .process import Identity
+from .quoting import quote
 from .reclaiming import Reclaiming
 from .sanitizer import Sanitizer
 from .settlement import Row, Settlement, StoreHost
@@ -134,8 +135,8 @@ class StoreSaver:
         return self._settlement.fenced
 
     @property
-    def unsavable(self) -> dict[SessionCore, str]:
-        """Sessions whose data cannot be saved as it is, with the fault that was last told."""
+    def unsavable(self) -> Collection[SessionCore]:
+        """Sessions whose data cannot be saved as it is."""
         return self._settlement.unsavable
 
     def close(self) -> None:
@@ -376,5 +377,5 @@ class StoreSaver:
 def _unsavable(user_id: int | str, error: BaseException) -> UnsavableError:
     path = error.path if isinstance(error, EncodingError) else None
     reason = str(error) if isinstance(error, EncodingError) else f"before_save raised {type(error).__name__}"
-    message = f"the data of user {user_id!r:.80} cannot be saved: {reason}"
+    message = f"the data of user {quote(user_id)} cannot be saved: {reason}"
     return UnsavableError(message, user_id=user_id, path=path)

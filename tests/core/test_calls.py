@@ -19,6 +19,7 @@ from cagey_sessions import (
     AlreadyIdentifiedError,
     KeyTakenError,
     ManagerClosedError,
+    OptionError,
     Session,
     SessionEndedError,
     SessionManager,
@@ -94,7 +95,7 @@ async def test_errors_are_raised_where_the_call_is_awaited():
     session, taken, invalid = await asyncio.gather(*calls, return_exceptions=True)
     assert isinstance(session, Session)
     assert isinstance(taken, KeyTakenError)
-    assert "a key is a non-empty str, not int" in str(invalid)
+    assert "a key is a non-empty str, not an int" in str(invalid)
     await session.set_user(1, {})
     other = await manager.create()
     with pytest.raises(UserActiveError):
@@ -393,32 +394,26 @@ def test_a_call_made_before_a_fork_is_refused_in_the_child():
     assert python(script).stdout == "0\n"
 
 
-def test_a_truth_that_ends_the_session_meets_a_whole_table():
-    """`persist` is asked whether it is true in the middle of the end, and that may run anything."""
-    script = """
-        import asyncio
-        from cagey_sessions import SessionManager
+async def test_what_is_neither_true_nor_false_is_refused_and_never_asked():
+    """Whether it is true may be decided by anything, also by code that ends the session meanwhile."""
 
-        async def main():
-            manager = SessionManager(interval="1h")
-            manager.on("persist_user_data", lambda session: None)
-            session = await manager.create("key")
-            await session.set_user(1, {})
+    class Asked:
+        def __bool__(self):
+            raise AssertionError("asked")
 
-            class Ends:
-                def __bool__(self):
-                    try:
-                        session.destroy(persist=False).send(None)
-                    except StopIteration:
-                        return False
-
-            await session.destroy(persist=Ends())
-            print(manager.statistics().live, manager.statistics().ended, len(manager))
-            await manager.destroy()
-
-        asyncio.run(main())
-        """
-    assert python(script).stdout == "0 1 0\n"
+    manager = SessionManager()
+    manager.on("persist_user_data", lambda session: None)
+    anonymous, session = await manager.create("key"), await manager.create()
+    await session.set_user(1, {})
+    for persist in (Asked(), 0, 1, "", "no", [], object):
+        for call in (anonymous.destroy, session.destroy, manager.destroy):
+            with pytest.raises(OptionError, match="persist is True or False"):
+                await call(persist)
+        with pytest.raises(OptionError, match="replace is True or False"):
+            await manager.create("key", replace=persist)
+    assert (len(manager), anonymous.alive, session.alive) == (2, True, True)
+    assert manager.find_by_key("key") is anonymous
+    await manager.destroy()
 
 
 def test_a_session_type_that_makes_one_twice_is_refused():

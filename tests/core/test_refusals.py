@@ -48,7 +48,7 @@ RAW: dict[str, Callable[[Any], Any]] = {
     "_own_listeners": lambda session: session._own_listeners(),
     "_end": lambda session: session._end("never began"),
 }
-ANSWERS = {"alive": False} | dict.fromkeys(["key", "user_id", "end_reason", "get", "off", "_listeners", "_end"])
+ANSWERS = {"alive": False} | dict.fromkeys(["key", "user_id", "end_reason", "_listeners", "_end"])
 
 
 def test_case_77_every_name_of_a_session_is_tried_on_a_raw_one():

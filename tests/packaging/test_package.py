@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "src" / "cagey_sessions"
 
 FLOORS = [
-    {"_version", "records", "clock", "names", "threads"},
+    {"_version", "records", "clock", "names", "threads", "quoting"},
     {"errors"},
     {"_core", "options", "converters", "user_code"},
     {"stores", "encoding", "codecs", "savefile"},

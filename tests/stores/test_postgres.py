@@ -21,7 +21,7 @@ from cagey_sessions.testing.conformance.base import ALREADY, FENCED, INVALID, SA
 from cagey_sessions.testing.store_conformance import claim, opened, record, release, save
 from shared_stores import SharedStoreConformance
 from support import POSTGRES as DSN
-from support import drop_schema, execute, needs_server, new_role, until_a_lock_is_waited_for
+from support import drop_schema, execute, execute_each, needs_server, new_role, until_a_lock_is_waited_for
 
 pytestmark = needs_server(DSN)
 
@@ -56,6 +56,10 @@ class TestPostgresStore(SharedStoreConformance):
 
     async def alive_until(self):
         return await fetch(f"SELECT alive_until FROM {self.nodes}")
+
+    async def seconds_left(self):
+        left = f"SELECT extract(epoch FROM alive_until - clock_timestamp()) FROM {self.nodes} WHERE owner = 'a'"
+        return float(await fetch(left))
 
     async def bury(self, store, owner):
         await execute(
@@ -133,9 +137,10 @@ async def test_without_create_a_missing_table_is_an_error_and_ddl_makes_it(schem
     store = PostgresStore(DSN, schema=schema, create=False)
     with pytest.raises(StoreLayoutError, match="ddl"):
         await store.open()
-    await execute(f"CREATE SCHEMA {schema}", store.ddl())
+    await execute_each(store.ddl())
     async with opened(store):
         assert (await claim(store)).granted
+    assert not any("CREATE SCHEMA" in statement for statement in PostgresStore(DSN).ddl()), "public is there"
 
 
 async def test_sixteen_that_open_at_once_make_one_table(schema):

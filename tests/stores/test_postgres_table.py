@@ -57,7 +57,7 @@ class Contract(StoreConformance):
             return Both(DSN, (schema, "players"), body="data", fence=self.fence, schema=schema)
 
         self.schema = schema
-        more = (make().ddl(),) if self.fence == "columns" else ()
+        more = make().ddl() if self.fence == "columns" else ()
         asyncio.run(execute(f"CREATE TABLE {schema}.players (id text PRIMARY KEY, data json, email text)", *more))
         return make
 
@@ -87,7 +87,7 @@ class Machine(StoreMachine):
             f"CREATE TABLE {self.schema}.players "
             "(id text PRIMARY KEY, epoch bigint NOT NULL DEFAULT 0, version int NOT NULL DEFAULT 0)"
         )
-        more = (store.ddl(),) if self.fence == "columns" else ()
+        more = store.ddl() if self.fence == "columns" else ()
         self.runner.run(execute(f"CREATE SCHEMA {self.schema}", table, *more))
         return store
 
@@ -238,7 +238,7 @@ async def test_who_has_a_row_without_data_is_new(schema, fence):
     store = table(schema, body="data", fence=fence)
     await execute(
         f"CREATE TABLE {schema}.players (id int PRIMARY KEY, email text, data jsonb)",
-        *([store.ddl()] if fence == "columns" else []),
+        *(store.ddl() if fence == "columns" else []),
         f"INSERT INTO {schema}.players (id, email) VALUES (1, 'ann@example.org')",
     )
     async with SessionManager(store=store, user_id=int) as manager:

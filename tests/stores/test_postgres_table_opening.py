@@ -21,7 +21,7 @@ from cagey_sessions.testing.conformance.base import ALREADY, INVALID, SAVED
 from cagey_sessions.testing.store_conformance import claim, opened, record, release, save
 from players import ANN, COLUMNS, FENCES, PLAYERS, SIDE, body, claimed, fetch, players, table
 from support import POSTGRES as DSN
-from support import drop_schema, execute, needs_server, new_role, until_a_lock_is_waited_for
+from support import drop_schema, execute, execute_each, needs_server, new_role, until_a_lock_is_waited_for
 
 pytestmark = needs_server(DSN)
 
@@ -122,7 +122,7 @@ async def test_names_may_be_anything(schema, fence):
     store = table(schema, name, key=key, columns=[column], fence=fence)
     await execute(
         f"CREATE TABLE {schema}.{quoted[0]} ({quoted[1]} int PRIMARY KEY, {quoted[2]} int)",
-        *([store.ddl()] if fence == "columns" else []),
+        *(store.ddl() if fence == "columns" else []),
     )
     async with opened(store):
         epoch = (await claim(store)).epoch
@@ -137,7 +137,7 @@ async def test_columns_may_be_called_as_the_parts_of_the_statements_are(schema, 
     store = table(schema, key="user_id", columns=columns, fence=fence)
     await execute(
         f"CREATE TABLE {schema}.players (user_id int PRIMARY KEY, {', '.join(f'{each} int' for each in columns)})",
-        *([store.ddl()] if fence == "columns" else []),
+        *(store.ddl() if fence == "columns" else []),
     )
     async with opened(store):
         epoch = (await claim(store)).epoch
@@ -182,7 +182,7 @@ async def test_a_partitioned_table_is_a_table(schema, fence):
         f"SET search_path TO {schema}; CREATE TABLE players (id int PRIMARY KEY, gold int) PARTITION BY HASH (id); "
         "CREATE TABLE even PARTITION OF players FOR VALUES WITH (MODULUS 2, REMAINDER 0); "
         "CREATE TABLE odd PARTITION OF players FOR VALUES WITH (MODULUS 2, REMAINDER 1)",
-        *([store.ddl()] if fence == "columns" else []),
+        *(store.ddl() if fence == "columns" else []),
     )
     async with opened(store):
         epochs = await claimed(store, *range(20))
@@ -256,9 +256,17 @@ async def test_without_create_ddl_makes_the_side_table(schema):
     store = table(schema, columns=COLUMNS, create=False)
     with pytest.raises(StoreLayoutError, match="ddl"):
         await store.open()
-    await execute(store.ddl())
+    await execute_each(store.ddl())
     async with opened(store, table(schema, columns=COLUMNS)) as (here, _):
         assert (await claim(here, 7)).granted
+
+
+async def test_ddl_adds_the_columns_of_a_fence_inside(schema):
+    await execute(f"CREATE TABLE {schema}.players (id int PRIMARY KEY, gold int)")
+    store = table(schema, fence="columns", create=False)
+    await execute_each(store.ddl())
+    async with opened(store):
+        assert (await claim(store, 7)).granted
 
 
 async def test_a_user_who_may_not_make_the_side_table_is_told_how_it_is_made(schema):
@@ -271,7 +279,7 @@ async def test_a_user_who_may_not_make_the_side_table_is_told_how_it_is_made(sch
             with pytest.raises(StoreLayoutError, match=r"may not make it .*ddl"):
                 await store.open()
             await execute(
-                store.ddl(),
+                *store.ddl(),
                 f"GRANT USAGE ON SCHEMA {other} TO {role}",
                 f"GRANT ALL ON ALL TABLES IN SCHEMA {other} TO {role}",
             )
@@ -312,7 +320,7 @@ async def test_fence_columns_that_are_not_there_are_named(schema):
 
 async def test_fence_columns_need_a_table_that_takes_a_row_of_the_key_alone(schema):
     store = table(schema, fence="columns")
-    await execute(f"CREATE TABLE {schema}.players (id int PRIMARY KEY, gold int, email text NOT NULL)", store.ddl())
+    await execute(f"CREATE TABLE {schema}.players (id int PRIMARY KEY, gold int, email text NOT NULL)", *store.ddl())
     with pytest.raises(StoreLayoutError, match="email"):
         await store.open()
 
@@ -332,7 +340,7 @@ async def test_with_fence_columns_a_claim_of_somebody_new_makes_a_row_that_is_no
 async def test_without_a_fence_it_is_a_store_for_one_process(schema):
     store = await players(schema, "none")
     assert not store.fenced and not store.shared and not store.keeps_schema
-    assert store.ddl() == ""
+    assert store.ddl() == []
     async with SessionManager(store=store, user_id=int) as manager:
         old, new = await manager.open(7), await manager.open(8, default=ANN)
         old.user_data["gold"] = new.user_data["gold"] = 44

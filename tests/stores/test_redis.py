@@ -73,6 +73,10 @@ class TestRedisStore(SharedStoreConformance):
     async def alive_until(self):
         return self.engine.hget(f"{self.leases}a", "alive_until")
 
+    async def seconds_left(self):
+        seconds, micros = self.engine.time()
+        return int(await self.alive_until()) / 1e6 - seconds - micros / 1e6
+
     async def bury(self, store, owner):
         await store._end_lease(owner)
 

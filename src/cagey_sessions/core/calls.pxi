@@ -271,8 +271,9 @@ cdef bint end(SessionTable table, SessionCore session, persist) except -1:
     """End a session if no save of it is under way or wanted; whether that was so."""
     if session.ended:
         return True
-    # before the look at the row: to ask whether `persist` is true may run anything, also the end of this session
-    if session.user_id is not None and (table.loud & LOUD_STORED or persist):
+    if persist is not None and persist is not False:  # also what is neither, and is to be refused
+        return False
+    if session.user_id is not None and table.loud & LOUD_STORED:
         return False
     if session.slot == 0 or table.rows[session.slot].state > DUE:
         return False
@@ -322,10 +323,10 @@ cdef class ManagerCore:
         `replace` saves and ends that session first; if it cannot be saved it stays live, and the call raises.
 
         If a ``created`` listener raises, the session is ended and a `ListenerError` raised. Raises `InvalidKeyError`,
-        `ManagerClosedError`. O(1) amortised.
+        `OptionError`, `ManagerClosedError`. O(1) amortised.
         """
         cdef SessionTable table = self.require_table()
-        if table.loud & LOUD_CREATED or replace:
+        if table.loud & LOUD_CREATED or replace is not False:
             return table.host.create(key, replace)
         return new_call(ACT_CREATE, self, key, None)
 

@@ -17,7 +17,7 @@ cdef enum:
 
 cdef int require_key(key) except -1:
     if type(key) is not str:
-        raise InvalidKeyError(f"a key is a non-empty str, not {type(key).__name__}")
+        raise InvalidKeyError(f"a key is a non-empty str, not {kind_name(key)}")
     if length_of(<PyObject*> key) == 0:
         raise InvalidKeyError("a key is a non-empty str, and this one is empty; leave it out for a session without a key")
     return 0
@@ -31,7 +31,7 @@ def check_key(key):
 cdef int require_user_id(user_id, required=None) except -1:
     kind = type(user_id)
     if kind is not int and kind is not str:
-        raise InvalidUserIdError(f"a user id is an int or a str, not {kind.__name__}")
+        raise InvalidUserIdError(f"a user id is an int or a str, not {kind_name(user_id)}")
     if required is not None and kind is not required:
         raise InvalidUserIdError(f"this manager takes user ids of type {required.__name__}, not {kind.__name__}")
     if kind is int:
@@ -43,12 +43,13 @@ cdef int require_user_id(user_id, required=None) except -1:
     try:
         size = len(user_id.encode())
     except UnicodeEncodeError:
-        raise InvalidUserIdError(f"a user id must be valid text; this one holds a lone surrogate: {user_id!r:.80}") from None
+        raise InvalidUserIdError(
+            f"a user id must be valid text; this one holds a lone surrogate: {quote(user_id)}") from None
     if size > MAX_USER_ID_BYTES:
         raise InvalidUserIdError(
             f"a user id that is a str takes at most {MAX_USER_ID_BYTES} bytes of UTF-8; this one takes {size}")
     if "\0" in user_id:
-        raise InvalidUserIdError(f"a user id must not hold a NUL character: {user_id!r:.80}")
+        raise InvalidUserIdError(f"a user id must not hold a NUL character: {quote(user_id)}")
     return 0
 
 
@@ -87,7 +88,7 @@ cdef class SessionCore:
     def __repr__(self):
         if self.table is None:
             return f"<{type(self).__name__} of no manager>"
-        who = "anonymous" if self.user_id is None else f"user {self.user_id!r:.80}"
+        who = "anonymous" if self.user_id is None else f"user {quote(self.user_id)}"
         if self.ended:
             life = f"ended: {self.end_reason}"
         else:
@@ -168,9 +169,9 @@ cdef class SessionCore:
         same. If the last save fails, raises what it raised (`StoreUnavailableError` with a store, after `save_timeout`;
         `ListenerError` without); then the session stays hidden, keeps its user, and is tried again until it is saved:
         call once more to try at once, or with ``persist=False`` to let the data go. Raises `UnsavableError` before
-        anything changes if the data cannot be saved as it is, `NothingSavesError` if nobody would perform the save, and
-        `SessionEndedError` if it is asked for too late. Raises `FencedError` or `UserErasedError` if the session has
-        lost its user meanwhile and ended unsaved.
+        anything changes if the data cannot be saved as it is, `OptionError`, `NothingSavesError` if nobody would
+        perform the save, and `SessionEndedError` if it is asked for too late. Raises `FencedError` or `UserErasedError`
+        if the session has lost its user meanwhile and ended unsaved.
         """
         cdef SessionTable table = require_made(self)
         if table.loud & (LOUD_ENDING | LOUD_ENDED) or (self.listeners is not None and not self.ended):
@@ -196,11 +197,10 @@ cdef class SessionCore:
     def set(self, key, value):
         """Keep any live object under a name for as long as the session lives. It is never saved.
 
-        Raises `SessionEndedError` after the end. O(1).
+        Raises `InvalidKeyError`, and `SessionEndedError` after the end. O(1).
         """
         table_of(self)
-        if type(key) is not str:
-            raise InvalidKeyError(f"a name in the bag is a str, not {type(key).__name__}")
+        require_name(key)
         if self.bag is None:
             self.bag = {}
         (<dict> self.bag)[key] = value
@@ -208,7 +208,12 @@ cdef class SessionCore:
     @cython.binding(False)
     @cython.embedsignature.format("clinic")
     def get(self, key, default=None):
-        """The object kept under a name, or `default`. Works after the end too, on what is left. O(1)."""
+        """The object kept under a name, or `default`. Works after the end too, on what is left.
+
+        Raises `InvalidKeyError`. O(1).
+        """
+        require_made(self).check_thread()
+        require_name(key)
         if self.bag is None:
             return default
         return (<dict> self.bag).get(key, default)
@@ -253,6 +258,12 @@ cdef class SessionCore:
         finish(self, reason)
 
 
+cdef inline int require_name(key) except -1:
+    if type(key) is not str:
+        raise InvalidKeyError(f"a name in the bag is a str, not {kind_name(key)}")
+    return 0
+
+
 cdef inline int finish(SessionCore session, reason) except -1:
     session.ended = True
     session.listeners = reason
@@ -271,7 +282,7 @@ cdef int raise_handmade() except -1:
 
 
 cdef int raise_ended(SessionCore session) except -1:
-    who = "" if session.user_id is None else f" of user {session.user_id!r:.80}"
+    who = "" if session.user_id is None else f" of user {quote(session.user_id)}"
     raise SessionEndedError(f"the session{who} has ended ({session.end_reason})")
 
 

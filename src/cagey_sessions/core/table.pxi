@@ -261,7 +261,7 @@ cdef class SessionTable(SessionLanes):
         if is_ending(row.state):
             raise SessionEndedError("the session is ending: it cannot get a user any more")
         if row.state != NONE:
-            raise AlreadyIdentifiedError(f"this session is user {session.user_id!r:.80} already; make another session")
+            raise AlreadyIdentifiedError(f"this session is user {quote(session.user_id)} already; make another session")
         if user_data is None:
             raise InvalidUserDataError("user_data must not be None: a user without data would be saved as nothing")
         if type(user_id) is not int:
@@ -270,7 +270,7 @@ cdef class SessionTable(SessionLanes):
         cdef uint32_t active = self.user_slot_hashed(user_id, hash)
         if active:
             raise UserActiveError(
-                f"user {user_id!r:.80} has a session that is {'ending' if is_ending(self.rows[active].state) else 'live'}: "
+                f"user {quote(user_id)} has a session that is {'ending' if is_ending(self.rows[active].state) else 'live'}: "
                 "end it and wait for its end, then load the data again", session=self.session_at(active))
         if now == NEVER or interval > NEVER - 1 - now:
             raise UsageError("the deadline lies past the end of time")

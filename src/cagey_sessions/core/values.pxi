@@ -225,6 +225,13 @@ def path_of(steps):
     return "user_data" + "".join([shown(key) for key in steps])
 
 
+def refusal(path, reason):
+    """The `EncodingError` about a value. Its text holds no path: the names of members are user data, too."""
+    if path == "user_data":
+        return EncodingError(f"user_data: {reason}", path=path)
+    return EncodingError(f"a value in user_data: {reason} (`path` of this error says where)", path=path)
+
+
 cdef int holds_itself(Walk* walk) noexcept nogil:
     """Steps to the first container that is one of those around it; 0 if there is none. The culprit is a container."""
     cdef int inner, outer
@@ -236,7 +243,7 @@ cdef int holds_itself(Walk* walk) noexcept nogil:
 
 
 cdef object error_of(Walk* walk, Py_ssize_t max_bytes):
-    """The `EncodingError` of a refusal. Shows types and the path, never what a str holds."""
+    """The `EncodingError` of a refusal. Shows types, never what is in the data."""
     cdef int at, depth = walk.depth, loop = 0
     cdef Fault fault = walk.fault
     if fault == TOO_DEEP:
@@ -265,8 +272,7 @@ cdef object error_of(Walk* walk, Py_ssize_t max_bytes):
         reason = f"takes more than the {max_bytes:,} bytes of max_bytes; keep less in it, or raise max_bytes"
     else:
         reason = f"{name} is not JSON; only exact dict, list, str, int, float, bool and None are" + remedy
-    path = path_of(steps)
-    return EncodingError(f"{path}: {reason}", path=path)
+    return refusal(path_of(steps), reason)
 
 
 cdef void let_go(Walk* walk) noexcept:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from .._core import decode_plain
 from ..errors import CorruptRecordError, EncodingError, StoreContractError, StoreError
+from ..quoting import quote
 
 __all__ = [
     "MAX_NUMBER",
@@ -69,6 +70,12 @@ class Record(NamedTuple):
     release: bool = False
     """This is the last save: the user is released by the same write."""
 
+    def __repr__(self) -> str:
+        """All but the data: what is shown somewhere ends up in a log."""
+        fields = {name: repr(value) for name, value in zip(self._fields, self, strict=True) if name != "body"}
+        fields["body"] = f"<{len(self.body)} bytes>"
+        return f"Record({', '.join(f'{name}={fields[name]}' for name in self._fields)})"
+
     def value(self) -> Any:
         """The data as plain Python values: `body`, parsed.
 
@@ -79,7 +86,7 @@ class Record(NamedTuple):
         except EncodingError as error:
             reason = str(error)
         raise CorruptRecordError(
-            f"the record of user {self.user_id!r:.80} cannot be read, and is left as it is: {reason}",
+            f"the record of user {quote(self.user_id)} cannot be read, and is left as it is: {reason}",
             user_id=self.user_id,
             body=self.body,
         )

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 from .._core import encode_plain
 from ..errors import EncodingError, OptionError, StoreContractError, StoreError, StoreModeError, StoreUnavailableError
+from ..options import is_any
+from ..quoting import quote
 from ..user_code import current_task, is_for_this_task
 from .base import Claim, Outcome, Record, Store, Verdict, latest_of
 
@@ -162,7 +164,7 @@ def _check_function(name: str, function: object) -> None:
     if not callable(function):
         raise OptionError(f"{name} is a function or another callable, not {_kind(function)}")
     for code in (function, type(function).__call__):
-        if inspect.isgeneratorfunction(code) or inspect.isasyncgenfunction(code):
+        if is_any(code, inspect.isgeneratorfunction, inspect.isasyncgenfunction):
             raise OptionError(f"{name} has a `yield` in it, so that it does nothing when it is called; use `return`")
 
 
@@ -187,7 +189,7 @@ async def _call(name: str, function: Callable[[Any], object], argument: object) 
 def _failed_load(user_id: int | str, error: Exception) -> StoreError:
     if isinstance(error, StoreError):
         return error
-    failed = StoreUnavailableError(f"load raised {type(error).__name__} for user {user_id!r:.80}")
+    failed = StoreUnavailableError(f"load raised {type(error).__name__} for user {quote(user_id)}")
     failed.__cause__ = error
     return failed
 
@@ -199,14 +201,15 @@ def _body(user_id: int | str, data: object) -> bytes:
     if type(data) is str:
         with contextlib.suppress(UnicodeEncodeError):  # left behind here: it holds the whole text
             return data.encode()
-        raise StoreContractError(f"load returned a str with a lone surrogate for user {user_id!r:.80}")
+        raise StoreContractError(f"load returned a str with a lone surrogate for user {quote(user_id)}")
     try:
         return encode_plain(data)
     except EncodingError as error:
-        refused = str(error)
+        refused, path = str(error), error.path
     raise StoreContractError(
-        f"load returned what is not JSON for user {user_id!r:.80}: {refused}; return the data as dict, list, str, int, "
-        "float, bool and None, or as JSON text (bytes or str), or None for a user who is new"
+        f"load returned what is not JSON for user {quote(user_id)}: {refused}; return the data as dict, list, str, "
+        "int, float, bool and None, or as JSON text (bytes or str), or None for a user who is new",
+        path=path,
     )
 
 

@@ -27,6 +27,8 @@ class FileLock:
 
     def __init__(self) -> None:
         self._file: int | None = None
+        self._place: tuple[int, int] | None = None
+        """Device and inode: two names may be of one file."""
 
     @staticmethod
     def look_at(path: str | os.PathLike[str]) -> None:
@@ -55,6 +57,14 @@ class FileLock:
                     raise
                 pid = _read_pid(file, path)
                 name = os.path.basename(path).removesuffix(".lock")
+                name = os.path.basename(path).removesuffix(".lock")
+                if _is_ours(_place_of(file)):  # the id alone would not tell: in each container there is a process 1
+                    raise StoreInUseError(
+                        f"{name} is in use in this very process ({os.getpid()}), by another store or manager; end that "
+                        "one first, or share it",
+                        pid=os.getpid(),
+                    ) from None
+                pid = _read_pid(file, path)
                 raise StoreInUseError(
                     f"{name} is in use by process {pid or 'of unknown id'}; it has one process at a time, end that one "
                     "first",
@@ -66,14 +76,23 @@ class FileLock:
         except BaseException:
             os.close(file)
             raise
-        self._file = file
+        self._file, self._place = file, _place_of(file)
         _held.add(self)
 
     def release(self) -> None:
         """The lock file stays: to remove it would let two processes lock two files of one name."""
-        file, self._file = self._file, None
+        file, self._file, self._place = self._file, None, None
         if file is not None:
             os.close(file)
+
+
+def _place_of(file: int) -> tuple[int, int]:
+    status = os.fstat(file)
+    return status.st_dev, status.st_ino
+
+
+def _is_ours(place: tuple[int, int]) -> bool:
+    return any(lock._place == place for lock in list(_held))
 
 
 def _open(path: str | os.PathLike[str], flags: int) -> int:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 
-from ..errors import CorruptRecordError, OwnedElsewhereError, StoreContractError, StoreError, StoreUnavailableError
+from ..errors import (
+    CorruptRecordError,
+    OptionError,
+    OwnedElsewhereError,
+    StoreContractError,
+    StoreError,
+    StoreUnavailableError,
+)
+from ..quoting import quote
 from .base import Answers, Claim, Outcome, Record, Store, Verdict, latest_of
 from .rows import StoredRow, verdict_of_damage
 
@@ -53,6 +61,8 @@ class MemoryStore(Store):
     loss_class = "everything is lost with the process"
 
     def __init__(self, backing: MemoryBacking | None = None) -> None:
+        if backing is not None and not isinstance(backing, MemoryBacking):
+            raise OptionError(f"backing is the `backing` of another MemoryStore, not {quote(backing)}")
         self.backing: MemoryBacking = MemoryBacking() if backing is None else backing
         self._is_open = False
 
@@ -133,7 +143,7 @@ class MemoryStore(Store):
             return False
         if row.owner and row.owner != owner and row.owner not in self.backing.dead:
             raise OwnedElsewhereError(
-                f"user {user_id!r:.80} is on another server ({row.owner}) and cannot be erased now",
+                f"user {quote(user_id)} is on another server ({row.owner}) and cannot be erased now",
                 user_id=user_id,
                 owner=row.owner,
             )

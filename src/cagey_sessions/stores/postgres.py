@@ -17,8 +17,9 @@ from typing import Any
 
 from ..errors import OptionError, OwnedElsewhereError, StoreError, StoreLayoutError
 from ..options import Duration
+from ..quoting import quote
 from .base import MAX_NUMBER, Answers, Claim, Outcome, Record, Verdict, latest_of, text_of
-from .postgres_engine import DOUBT, NODES, PostgresEngine, asyncpg, quoted, verdict_on
+from .postgres_engine import DOUBT, NODES, SCHEMA, PostgresEngine, asyncpg, quoted, verdict_on
 from .rows import LAST_CLAIMED, StoredRow, key_of, user_id_of
 
 __all__ = ["PostgresStore"]
@@ -26,7 +27,8 @@ __all__ = ["PostgresStore"]
 LAYOUT = 1
 """The number of the layout below, kept in the comment of the table."""
 ROWS_IN_A_SCAN = 100
-DDL = """CREATE TABLE {users} (
+DDL = (
+    """CREATE TABLE {users} (
     -- 7 is a number, "7" is text
     user_id text COLLATE "C" PRIMARY KEY,
     epoch bigint NOT NULL,
@@ -37,9 +39,9 @@ DDL = """CREATE TABLE {users} (
     body json,
     saved_at double precision,
     erased boolean NOT NULL
-) WITH (fillfactor = 50);
-COMMENT ON TABLE {users} IS 'cagey-sessions, layout {layout}';
-"""
+) WITH (fillfactor = 50)""",
+    "COMMENT ON TABLE {users} IS 'cagey-sessions, layout {layout}'",
+)
 """Half of each page is left free, so that a row that is saved again stays in its page and the index is not touched."""
 
 COLUMNS = {
@@ -138,8 +140,8 @@ class PostgresStore(PostgresEngine):
     `schema` is the schema of the table ``cagey_sessions``, which is created at `open` unless `create` is false: then
     create it yourself, with the statements of `ddl`. The connection of a call that takes longer than `timeout`
     (seconds, or a text such as "10s") is closed, with an unknown outcome. A server that dies keeps its users from
-    others until `lease` has run out, and for a third of it after another server first asks; with a shorter lease a
-    server that stalls loses them sooner.
+    others until `lease` has run out, and then for a third of it after another server first asks; asking before that
+    begins nothing. With a shorter lease a server that stalls loses them sooner.
 
     Raises `MissingExtraError` without asyncpg, and `OptionError`. `open` raises `StoreUnavailableError` if the server
     cannot be reached, or refuses the user, `StoreLayoutError` for a table of another shape, one made by a newer
@@ -166,12 +168,16 @@ class PostgresStore(PostgresEngine):
         self._users = self._names["users"] = f"{quoted(schema)}.cagey_sessions"
         self._names |= {"is_sound": IS_SOUND, "is_fence_sound": IS_FENCE_SOUND, "may_be_claimed": MAY_BE_CLAIMED}
 
-    def ddl(self) -> str:
-        """The statements that create what `open` creates, for your own migrations."""
-        return (DDL + NODES).format(layout=LAYOUT, **self._names)
+    def ddl(self) -> list[str]:
+        """The statements that create what `open` creates, in order, for your own migrations."""
+        schema = [] if self._schema == "public" else [SCHEMA.format(schema=quoted(self._schema))]
+        return [*schema, *self._tables()]
+
+    def _tables(self) -> list[str]:
+        return [statement.format(layout=LAYOUT, **self._names) for statement in (*DDL, NODES)]
 
     async def _prepare(self, connection: Any) -> None:
-        await self._make(connection, self._users, self.ddl())
+        await self._make(connection, self._users, self._tables())
         await self._check_layout(connection)
         self.loss_class: str = await self._loss_class(connection, self._users)
 
@@ -312,7 +318,7 @@ class PostgresStore(PostgresEngine):
                     continue  # it has been released meanwhile
                 await self._doubt(connection, {holder})
                 raise OwnedElsewhereError(
-                    f"user {user_id!r:.80} is on another server ({holder}) and cannot be erased now",
+                    f"user {quote(user_id)} is on another server ({holder}) and cannot be erased now",
                     user_id=user_id,
                     owner=holder,
                 )

@@ -13,6 +13,7 @@ import orjson
 
 from .._core import decode_plain
 from ..errors import EncodingError, StoreLayoutError
+from ..quoting import quote
 from .base import Record, text_of
 from .postgres_engine import asyncpg, quoted
 
@@ -199,8 +200,8 @@ class OwnTable:
         if type(value) is not dict:
             raise UnfitError("with columns= the data is a dict with a member for each of them")
         if value.keys() != self._names:
-            missing, unknown = sorted(self._names - value.keys()), sorted(value.keys() - self._names)
-            what = f"there is no member {missing[0]!r:.80}" if missing else f"member {unknown[0]!r:.80} has no column"
+            missing = sorted(self._names - value.keys())
+            what = f"there is no member {quote(missing[0])}" if missing else "it has another one, without a column"
             raise UnfitError(f"with columns= the data is a dict with a member for each of them: {what}")
         return tuple(column.sent(value[column.name]) for column in self.columns)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -27,7 +27,8 @@ from ..errors import (
     StoreLayoutError,
     StoreUnavailableError,
 )
-from ..options import SECOND, Duration, parse_duration
+from ..options import SECOND, Duration, is_text, lacks, parse_duration, yes_or_no
+from ..quoting import kind_name, quote
 from .base import Outcome, Record, Store, Verdict
 from .connections import Connections
 from .layouts import check_layout
@@ -44,6 +45,7 @@ except ImportError as _error:
 from .postgres_pooler import SHARED_STATEMENTS, Unattached, is_pooled, refuse_shared_statements
 
 __all__ = ["DOUBT", "NODES", "PostgresEngine", "asyncpg", "check_name", "is_of_call", "quoted", "verdict_on"]
+__all__ = ["DOUBT", "NODES", "SCHEMA", "PostgresEngine", "asyncpg", "check_name", "is_of_call", "quoted", "verdict_on"]
 
 T = TypeVar("T")
 
@@ -59,11 +61,12 @@ ANY_NUMBER = 1 << 30
 ATTEMPTS = 5
 """Of a statement that PostgreSQL has rolled back and says may be repeated."""
 
+SCHEMA = "CREATE SCHEMA IF NOT EXISTS {schema}"
 NODES = """CREATE TABLE IF NOT EXISTS {nodes} (
     owner text COLLATE "C" PRIMARY KEY,
     alive_until timestamptz NOT NULL,
     doubted boolean NOT NULL
-);"""
+)"""
 MAY_USE = """SELECT bool_and(has_table_privilege(to_regclass($1), privilege))
     FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privileges (privilege)"""
 RENEW = """INSERT INTO {nodes} VALUES ($1, clock_timestamp() + $2, false)
@@ -89,8 +92,8 @@ def quoted(name: str) -> str:
 
 def check_name(what: str, name: object) -> str:
     """A name as PostgreSQL takes one; raises `OptionError`."""
-    if not isinstance(name, str) or "\0" in name or not 0 < len(name.encode()) <= LONGEST_NAME:
-        raise OptionError(f"{what} is a name of at most {LONGEST_NAME} bytes, not {name!r:.80}")
+    if not is_text(name) or not 0 < len(name.encode()) <= LONGEST_NAME:
+        raise OptionError(f"{what} is a name of at most {LONGEST_NAME} bytes, not {quote(name)}")
     return name
 
 
@@ -103,12 +106,14 @@ class PostgresEngine(Store):
     def __init__(
         self, dsn: str | None, pool: Any, schema: str, create: bool, timeout: Duration, lease: Duration
     ) -> None:
-        if dsn is not None and not (isinstance(dsn, str) and dsn.startswith(("postgresql://", "postgres://"))):
-            raise OptionError("a DSN begins with postgresql://")
+        if dsn is not None and not (is_text(dsn) and dsn.startswith(("postgresql://", "postgres://"))):
+            raise OptionError("a DSN is a text that begins with postgresql://")
+        if pool is not None and lacks(pool, ("acquire", "release")):
+            raise OptionError(f"pool is an asyncpg.Pool, not {kind_name(pool)}")
         self._dsn = dsn
         self._given = pool
         self._schema = check_name("schema", schema)
-        self._creates = create
+        self._creates = yes_or_no("create", create)
         self._timeout = parse_duration(timeout, "timeout", shortest=SECOND // 10) / SECOND
         self._lease = parse_duration(lease, "lease", shortest=SECOND) / SECOND
         if self._lease < self._timeout:
@@ -220,8 +225,8 @@ class PostgresEngine(Store):
     async def _prepare(self, connection: Any) -> None:
         """Look at the tables, make those that are missing, and set `loss_class`."""
 
-    async def _make(self, connection: Any, name: str, ddl: str) -> None:
-        """Make a table of ours, and whatever else `ddl` makes, unless it is there."""
+    async def _make(self, connection: Any, name: str, statements: Sequence[str]) -> None:
+        """Make a table of ours, and whatever else the statements make, unless it is there."""
         async with connection.transaction():
             # one at a time of those who open it first
             await connection.execute("SELECT pg_advisory_xact_lock(hashtext('cagey-sessions'))")
@@ -229,16 +234,17 @@ class PostgresEngine(Store):
                 return
             if not self._creates:
                 raise StoreLayoutError(
-                    f"there is no table {name}; make it by what `ddl()` gives, or leave out create=False"
+                    f"there is no table {name}; make it with the statements of `ddl()`, or leave out create=False"
                 )
             try:
                 if await connection.fetchval("SELECT to_regnamespace($1)", quoted(self._schema)) is None:
                     await connection.execute(f"CREATE SCHEMA {quoted(self._schema)}")
-                await connection.execute(ddl)
+                for statement in statements:
+                    await connection.execute(statement)
             except asyncpg.InsufficientPrivilegeError as error:
                 raise StoreLayoutError(
-                    f"there is no table {name}, and this user may not make it ({error.args[0]}); have it made by what "
-                    "`ddl()` gives"
+                    f"there is no table {name}, and this user may not make it ({error.args[0]}); have it made with the "
+                    "statements of `ddl()`"
                 ) from None
 
     async def _check_ours(self, connection: Any, name: str, layout: int, of: str = "") -> None:

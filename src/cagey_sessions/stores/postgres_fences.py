@@ -60,8 +60,9 @@ INSIDE = tuple(f"cagey_{field}" for field in FIELDS)
 FIRST_EPOCH = {"side_table": 1, "columns": 0, "none": 0}
 """The lowest epoch of a row; 0 where one is there that was never claimed."""
 
-SIDE_DDL = """CREATE TABLE {fence} AS SELECT {key} AS user_id FROM {table} WITH NO DATA;
-ALTER TABLE {fence}
+SIDE_DDL = (
+    "CREATE TABLE {fence} AS SELECT {key} AS user_id FROM {table} WITH NO DATA",
+    """ALTER TABLE {fence}
     ADD PRIMARY KEY (user_id),
     ADD epoch bigint NOT NULL,
     ADD owner text NOT NULL,
@@ -71,13 +72,14 @@ ALTER TABLE {fence}
     ADD saved_at double precision,
     ADD erased boolean NOT NULL,
     ADD absent boolean NOT NULL,
-    SET (fillfactor = 50);
-DO $do$ BEGIN
+    SET (fillfactor = 50)""",
+    """DO $do$ BEGIN
     EXECUTE (SELECT format('COMMENT ON TABLE %s IS %L', {fence_text}, '{comment}' || format('%I.%I', nspname, relname))
         FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = {table_text}::regclass);
-END $do$;
-"""
-INSIDE_DDL = """ALTER TABLE {table}
+END $do$""",
+)
+INSIDE_DDL = (
+    """ALTER TABLE {table}
     ADD cagey_epoch bigint NOT NULL DEFAULT 0,
     ADD cagey_owner text NOT NULL DEFAULT '',
     ADD cagey_released boolean NOT NULL DEFAULT true,
@@ -85,8 +87,8 @@ INSIDE_DDL = """ALTER TABLE {table}
     ADD cagey_schema bigint NOT NULL DEFAULT 0,
     ADD cagey_saved_at double precision,
     ADD cagey_erased boolean NOT NULL DEFAULT false,
-    ADD cagey_absent boolean NOT NULL DEFAULT false;
-"""
+    ADD cagey_absent boolean NOT NULL DEFAULT false""",
+)
 
 CLOCK = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 # FOR SHARE, for a statement may have waited for a row: what it sees of the leases without it is as old as its beginning
@@ -205,16 +207,16 @@ def side_table(table: str, schema: str) -> str:
     return f"{quoted(schema)}.{quoted((PREFIX + table).encode()[:63].decode(errors='ignore'))}"
 
 
-def ddl(fence: str, table: str, key: str, side: str) -> str:
+def ddl(fence: str, table: str, key: str, side: str) -> list[str]:
     """What makes the fence of a table; all names are quoted, but for the kind of the fence."""
     if fence == "columns":
-        return INSIDE_DDL.format(table=table)
+        return [statement.format(table=table) for statement in INSIDE_DDL]
     texts = {
         "fence_text": _literal(side),
         "table_text": _literal(table),
         "comment": f"cagey-sessions, layout {LAYOUT}, of ",
     }
-    return SIDE_DDL.format(fence=side, table=table, key=key, **texts)
+    return [statement.format(fence=side, table=table, key=key, **texts) for statement in SIDE_DDL]
 
 
 def _literal(text: str) -> str:

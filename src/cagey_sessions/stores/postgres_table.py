@@ -23,11 +23,12 @@ from ..errors import (
     StoreLayoutError,
     StoreUnavailableError,
 )
-from ..options import Duration
+from ..options import Duration, one_of
+from ..quoting import quote
 from . import postgres_fences as sql
 from .base import Answers, Claim, Outcome, Record, Verdict, latest_of
 from .postgres_catalog import GivenBodies, OwnTable, UnfitError, read_table
-from .postgres_engine import DOUBT, NODES, PostgresEngine, asyncpg, check_name, is_of_call, quoted, verdict_on
+from .postgres_engine import DOUBT, NODES, SCHEMA, PostgresEngine, asyncpg, check_name, is_of_call, quoted, verdict_on
 from .postgres_pooler import driver_of
 from .rows import StoredRow, damaged
 
@@ -95,27 +96,25 @@ class PostgresTable(PostgresEngine):
         lease: Duration = 15,
     ) -> None:
         is_dsn = isinstance(pool, str)
-        if not is_dsn and not callable(getattr(pool, "acquire", None)):
-            raise OptionError(f"PostgresTable takes an asyncpg.Pool or a DSN first, not {type(pool).__name__}")
+        if pool is None:
+            raise OptionError("PostgresTable takes an asyncpg.Pool or a DSN first")
         super().__init__(pool if is_dsn else None, None if is_dsn else pool, schema, create, timeout, lease)
         names = (table,) if isinstance(table, str) else table
         if not isinstance(names, tuple) or len(names) not in (1, 2):
-            raise OptionError(f"table is a name or a pair (schema, name), not {table!r:.80}")
+            raise OptionError(f"table is a name or a pair (schema, name), not {quote(table)}")
         self._table = ".".join(quoted(check_name("table", name)) for name in names)
         self._key_name = check_name("key", key)
         if (columns is None) == (body is None):
             raise OptionError("give either columns=[...], or body=, the one column with the whole of the data")
-        if columns is not None and (isinstance(columns, str) or not columns):
+        if columns is not None and (isinstance(columns, str) or not isinstance(columns, Sequence) or not len(columns)):
             raise OptionError("columns is a list of names, and not empty")
         self._listed = [check_name("a column", name) for name in ([body] if columns is None else columns)]
         if len({key, *self._listed}) <= len(self._listed):
             raise OptionError("a column is given twice, or the key is among them")
         self._is_body = columns is None
-        if fence not in FENCES:
-            raise OptionError(f"fence is one of {', '.join(FENCES)}, not {fence!r:.80}")
+        self._fence = one_of("fence", fence, FENCES)
         if insert is not None and (fence == "columns" or not callable(insert)):
             raise OptionError('insert is an async function, and not there with fence="columns": a claim makes the row')
-        self._fence = fence
         self._insert = insert
         self.uses_leases: bool = fence != "none"
         self.fenced: bool = self.uses_leases
@@ -130,13 +129,13 @@ class PostgresTable(PostgresEngine):
         self._new: set[int | str] = set()
         """Without a fence: users who had no row when they were claimed."""
 
-    def ddl(self) -> str:
-        """The statements that create what the fence needs; with ``fence="columns"`` you run them yourself."""
+    def ddl(self) -> list[str]:
+        """The statements that create what the fence needs, in order; with ``fence="columns"`` you run them yourself."""
         if not self.uses_leases:
-            return ""
-        return f"CREATE SCHEMA IF NOT EXISTS {quoted(self._schema)};\n{self._fence_ddl()}{NODES.format(**self._names)}"
+            return []
+        return [SCHEMA.format(schema=quoted(self._schema)), *self._fence_ddl(), NODES.format(**self._names)]
 
-    def _fence_ddl(self) -> str:
+    def _fence_ddl(self) -> list[str]:
         return sql.ddl(self._fence, self._table, quoted(self._key_name), self._side)
 
     def key_of(self, user_id: int | str) -> int | str:
@@ -165,7 +164,7 @@ class PostgresTable(PostgresEngine):
             await self._check_ours(connection, self._side, sql.LAYOUT, own.name)
             tables.append(self._side)
         if self.uses_leases:
-            await self._make(connection, nodes, NODES.format(nodes=nodes))
+            await self._make(connection, nodes, [NODES.format(nodes=nodes)])
             await self._check_may_use(connection, nodes)
         self._names = sql.fence_names(self._fence, own, self._side, nodes)
         self._statements.clear()
@@ -428,7 +427,7 @@ class PostgresTable(PostgresEngine):
             return own.check_key(self.key_of(user_id))
         except UnfitError as error:
             kind = "str" if own.key.array == "text[]" else "int"
-            problem = f"{own.name} cannot have user {user_id!r:.80}: {error}; the ids of this table are {kind}"
+            problem = f"{own.name} cannot have user {quote(user_id)}: {error}; the ids of this table are {kind}"
         raise RecordError(problem, user_id=user_id)
 
     async def release_many(self, claims: Sequence[tuple[int | str, int]], owner: str) -> list[bool]:
@@ -466,7 +465,7 @@ class PostgresTable(PostgresEngine):
                         was_there: bool = await connection.execute(self._sql(sql.DELETE), key) != "DELETE 0"
                         if await connection.fetchval(self._sql(sql.IS_THERE), key):
                             raise StoreError(
-                                f"the row of user {user_id!r:.80} cannot be deleted: a trigger holds it back"
+                                f"the row of user {quote(user_id)} cannot be deleted: a trigger holds it back"
                             )
                         if row is None:
                             return was_there
@@ -481,7 +480,7 @@ class PostgresTable(PostgresEngine):
                     continue  # it has been released meanwhile
                 await self._doubt(connection, {holder})
                 raise OwnedElsewhereError(
-                    f"user {user_id!r:.80} is on another server ({holder}) and cannot be erased now",
+                    f"user {quote(user_id)} is on another server ({holder}) and cannot be erased now",
                     user_id=user_id,
                     owner=holder,
                 )

@@ -24,7 +24,8 @@ from ..errors import (
     StoreLayoutError,
     StoreUnavailableError,
 )
-from ..options import SECOND, Duration, parse_duration
+from ..options import SECOND, Duration, is_text, parse_duration
+from ..quoting import quote
 from .base import Answers, Claim, Outcome, Record, Store, Verdict, latest_of, text_of
 from .connections import Connections
 from .layouts import check_layout
@@ -81,7 +82,8 @@ class RedisStore(Store):
     ``redis+sentinel://host:port,host:port/service/database``, where the Sentinels say which server is the primary. All
     keys begin with `prefix`. The connection of a call that takes longer than `timeout` (seconds, or a text such as
     "10s") is closed, with an unknown outcome. A server that dies keeps its users from others until `lease` has run out,
-    and for a third of it after another server first asks; with a shorter lease a server that stalls loses them sooner.
+    and then for a third of it after another server first asks; asking before that begins nothing. With a shorter lease
+    a server that stalls loses them sooner.
 
     Raises `MissingExtraError` without redis-py and hiredis, and `OptionError`. `open` raises `StoreUnavailableError` if
     the engine cannot be reached, refuses the user, or is a replica, and `StoreLayoutError` for Redis Cluster, for an
@@ -102,12 +104,12 @@ class RedisStore(Store):
         timeout: Duration = 10,
         lease: Duration = 15,
     ) -> None:
-        if not isinstance(url, str) or url.partition("://")[0] not in SCHEMES:
+        if not is_text(url) or url.partition("://")[0] not in SCHEMES:
             raise OptionError(
                 f"the URL of a RedisStore begins with one of {', '.join(f'{each}://' for each in SCHEMES)}"
             )
-        if not isinstance(prefix, str) or not 0 < len(prefix) <= LONGEST_PREFIX:
-            raise OptionError(f"prefix is a text of 1 to {LONGEST_PREFIX} characters, not {prefix!r:.80}")
+        if not is_text(prefix) or not 0 < len(prefix) <= LONGEST_PREFIX:
+            raise OptionError(f"prefix is a text of 1 to {LONGEST_PREFIX} characters, not {quote(prefix)}")
         self._timeout = parse_duration(timeout, "timeout", shortest=SECOND // 10) / SECOND
         self._lease = parse_duration(lease, "lease", shortest=SECOND) / SECOND
         if self._lease < self._timeout:
@@ -286,7 +288,7 @@ class RedisStore(Store):
                 row = _row(user_id, fields)
             except CorruptRecordError as error:
                 return error
-            return (row and row.claim_refusal(user_id)) or StoreError(f"the row of user {user_id!r:.80} has changed")
+            return (row and row.claim_refusal(user_id)) or StoreError(f"the row of user {quote(user_id)} has changed")
 
         return await self._run(claim)
 
@@ -336,7 +338,7 @@ class RedisStore(Store):
         if holder:
             name = holder.decode()
             raise OwnedElsewhereError(
-                f"user {user_id!r:.80} is on another server ({name}) and cannot be erased now",
+                f"user {quote(user_id)} is on another server ({name}) and cannot be erased now",
                 user_id=user_id,
                 owner=name,
             )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from .._core import check_user_id
 from ..errors import CorruptRecordError, InvalidUserIdError, StoreError
+from ..quoting import quote
 from .base import MAX_NUMBER, Claim, Outcome, Record, Verdict
 
 __all__ = [
@@ -109,7 +110,7 @@ class StoredRow(NamedTuple):
 def damaged(user_id: int | str, fault: str, body: bytes = b"") -> CorruptRecordError:
     """The error for a row that cannot be taken for one of ours; `fault` is a clause about it, without its content."""
     return CorruptRecordError(
-        f"the record of user {user_id!r:.80} is damaged, and is left as it is: {fault}", user_id=user_id, body=body
+        f"the record of user {quote(user_id)} is damaged, and is left as it is: {fault}", user_id=user_id, body=body
     )
 
 
@@ -166,4 +167,4 @@ def user_id_of(key: str) -> int | str:
 
 def no_id(key: object) -> StoreError:
     """The error for a row that is of nobody."""
-    return StoreError(f"the key {key!r:.80} among the users is none of ours")
+    return StoreError(f"the key {quote(key)} among the users is none of ours")

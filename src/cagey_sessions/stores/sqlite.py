@@ -30,6 +30,7 @@ from ..errors import (
     StoreUnavailableError,
     WrongLoopError,
 )
+from ..options import one_of, path_text, yes_or_no
 from ..threads import outlast
 from .base import Answers, Record, Store, Verdict, latest_of
 from .file_lock import FileLock
@@ -100,15 +101,12 @@ class SQLiteStore(Store):
         synchronous: Literal["FULL", "NORMAL"] = "FULL",
         read_only: bool = False,
     ) -> None:
-        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or os.fspath(path) == ":memory:":
+        text = path_text("path", path)
+        if text == ":memory:":
             raise OptionError("path is the name of a file; for users in memory there is MemoryStore")
-        if synchronous not in ("FULL", "NORMAL"):
-            raise OptionError(f"synchronous is 'FULL' or 'NORMAL', not {synchronous!r:.80}")
-        if type(read_only) is not bool:
-            raise OptionError(f"read_only is True or False, not {read_only!r:.80}")
-        self.path: Path = Path(path)
-        self._synchronous = synchronous
-        self._read_only = read_only
+        self.path: Path = Path(text)
+        self._synchronous = one_of("synchronous", synchronous, ("FULL", "NORMAL"))
+        self._read_only = yes_or_no("read_only", read_only)
         self._writer: _Writer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = 0

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 from ..errors import OptionError
 from ..options import duration_of, suggest
+from ..quoting import quote
 from .base import Store
 
 __all__ = ["engine_of", "open_store"]
@@ -106,7 +107,7 @@ def _known() -> str:
 def _check_names(what: str, names: Any, known: tuple[str, ...]) -> None:
     for name in names:
         if name not in known:
-            raise OptionError(f"{what} has no {name!r:.40}{suggest(name, known)}")
+            raise OptionError(f"{what} has no {quote(name)}{suggest(name, known)}")
 
 
 def _path(address: str) -> str:

@@ -13,8 +13,10 @@ from collections.abc import Callable, Coroutine
 from random import Random
 from typing import Any, NamedTuple
 
+from ..errors import OptionError
 from ..manager import SessionManager
 from ..options import SECOND
+from ..quoting import quote
 from ..stores import Outcome
 from .store import MILLISECOND
 from .universe import Universe
@@ -29,6 +31,7 @@ SHUFFLES = (0.0, 0.0, 0.5, 1.0)
 WAYS = ((1 * MILLISECOND, 5 * MILLISECOND), (1 * MILLISECOND, 80 * MILLISECOND))
 LATEST = 30 * SECOND
 """After a crash what was sent is given this long to arrive."""
+MOST_SEEDS = 2**31
 MOST_MOMENTS = 400
 """How many moments the search for the smallest history looks at."""
 
@@ -76,7 +79,10 @@ def crash_test(
     """
     for check, name in ((make_manager, "make_manager"), (play, "play"), (invariant, "invariant")):
         if not callable(check):
-            raise TypeError(f"{name} is a function, not {check!r:.80}")
+            raise OptionError(f"{name} is a function, not {quote(check)}")
+    for number, name in ((seeds, "seeds"), (first, "first")):
+        if type(number) is not int or not 0 <= number <= MOST_SEEDS:
+            raise OptionError(f"{name} is a whole number from 0 to {MOST_SEEDS}, not {quote(number)}")
     state = random.getstate()
     try:
         for seed in range(first, first + seeds):
@@ -154,7 +160,7 @@ def _run(
 async def _as_coroutine(play: Play, manager: SessionManager[Any]) -> None:
     outcome = play(manager)
     if not inspect.isawaitable(outcome):
-        raise TypeError("play is an `async def` that takes the manager")
+        raise OptionError("play is an `async def` that takes the manager")
     await outcome
 
 

@@ -13,6 +13,7 @@ from typing import Self
 
 from ..errors import OptionError, UsageError
 from ..options import SECOND, parse_duration
+from ..quoting import quote
 
 __all__ = ["FaultProxy"]
 
@@ -45,9 +46,9 @@ class FaultProxy:
         if (port is None) == (path is None):
             raise OptionError("FaultProxy takes the port of a server, or the path of its Unix socket")
         if not isinstance(host, str):
-            raise OptionError(f"host is a str, not {host!r:.80}")
+            raise OptionError(f"host is a str, not {quote(host)}")
         if port is not None and (type(port) is not int or not 0 < port < 65_536):
-            raise OptionError(f"port is a number from 1 to 65535, not {port!r:.80}")
+            raise OptionError(f"port is a number from 1 to 65535, not {quote(port)}")
         self._target = (host, port)
         self._path = path
         self._reserved: socket.socket | None = None
@@ -127,7 +128,7 @@ class FaultProxy:
     @bytes_per_second.setter
     def bytes_per_second(self, count: int | None) -> None:
         if count is not None and (type(count) is not int or count < 1):
-            raise OptionError(f"bytes_per_second is a whole number from 1 upwards, or None, not {count!r:.80}")
+            raise OptionError(f"bytes_per_second is a whole number from 1 upwards, or None, not {quote(count)}")
         self._bytes_per_second = count
 
     def stall(self) -> None:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from .._core import encode_plain
+from .._core import check_user_id, encode_plain
 from ..clock import Clock
 from ..errors import UsageError
 from ..manager import SessionManager
 from ..options import SECOND, Duration, parse_duration
+from ..quoting import quote
 from ..records import DrainReport
 from ..session import Session
 from ..stores import Record, Store
@@ -178,16 +179,19 @@ class World:
 
     def stored(self, user_id: int | str) -> Any:
         """What the database has of a user now, as plain values; None if nothing. A copy."""
+        check_user_id(user_id)
         return self.database.stored(user_id)
 
     def put(self, user_id: int | str, data: Any) -> None:
         """Have the database know a user already, with this data, as JSON values."""
+        check_user_id(user_id)
+        body = encode_plain(data)
         row = self.database.backing.rows.setdefault(user_id, Row())
         if row.owner:
-            raise WorldError(f"user {user_id!r:.80} is on a server; end the session first")
+            raise WorldError(f"user {quote(user_id)} is on a server; end the session first")
         version = 1 if row.record is None else row.record.version + 1
         row.epoch += 1
-        row.record = Record(user_id, row.epoch, "", version, 0, encode_plain(data), 0.0)
+        row.record = Record(user_id, row.epoch, "", version, 0, body, 0.0)
 
     def store_down(self, duration: Duration | None = None, *, silent: bool = False) -> None:
         """From now on the database cannot be reached: for `duration`, or until `store_up`.
