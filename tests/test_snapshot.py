@@ -275,7 +275,10 @@ async def test_a_time_limit_of_the_caller_is_told_apart_from_another_cancellatio
 
 
 async def test_a_disk_that_hangs_holds_up_a_cancelled_call_no_longer_than_it_may(tmp_path, monkeypatch):
-    """The thread is left alone then, and cleans up itself when the disk answers."""
+    """The thread is left alone then, and cleans up itself when the disk answers; until then its descriptor stays open.
+
+    Otherwise somebody else's file or socket would get the number, and the thread would go on with that.
+    """
     monkeypatch.setattr(threads, "PATIENCE", 0)
     data = written(tmp_path / "all")
     for step in ("create", "write", "sync", "close"):
@@ -285,8 +288,13 @@ async def test_a_disk_that_hangs_holds_up_a_cancelled_call_no_longer_than_it_may
             work.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await work
-        disk.let_go(step)
-        end_of_threads()
+            others = [(tmp_path / "other").open("ab") for _ in range(5)]
+            disk.let_go(step)
+            end_of_threads()
+            assert (tmp_path / "other").read_bytes() == b""
+            for other in others:
+                other.close()
+        (tmp_path / "other").unlink()
         assert names(tmp_path) == ["all"]
         assert (tmp_path / "all").read_bytes() == data
 

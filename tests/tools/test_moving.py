@@ -14,6 +14,7 @@ import pytest
 from cagey_sessions import SessionManager
 from cagey_sessions.stores import SQLiteStore, open_store
 from cagey_sessions.testing.conformance.values import ODD_IDS
+from support import made_by_another_user
 from tools.running import COMMAND, ENVIRONMENT, TOOLS, Done, damage, line, posix, postgres, put, tool, users
 
 # Out
@@ -73,6 +74,17 @@ def test_a_file_that_is_there_is_replaced_only_by_force(run, url, tmp_path):
     os.mkfifo(tmp_path / "pipe")  # and not a real device, which a fault here would take from everybody
     assert run("export", url, "pipe", "--force").status == 2, "nothing but a file is replaced by a file"
     assert (tmp_path / "pipe").is_fifo()
+
+
+@posix
+def test_a_link_that_another_user_has_made_is_not_replaced_through(run, url, tmp_path, monkeypatch):
+    put(url, ("ann", b"1"))
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "players.jsonl").symlink_to(tmp_path / "precious")
+    made_by_another_user(tmp_path / "players.jsonl", monkeypatch)
+    done = run("export", url, "players.jsonl", "--force")
+    assert done.status == 2 and "another user" in done.err
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_an_export_that_fails_leaves_the_file_as_it_was(run, url, tmp_path):
