@@ -91,8 +91,8 @@ SAVE = """WITH saved AS (
         RETURNING kept.user_id)
     SELECT CASE WHEN count(*) < cardinality($1) THEN coalesce(array_agg(user_id), ARRAY[]::text[]) END FROM saved"""
 LOOK = "SELECT user_id, epoch, owner, version, erased, released FROM {users} WHERE user_id = ANY ($1::text[])"
-RELEASE = """UPDATE {users} SET released = true
-    WHERE user_id = $1 AND epoch = $2 AND owner = $3 AND NOT released AND NOT erased"""
+RELEASE = """UPDATE {users} AS kept SET released = true
+    WHERE user_id = $1 AND epoch = $2 AND owner = $3 AND NOT released AND NOT erased AND {is_fence_sound}"""
 RELEASE_REPEATED = RELEASE + " AND version = $4"
 # not if there has been an erasure: who had the user then must not find them missing, and save them again
 DELETE_UNSAVED = """DELETE FROM {users} WHERE user_id = $1 AND epoch = $2 AND released AND body IS NULL AND NOT erased

@@ -154,8 +154,8 @@ MAY_INSERT = """SELECT FROM {fence} AS kept, unnest($1::{keys}, $2::bigint[], $3
 LOOK = """SELECT kept.{id} AS user_id, kept.{epoch} AS epoch, kept.{owner} AS owner, kept.{version} AS version,
         kept.{erased} AS erased, kept.{released} AS released, kept.{absent} AS absent, own.{key} IS NOT NULL AS there
     FROM {fence} AS kept LEFT JOIN {table} AS own ON own.{key} = kept.{id} WHERE kept.{id} = ANY ($1::{keys})"""
-RELEASE = """UPDATE {fence} SET {released} = true
-    WHERE {id} = $1 AND {epoch} = $2 AND {owner} = $3 AND NOT {released} AND NOT {erased}"""
+RELEASE = """UPDATE {fence} AS kept SET {released} = true
+    WHERE {id} = $1 AND {epoch} = $2 AND {owner} = $3 AND NOT {released} AND NOT {erased} AND {is_fence_sound}"""
 RELEASE_REPEATED = RELEASE + " AND {version} = $4"
 # not if there has been an erasure: who had the user then must not find them missing, and save them again
 DELETE_UNSAVED = """DELETE FROM {fence} WHERE {id} = $1 AND {epoch} = $2 AND {released} AND {absent} AND NOT {erased}
