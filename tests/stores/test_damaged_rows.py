@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cagey_sessions import CorruptRecordError, SessionManager, StoreError
+from cagey_sessions import CorruptRecordError, SessionManager, StoreError, UnsavableError
 from cagey_sessions.stores import Claim, Outcome, Record
 from cagey_sessions.testing.conformance.base import SAVED
 from cagey_sessions.testing.store_conformance import claim, opened, record, save
@@ -181,6 +181,31 @@ async def test_a_row_that_leaves_no_room_for_the_next_is_read_and_not_claimed(ro
             with pytest.raises(CorruptRecordError, match="no epoch or no version is left"):
                 await manager.open(user_id, default={"gold": 0})
     assert {user_id: await rows.get(user_id) for user_id in users} == before
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["asked for", "when due"])
+async def test_after_the_last_version_there_is_nothing_is_acknowledged(rows, clock, asked):
+    await rows.fill("ann")
+    await rows.put("ann", version=2**53 - 2)
+    refused: list[Any] = []
+    manager = SessionManager(store=rows.make(), clock=clock)
+    manager.on("unsavable", lambda session, error: refused.append(error))
+    session = await manager.open("ann")
+    session.user_data["gold"] = 4
+    receipt = await session.persist_now()
+    assert (receipt.version, receipt.changed) == (2**53 - 1, True)
+    session.user_data["gold"] = 5
+    if asked:
+        with pytest.raises(UnsavableError, match="last version"):
+            await session.persist_now()
+    else:
+        await clock.advance("31s")
+    assert [error.user_id for error in refused] == ["ann"]
+    assert manager.statistics().unsavable == 1
+    await session.destroy(persist=False)
+    await manager.destroy()
+    async with opened(rows.make()) as store:
+        assert (await store.load("ann")).body == b'{"gold":4}'
 
 
 async def test_a_row_that_is_mended_is_written_again(rows, damages):
