@@ -52,6 +52,7 @@ from cagey_sessions.errors import (
     KeyTakenError,
     NotIdentifiedError,
     SessionEndedError,
+    UnsavableError,
     UsageError,
     UserActiveError,
     WrongLoopError,
@@ -64,6 +65,7 @@ cdef extern from *:
     #define CAGEY_DEBUG 0
     #endif
     #define CAGEY_NEVER UINT64_MAX
+    #define CAGEY_LAST_VERSION ((1ULL << 53) - 1)
     #define CAGEY_MAX_SLOTS 0xFFFFFFF0u
     #if defined(_MSC_VER)
       #include <intrin.h>
@@ -108,6 +110,7 @@ cdef extern from *:
     """
     const bint CAGEY_DEBUG
     const uint64_t NEVER "CAGEY_NEVER"
+    const uint64_t LAST_VERSION "CAGEY_LAST_VERSION"
     const uint32_t MAX_SLOTS "CAGEY_MAX_SLOTS"
     unsigned lowest_bit "cagey_lowest_bit"(uint64_t word) noexcept nogil
     unsigned highest_bit "cagey_highest_bit"(uint64_t word) noexcept nogil

@@ -310,7 +310,11 @@ class StoreSaver:
         if is_ending:
             row.flight.fingerprint = fingerprint
         release = is_ending and self._host.is_last_save(session)
-        version = self._table.fix(session, fingerprint)
+        try:
+            version = self._table.fix(session, fingerprint)
+        except UnsavableError as error:  # no version is left
+            self._settlement.refuse(row, error.with_traceback(None))
+            return 0
         row.changed = version > 0
         if self._sanitizer is not None:
             by_timer = self._is_marked_only and not row.flight.is_patient and not is_ending

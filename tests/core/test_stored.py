@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cagey_sessions import Session, UsageError
+from cagey_sessions import Session, UnsavableError, UsageError
 from cagey_sessions._core import SessionTable
 
 
@@ -74,6 +74,23 @@ def test_bytes_changed_back_after_a_write_of_unknown_outcome_are_written_again()
     assert not table.is_current(session, 1000)
     take(table, session)
     assert table.fix(session, 1000) == 43
+
+
+def test_after_the_last_version_only_its_own_bytes_are_taken():
+    table, session = stored_table()
+    table.own(session, 3, 2**53 - 2, 1000)
+    take(table, session)
+    assert table.fix(session, 2000) == 2**53 - 1
+    table.fail(session, 2**53 - 1)
+    take(table, session)
+    with pytest.raises(UnsavableError, match="last version") as caught:
+        table.fix(session, 3000)
+    assert caught.value.user_id == 1
+    assert table.versions(session) == (2**53 - 1, 2**53 - 2)
+    assert table.fix(session, 2000) == 2**53 - 1, "a repeat is no new version"
+    table.acknowledge(session, 2**53 - 1, 5)
+    take(table, session)
+    assert table.fix(session, 2000) == 0
 
 
 def test_a_later_claim_keeps_version_and_digest():

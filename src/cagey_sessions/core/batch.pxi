@@ -211,6 +211,8 @@ cdef class SaveBatch:
         if row.state != SAVING:
             return False
         cdef bint is_new = version == 0 or table.copies[slot].digest != digest
+        if is_new and version >= LAST_VERSION:
+            return False
         if not is_new and version == row.acknowledged:
             self.unchanged += 1
             if row.marks:

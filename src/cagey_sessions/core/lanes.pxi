@@ -193,16 +193,23 @@ cdef class SessionLanes(SessionRows):
         """The bytes of a save in flight are fixed: the version they are written as, or 0 if that is not needed.
 
         Bytes with the digest of the version last fixed are that version: 0 if it is acknowledged, else a repeat of it.
-        Any other bytes are the next version. O(1).
+        Any other bytes are the next version. Raises `UnsavableError` where there is none: stores keep numbers below
+        2**53, and some would take the one after it for the same. O(1).
         """
         cdef uint32_t slot = self.slot_of(session)
         cdef Row* row = &self.rows[slot]
         self.require_copies()
         if not has_save_in_flight(row.state):
             raise UsageError("no save of this session is in flight")
+        cdef bint is_new = row.version == 0 or self.copies[slot].digest != digest
+        if is_new and row.version >= LAST_VERSION:
+            raise UnsavableError(
+                f"user {session.user_id!r:.80} has had the last version there is, 2**53 - 1, and cannot be saved again",
+                user_id=session.user_id,
+            )
         if row.marks:
             row.marks = MARKED_BEFORE
-        if row.version == 0 or self.copies[slot].digest != digest:
+        if is_new:
             row.version += 1
             self.copies[slot].digest = digest
         elif row.version == row.acknowledged:

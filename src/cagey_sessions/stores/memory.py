@@ -131,7 +131,7 @@ class MemoryStore(Store):
 
     def _release(self, user_id: int | str, epoch: int, owner: str) -> bool:
         row = self.backing.rows.get(user_id)
-        if row is None or row.epoch != epoch or row.owner != owner:
+        if row is None or row.epoch != epoch or row.owner != owner or row.as_stored().fence_fault():
             return False
         row.released = True
         return True
@@ -162,7 +162,7 @@ class MemoryStore(Store):
     async def holder(self, user_id: int | str) -> tuple[str, int]:
         self._require_open()
         row = self.backing.rows.get(user_id)
-        return ("", 0) if row is None else (row.owner, row.epoch)
+        return ("", 0) if row is None else row.as_stored().holder(user_id)
 
     async def scan(self) -> AsyncIterator[Record | StoreError]:
         self._require_open()

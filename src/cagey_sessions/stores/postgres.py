@@ -96,12 +96,12 @@ LOOK = "SELECT user_id, epoch, owner, version, erased, released FROM {users} WHE
 RELEASE = """UPDATE {users} AS kept SET released = true
     FROM unnest($1::text[], $2::bigint[]) AS batch (user_id, epoch)
     WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.owner = $3
-        AND NOT kept.released AND NOT kept.erased
+        AND NOT kept.released AND NOT kept.erased AND {is_fence_sound}
     RETURNING kept.user_id, kept.body IS NULL AS unsaved"""
 RELEASE_REPEATED = """UPDATE {users} AS kept SET released = true
     FROM unnest($1::text[], $2::bigint[], $3::bigint[]) AS batch (user_id, epoch, version)
     WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.version = batch.version
-        AND kept.owner = $4 AND NOT kept.released AND NOT kept.erased"""
+        AND kept.owner = $4 AND NOT kept.released AND NOT kept.erased AND {is_fence_sound}"""
 # not if there has been an erasure: who had the user then must not find them missing, and save them again
 DELETE_UNSAVED = """DELETE FROM {users} AS kept USING unnest($1::text[], $2::bigint[]) AS batch (user_id, epoch)
     WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.released AND kept.body IS NULL

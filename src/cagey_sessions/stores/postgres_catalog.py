@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import orjson
@@ -28,6 +29,9 @@ COLUMN_TYPES = (*_INTEGERS, "double precision", "boolean", *_TEXTS, *_JSON)
 _ARRAYS = {"double precision": "float8[]", "boolean": "boolean[]"} | dict.fromkeys(_INTEGERS, "bigint[]")
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "i": "an index", "S": "a sequence"}
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+_MAY_BE_LARGE = re.compile(r"\d[eE]\+?\d")
+_LARGE = re.compile(r'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?[eE]\+?\d{1,3}(?!\d)')
+"""A number with an exponent, or a text, in which there is none."""
 
 TABLE = """SELECT relkind::text AS kind, quote_ident(nspname) || '.' || quote_ident(relname) AS name,
         row_security_active(pg_class.oid) AS hides_rows
@@ -47,6 +51,13 @@ COLUMNS = """WITH RECURSIVE columns AS (
     WHERE typtype <> 'd' ORDER BY attnum"""
 IS_UNIQUE = """SELECT EXISTS (SELECT FROM pg_index WHERE indrelid = $1::regclass AND indisunique AND indisvalid
         AND indimmediate AND indpred IS NULL AND indnkeyatts = 1 AND indkey[0] = $2)"""
+
+
+def _written_out(match: re.Match[str]) -> str:
+    if match[0].startswith('"'):
+        return match[0]
+    number = format(Decimal(match[0]), "f")
+    return number if "." in number else f"{number}.0"
 
 
 class UnfitError(Exception):
@@ -105,10 +116,16 @@ class Column(NamedTuple):
     def _json(self, value: Any) -> str | None:
         if value is None and not self.required:
             return None
-        text = orjson.dumps(value).decode()
-        if self.type == "jsonb" and _NUL.search(text):
+        return self.text(orjson.dumps(value).decode())
+
+    def text(self, text: str) -> str:
+        """JSON as it is sent, so that the same comes back. Raises `UnfitError`."""
+        if self.type != "jsonb":
+            return text
+        if _NUL.search(text):
             raise UnfitError(f"column {self.name}: no jsonb of PostgreSQL has a NUL in it")
-        return text
+        # a jsonb writes numbers out, and a large float would come back as an int
+        return _LARGE.sub(_written_out, text) if _MAY_BE_LARGE.search(text) else text
 
     def came(self, value: Any) -> Any:
         """What the driver has given, as it is put into a body."""
@@ -192,7 +209,7 @@ class OwnTable:
             text = text_of(body)
             if text is None:
                 raise UnfitError(f"column {self.columns[0].name}: the body is not text")
-            return (text,)
+            return (self.columns[0].text(text),)
         try:
             value = decode_plain(body, "")
         except EncodingError as error:

@@ -159,12 +159,12 @@ LOOK = """SELECT kept.{id} AS user_id, kept.{epoch} AS epoch, kept.{owner} AS ow
 RELEASE = """UPDATE {fence} AS kept SET {released} = true
     FROM unnest($1::{keys}, $2::bigint[]) AS batch (user_id, epoch)
     WHERE kept.{id} = batch.user_id AND kept.{epoch} = batch.epoch AND kept.{owner} = $3
-        AND NOT kept.{released} AND NOT kept.{erased}
+        AND NOT kept.{released} AND NOT kept.{erased} AND {is_fence_sound}
     RETURNING kept.{id} AS user_id, kept.{absent} AS absent"""
 RELEASE_REPEATED = """UPDATE {fence} AS kept SET {released} = true
     FROM unnest($1::{keys}, $2::bigint[], $3::text[], $4::bigint[]) AS batch (user_id, epoch, owner, version)
     WHERE kept.{id} = batch.user_id AND kept.{epoch} = batch.epoch AND kept.{owner} = batch.owner
-        AND kept.{version} = batch.version AND NOT kept.{released} AND NOT kept.{erased}"""
+        AND kept.{version} = batch.version AND NOT kept.{released} AND NOT kept.{erased} AND {is_fence_sound}"""
 # not if there has been an erasure: who had the user then must not find them missing, and save them again
 DELETE_UNSAVED = """DELETE FROM {fence} AS kept USING unnest($1::{keys}, $2::bigint[]) AS batch (user_id, epoch)
     WHERE kept.{id} = batch.user_id AND kept.{epoch} = batch.epoch AND kept.{released} AND kept.{absent}

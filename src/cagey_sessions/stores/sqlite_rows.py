@@ -88,7 +88,7 @@ CLAIM = f"""INSERT INTO cagey_sessions
         WHERE {IS_SOUND.replace("user_id", "cagey_sessions.user_id")}
     RETURNING user_id, epoch, version, schema, CAST(body AS BLOB), saved_at"""
 LOOK = """WITH batch (user_id, epoch, version) AS (VALUES {rows})
-    SELECT batch.user_id, kept.epoch, kept.owner, kept.released, kept.version, kept.erased
+    SELECT batch.user_id, kept.user_id IS NULL, kept.epoch, kept.owner, kept.released, kept.version, kept.erased
     FROM batch LEFT JOIN cagey_sessions AS kept ON kept.user_id = batch.user_id
     WHERE batch.user_id IS NOT NULL AND (kept.epoch = batch.epoch AND kept.owner = ?
         AND typeof(kept.version) = 'integer' AND kept.version BETWEEN 0 AND batch.version - 1
@@ -101,10 +101,11 @@ SAVE = """INSERT INTO cagey_sessions
     SELECT user_id, 0, '', released, version, schema, body, saved_at, 0 FROM batch WHERE user_id IS NOT NULL
     ON CONFLICT (user_id) DO UPDATE SET released = excluded.released, version = excluded.version,
         schema = excluded.schema, body = excluded.body, saved_at = excluded.saved_at"""
-RELEASE = """WITH batch (user_id, epoch) AS (VALUES {rows})
+RELEASE = f"""WITH batch (user_id, epoch) AS (VALUES {{rows}})
     UPDATE cagey_sessions SET released = 1 WHERE rowid IN (
         SELECT kept.rowid FROM batch JOIN cagey_sessions AS kept ON kept.user_id = batch.user_id
-        WHERE kept.epoch = batch.epoch AND kept.owner = ? AND kept.released = 0 AND kept.erased = 0)
+        WHERE kept.epoch = batch.epoch AND kept.owner = ? AND kept.released = 0 AND kept.erased = 0
+            AND typeof(kept.version) = 'integer' AND kept.version BETWEEN 0 AND {MAX_NUMBER - 1})
     RETURNING user_id, epoch, body IS NULL AND version = 0"""
 DELETE_UNSAVED = """WITH batch (user_id) AS (VALUES {rows})
     DELETE FROM cagey_sessions WHERE user_id IN (SELECT user_id FROM batch)
@@ -253,7 +254,7 @@ def save_rows(connection: sqlite3.Connection, records: Sequence[Record]) -> list
         (record.user_id, record.epoch)
         for record, verdict in (zip(records, verdicts, strict=True) if forbidding else ())
         # only of the version that is there: a repeat that comes late releases nothing
-        if verdict.outcome is Outcome.ALREADY and record.release and record.version == forbidding[record.user_id][3]
+        if verdict.outcome is Outcome.ALREADY and record.release and record.version == forbidding[record.user_id][4]
     ]
     if repeated:
         _execute(connection, RELEASE, repeated, owner)
@@ -277,8 +278,8 @@ _SAVED = Verdict(Outcome.SAVED)
 def _verdict(record: Record, forbidding: list[Any] | None) -> Verdict:
     if forbidding is None:
         return _SAVED
-    epoch, owner, released, version, erased = forbidding
-    if all(each is None for each in forbidding):
+    is_missing, epoch, owner, released, version, erased = forbidding
+    if is_missing:
         return Verdict(Outcome.MISSING)
     if fault := _row(epoch, owner, released, version, 0, None, None, erased).fence_fault():
         return verdict_of_damage(fault)
