@@ -313,8 +313,6 @@ cdef class ManagerCore:
             raise UsageError("this manager was never initialised")
         return self.table
 
-    @cython.binding(False)
-    @cython.embedsignature.format("clinic")
     def create(self, key=None, *, replace=False):
         """Make a session, emit ``created`` and return it.
 
@@ -329,8 +327,6 @@ cdef class ManagerCore:
             return table.host.create(key, replace)
         return new_call(ACT_CREATE, self, key, None)
 
-    @cython.binding(False)
-    @cython.embedsignature.format("clinic")
     def find_by_key(self, key):
         """The live session with that key, or None. Raises `InvalidKeyError` for what is not a `str`. O(1)."""
         return self.require_table().with_key(key)

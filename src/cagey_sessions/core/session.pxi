@@ -122,8 +122,6 @@ cdef class SessionCore:
         self.data = value
         self.table.rows[self.slot].marks |= MARKED
 
-    @cython.binding(False)
-    @cython.embedsignature.format("clinic")
     def start(self):
         """Emit ``started``, on the manager and on the session: the program may begin to talk to this human.
 
@@ -134,8 +132,6 @@ cdef class SessionCore:
             return table.host.start(self)
         return new_call(ACT_START, self, None, None)
 
-    @cython.binding(False)
-    @cython.embedsignature.format("clinic")
     def set_user(self, user_id, user_data):
         """Without a store: say who this human is and hand over their data. Emits ``identified``.
 
@@ -152,8 +148,6 @@ cdef class SessionCore:
             return table.host.set_user(self, user_id, user_data)
         return new_call(ACT_SET_USER, self, user_id, user_data)
 
-    @cython.binding(False)
-    @cython.embedsignature.format("clinic")
     def destroy(self, persist=None):
         """End the session: ``before_destroy``, the last save if `persist` (by default with a store), ``destroy``.
 
@@ -191,8 +185,6 @@ cdef class SessionCore:
             raise NotIdentifiedError("this session has no user yet, and nothing that could have changed")
         table.rows[table.slot_of(self)].marks |= MARKED
 
-    @cython.binding(False)
-    @cython.embedsignature.format("clinic")
     def set(self, key, value):
         """Keep any live object under a name for as long as the session lives. It is never saved.
 
@@ -205,8 +197,6 @@ cdef class SessionCore:
             self.bag = {}
         (<dict> self.bag)[key] = value
 
-    @cython.binding(False)
-    @cython.embedsignature.format("clinic")
     def get(self, key, default=None):
         """The object kept under a name, or `default`. Works after the end too, on what is left. O(1)."""
         if self.bag is None:
