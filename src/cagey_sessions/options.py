@@ -87,7 +87,11 @@ def name_of(function: Callable[..., object]) -> str:
     """A function or another callable, as messages name it."""
     while isinstance(function, partial):
         function = function.func
-    return getattr(function, "__qualname__", None) or type(function).__qualname__
+    try:
+        name = function.__qualname__
+    except Exception:  # it has none, or what looks it up raises
+        name = None
+    return name if isinstance(name, str) and name else type(function).__qualname__
 
 
 def parse_duration(value: object, name: str, *, shortest: int = 1, longest: int = LONGEST) -> int:

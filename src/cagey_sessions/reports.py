@@ -12,7 +12,7 @@ from typing import Any
 
 from ._core import SessionCore
 from .errors import CageySessionsError, ListenerError, UnsavableError
-from .events import Listeners
+from .events import Listeners, listener_error
 
 __all__ = ["Reports", "drop_tracebacks", "fresh"]
 
@@ -68,7 +68,7 @@ class Reports:
             name, args = self._queue.popleft()
             await self._listeners.call(name, args, errors)
             for error in errors:
-                self.say("error", "a listener of %r raised: %s", name, _summary(error))
+                self.say("error", "%s: %s", listener_error(name, [error]).message, _summary(error))
 
 
 def fresh(error: Exception) -> Exception:
