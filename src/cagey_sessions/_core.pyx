@@ -42,6 +42,7 @@ from libc.math cimport isfinite
 from libc.string cimport memset
 
 import os
+from types import GenericAlias
 
 import orjson
 

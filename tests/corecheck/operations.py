@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from cagey_sessions import InvalidUserDataError, Session, UsageError
@@ -545,11 +546,23 @@ def a_loop() -> asyncio.AbstractEventLoop:
 
 
 class Steps:
-    """A host that does what the calls would do."""
+    """A host that does what the calls would do, and has users, and ends of blocks."""
+
+    options = SimpleNamespace(persist_on=())
 
     def __init__(self) -> None:
         self.table: Any = None
         self.steps = 0
+
+    @property
+    def ownership(self) -> Any:
+        return self
+
+    async def open(self, user_id: Any, default: object, when_active: str) -> Any:
+        return self.table.create()
+
+    def refuse_if_ending(self, session: Any) -> None:
+        assert not self.table.is_ending(session)
 
     async def create(self, key: str | None, replace: bool) -> Any:
         self.steps += 1
@@ -569,7 +582,24 @@ class Steps:
         session._end("destroyed")
 
 
-operation("Call")(lambda world: come_and_go(world, quietly=False))
+def enter_and_leave(world: World) -> None:
+    """A session that is entered as it is made, in a block that raises."""
+
+    async def live() -> None:
+        attend(world.called)
+        world.called.bind_loop(asyncio.get_running_loop())
+        for make in (world.manager.create, functools.partial(world.manager._open, world.user_id, None)):
+            with contextlib.suppress(KeyError):
+                async with make("join") as session:
+                    assert len(world.called) == 1
+                    raise KeyError(session)
+        assert len(world.called) == 0
+
+    a_loop().run_until_complete(live())
+
+
+operation("SessionCall")(lambda world: come_and_go(world, quietly=False))
+operation("SessionCall: entered")(enter_and_leave)
 for name in ("ManagerCore", "SessionTable.attend", "SessionTable.bind_loop", "SessionTable.hear", "SessionTable.admit"):
     operation(name)(lambda world: come_and_go(world, quietly=True))
 for name in ("SessionCore.start", "SessionCore.set_user", "SessionCore.destroy"):

@@ -101,20 +101,22 @@ cdef class SessionCore:
 
     @property
     def user_data(self):
-        """The user's data: the very object given to `set_user`, or None while nobody is identified.
+        """The user's data: what `login` has loaded, or the very object given to `set_user`.
 
-        Change it in place, or assign another object. Raises `SessionEndedError` after the end, and for an assignment in
-        a ``destroy`` listener, which comes after the last save.
+        Change it in place, or assign another object. Raises `NotIdentifiedError` before there is a user, and
+        `SessionEndedError` after the end, and for an assignment in a ``destroy`` listener, which comes after the last
+        save.
         """
         table_of(self)
+        if self.user_id is None:
+            raise_anonymous()
         return self.data
 
     @user_data.setter
     def user_data(self, value):
         table_of(self)
         if self.user_id is None:
-            raise NotIdentifiedError(
-                "this session has no user yet; `await session.login(user_id)` comes first, or without a store `set_user`")
+            raise_anonymous()
         if value is None:
             raise InvalidUserDataError("user_data must not be None: there would be nothing to save")
         if not self.slot:
@@ -123,7 +125,9 @@ cdef class SessionCore:
         self.table.rows[self.slot].marks |= MARKED
 
     def start(self):
-        """Emit ``started``, on the manager and on the session: the program may begin to talk to this human.
+        """async start(self) -> None
+
+        Emit ``started``, on the manager and on the session: the program may begin to talk to this human.
 
         Raises `ListenerError` with what the listeners raised, `SessionEndedError`.
         """
@@ -133,7 +137,9 @@ cdef class SessionCore:
         return new_call(ACT_START, self, None, None)
 
     def set_user(self, user_id, user_data):
-        """Without a store: say who this human is and hand over their data. Emits ``identified``.
+        """async set_user(self, user_id: int | str, user_data: T) -> None
+
+        Without a store: say who this human is and hand over their data. Emits ``identified``.
 
         `user_data` is kept as it is: change it in place. Call this with data loaded *after* the user's last session
         has ended, else its last save would be overwritten by something older; that is why a user with a session,
@@ -149,7 +155,9 @@ cdef class SessionCore:
         return new_call(ACT_SET_USER, self, user_id, user_data)
 
     def destroy(self, persist=None):
-        """End the session: ``before_destroy``, the last save if `persist` (by default with a store), ``destroy``.
+        """async destroy(self, persist: bool | None = None) -> None
+
+        End the session: ``before_destroy``, the last save if `persist` (by default with a store), ``destroy``.
 
         The session is hidden from its key at once; its user stays taken until the last save is acknowledged, and that
         save is repeated if the data changed meanwhile (without a store and data that is not JSON: its changes cannot be
@@ -175,7 +183,9 @@ cdef class SessionCore:
         return new_call(ACT_DESTROY, self, persist, None)
 
     def mark_changed(self):
-        """Say that `user_data` has changed. Needed with ``tracking="marked"``, and harmless without.
+        """mark_changed(self) -> None
+
+        Say that `user_data` has changed. Needed with ``tracking="marked"``, and harmless without.
 
         The mark stays until a save is acknowledged whose bytes were fixed after it. Raises `NotIdentifiedError`,
         and `SessionEndedError` once the last save is done. O(1).
@@ -186,7 +196,9 @@ cdef class SessionCore:
         table.rows[table.slot_of(self)].marks |= MARKED
 
     def set(self, key, value):
-        """Keep any live object under a name for as long as the session lives. It is never saved.
+        """set(self, key: str, value: object) -> None
+
+        Keep any live object under a name for as long as the session lives. It is never saved.
 
         Raises `SessionEndedError` after the end. O(1).
         """
@@ -198,14 +210,17 @@ cdef class SessionCore:
         (<dict> self.bag)[key] = value
 
     def get(self, key, default=None):
-        """The object kept under a name, or `default`. Works after the end too, on what is left. O(1)."""
+        """get(self, key: str, default: Any = None) -> Any
+
+        The object kept under a name, or `default`. Works after the end too, on what is left. O(1).
+        """
         if self.bag is None:
             return default
         return (<dict> self.bag).get(key, default)
 
     @property
     def end_reason(self):
-        """Why the session has ended, or None."""
+        """Why the session has ended, an `EndReason`, or None."""
         return self.listeners if self.ended else None
 
     @property
@@ -245,6 +260,11 @@ cdef inline SessionTable require_made(SessionCore session):
     if session.table is None:
         raise_handmade()
     return session.table
+
+
+cdef int raise_anonymous() except -1:
+    raise NotIdentifiedError(
+        "this session has no user yet; `await session.login(user_id)` comes first, or without a store `set_user`")
 
 
 cdef int raise_handmade() except -1:
