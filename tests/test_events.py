@@ -101,7 +101,7 @@ async def test_the_message_names_who_raised_and_at_which_event(make_manager):
         assert caught.value.exceptions[0].__notes__ == ["raised by " + said.removesuffix(" raised")]
     manager.once("started", game.arrive)
     session.on("started", game.leave)
-    with pytest.raises(ListenerError, match="2 listeners raised: Game.arrive of event 'started', Game.leave of event"):
+    with pytest.raises(ListenerError, match=r"^2 listeners raised: Game\.arrive of event 'started', Game\.leave of"):
         await session.start()
     await session.set_user(1, secret)
     manager.on("before_destroy", game.arrive)
@@ -139,7 +139,7 @@ async def test_an_exception_that_is_raised_over_and_over_names_who_raised_it_thi
             await session.set_user(1, {})
         assert "second of event 'identified'" in caught.value.message and "first" not in caught.value.message
         session.on("started", second)
-        with pytest.raises(ListenerError, match="2 listeners raised: .*first of event 'started', .*second of event 'st"):
+        with pytest.raises(ListenerError, match=r"first of event 'started', .*second of event 'started'"):
             await session.start()
         assert len(failure.__notes__) == 3
         await session.destroy()

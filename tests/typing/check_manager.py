@@ -117,7 +117,7 @@ async def calls(manager: SessionManager[Player]) -> None:
 
     manager.find_by_user(1.5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     manager.find_by_key(7)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    manager.will_persist_user_data_on("disconect")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    manager.will_persist_user_data_on("shut_down")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     await manager.create("cookie", True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     manager.create("cookie").key.upper()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
 
