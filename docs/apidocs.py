@@ -5,6 +5,7 @@ or in the stub alone, and what is not for a reader. What must not: any text of a
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import griffe
 import cagey_sessions
 
 STUB = Path(cagey_sessions.__file__).with_name("_core.pyi")
+SIGNATURE = re.compile(r"(async )?\w+\(.*\n\n")
+"""What the docstring of a compiled call begins with, for `help`. The site has it from the stub."""
 
 
 class Compiled(griffe.Extension):
@@ -28,14 +31,31 @@ class Compiled(griffe.Extension):
             for name, member in described.members.items():
                 text = inspect.getdoc(getattr(compiled, name, None))
                 if member.docstring is None and text and not name.startswith("_"):
-                    member.docstring = griffe.Docstring(text, parent=member)
+                    member.docstring = griffe.Docstring(without_signature(text), parent=member)
         core, stub = pkg["_core.SessionCore"], griffe.visit("_core", STUB, STUB.read_text("utf-8"))["SessionCore"]
         core.members.pop("__init__", None)  # a manager makes sessions
         for name, member in core.members.items():
             if name in stub.members and "async" in stub[name].labels:
                 member.labels.add("async")
-            if member.docstring and member.docstring.value.startswith(f"{name}("):
-                member.docstring.value = member.docstring.value.partition("\n")[2].lstrip()  # the signature, once more
+            if member.docstring:
+                member.docstring.value = without_signature(member.docstring.value)
+
+
+def without_signature(text: str) -> str:
+    found = SIGNATURE.match(text)
+    return text[found.end() :] if found else text
+
+
+class Listeners(griffe.Extension):
+    """Shows `on` and `once` with one signature for each kind of listener, that of a plain call.
+
+    As decorators they take the listener later, and what is known of it then is a type variable.
+    """
+
+    def on_class(self, *, cls: griffe.Class, **kwargs: Any) -> None:
+        for name in ("on", "once"):
+            if name in cls.members and cls[name].is_function and cls[name].overloads:
+                cls[name].overloads = [each for each in cls[name].overloads if "listener" in each.parameters]
 
 
 class Fields(griffe.Extension):

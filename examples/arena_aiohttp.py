@@ -46,7 +46,7 @@ class Arena:
         await socket.prepare(request)
         showing = asyncio.create_task(self.show(socket))
         try:
-            async with await self.manager.create() as session:
+            async with self.manager.create() as session:
                 session.on("destroy", socket.close)  # also when the player logs in elsewhere
                 await session.login(name, default={"x": 0.0, "y": 0.0})
                 fighter = self.fighters[name] = SimpleNamespace(**session.user_data, dx=0.0, dy=0.0)

@@ -40,7 +40,7 @@ async def chat(socket: WebSocket, name: Name) -> None:
     manager, room = socket.state.manager, socket.state.room
     await socket.accept()
     try:
-        async with await manager.create() as session:
+        async with manager.create() as session:
             await session.login(name, default={"messages": 0, "last": ""})
             session.on("destroy", lambda: hang_up(socket))  # also when the member logs in elsewhere
             await socket.send_json(session.user_data)

@@ -48,7 +48,7 @@ def make_manager(path):
 
 async def play(manager, reader, writer):
     try:
-        async with await manager.create() as session:  # before: try, finally: await save(name, players.pop(name))
+        async with manager.create() as session:  # before: try, finally: await save(name, players.pop(name))
             session.on("destroy", writer.close)
             writer.write(b"your name? ")
             name = (await reader.readline()).decode().strip()

@@ -246,8 +246,9 @@ async def test_user_ids_can_be_narrowed_to_one_type(clock):
 async def test_data_is_assigned_as_it_is_set(make_manager, db):
     manager = make_manager()
     session = await manager.create()
-    assert session.user_data is None
-    with pytest.raises(NotIdentifiedError):
+    with pytest.raises(NotIdentifiedError, match=r"no user yet; `await session\.login\(user_id\)` comes first"):
+        session.user_data["gold"] += 1
+    with pytest.raises(NotIdentifiedError, match="no user yet"):
         session.user_data = {}
     data = {"gold": 1}
     await session.set_user(1, data)

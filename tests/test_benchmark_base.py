@@ -80,6 +80,8 @@ async def test_keys_users_and_data_are_checked_and_nothing_changes(make):
         await session.set_user(1, None)
     with pytest.raises(NotIdentifiedError):
         session.user_data = {}
+    with pytest.raises(NotIdentifiedError):
+        session.user_data["gold"] = 1
     with pytest.raises(InvalidKeyError):
         session.set(1, 1)
     assert session.user_id is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 
 import pytest
@@ -47,6 +48,116 @@ async def test_case_60_a_raising_listener_stops_no_other(make_manager, db):
         await session.destroy()
     assert seen == [1, "destroyed"]
     assert len(caught.value.exceptions) == 2
+    await manager.destroy()
+
+
+class Game:
+    """Listeners of many kinds, which fail."""
+
+    def arrive(self, session):
+        raise ValueError("arrive")
+
+    async def leave(self):
+        raise KeyError("leave")
+
+    def save(self, wanted, session):
+        raise OSError("save")
+
+    def __call__(self, session):
+        raise RuntimeError("called")
+
+
+class Nameless:
+    """A listener that is asked for its name in vain."""
+
+    def __call__(self, session):
+        raise RuntimeError("called")
+
+    def __getattr__(self, name):
+        raise OSError(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    """An exception that nothing can be added to."""
+
+    about: int
+
+
+async def test_the_message_names_who_raised_and_at_which_event(make_manager):
+    manager = make_manager()
+    game, secret = Game(), {"password": "xyzzy"}
+    session = await manager.create("secret key")
+    cases = (
+        (game.arrive, "listener Game.arrive of event 'started' raised"),
+        (functools.partial(game.save, secret), "listener Game.save of event 'started' raised"),
+        (game, "listener Game of event 'started' raised"),
+        (Nameless(), "listener Nameless of event 'started' raised"),
+    )
+    for listener, said in cases:
+        manager.once("started", listener)
+        with pytest.raises(ListenerError) as caught:
+            await session.start()
+        assert caught.value.message == said
+        assert caught.value.exceptions[0].__notes__ == ["raised by " + said.removesuffix(" raised")]
+    manager.once("started", game.arrive)
+    session.on("started", game.leave)
+    with pytest.raises(ListenerError, match=r"^2 listeners raised: Game\.arrive of event 'started', Game\.leave of"):
+        await session.start()
+    await session.set_user(1, secret)
+    manager.on("before_destroy", game.arrive)
+    manager.on("persist_user_data", functools.partial(game.save, secret))
+    with pytest.raises(ListenerError) as caught:
+        await session.destroy(True)
+    assert caught.value.message == (
+        "2 listeners raised: Game.arrive of event 'before_destroy', Game.save of event 'persist_user_data'"
+    )
+    session.on("destroy", game.leave)
+    with pytest.raises(ListenerError) as caught:
+        await session.destroy(False)
+    assert caught.value.message == "listener Game.leave of event 'destroy' raised"
+    await manager.destroy()
+
+
+async def test_an_exception_that_is_raised_over_and_over_names_who_raised_it_this_time(make_manager):
+    manager = make_manager()
+    for failure in (ValueError("always the same"), Frozen(1)):
+
+        def first(*args, failure=failure):
+            raise failure
+
+        def second(*args, failure=failure):
+            raise failure
+
+        session = await manager.create()
+        session.on("started", first)
+        session.on("identified", second)
+        for _ in range(2):
+            with pytest.raises(ListenerError) as caught:
+                await session.start()
+            assert "first of event 'started'" in caught.value.message and "second" not in caught.value.message
+        with pytest.raises(ListenerError) as caught:
+            await session.set_user(1, {})
+        assert "second of event 'identified'" in caught.value.message and "first" not in caught.value.message
+        session.on("started", second)
+        with pytest.raises(ListenerError, match=r"first of event 'started', .*second of event 'started'"):
+            await session.start()
+        assert len(failure.__notes__) == 3
+        await session.destroy()
+    await manager.destroy()
+
+
+async def test_a_message_names_some_of_very_many(make_manager):
+    manager = make_manager()
+    for number in range(30):
+
+        def fails(session, number=number):
+            raise ValueError(number)
+
+        fails.__qualname__ = f"listener_{number}"
+        manager.on("started", fails)
+    with pytest.raises(ListenerError, match=r"^30 listeners raised: listener_0 of .*, listener_9 of .*, \.\.\.$"):
+        await (await manager.create()).start()
     await manager.destroy()
 
 
@@ -260,7 +371,9 @@ async def test_error_listeners_that_fail_or_hang_stop_nothing(make_manager, db, 
     await session.set_user(1, {"gold": 1})
     db.always[1] = OSError("down")
     await clock.advance("3s")
-    assert any("a listener of 'error' raised" in record.getMessage() for record in caplog.records)
+    said = [record.getMessage() for record in caplog.records]
+    assert any("<locals>.fails of event 'error' raised" in line for line in said)
+    assert any("Db.save of event 'persist_user_data' raised" in line for line in said)
     hang, told = asyncio.Event(), []
 
     @manager.on("error")

@@ -6,7 +6,9 @@ import logging
 import re
 from pathlib import Path
 
-from cagey_sessions import SessionManager, create
+import pytest
+
+from cagey_sessions import NotIdentifiedError, SessionManager, create
 
 PAGE = Path(__file__).parent.parent / "docs" / "from-node.md"
 
@@ -85,7 +87,8 @@ async def test_user_id_and_user_data():
     manager = create()
     session = await manager.create()
     assert session.user_id is None
-    assert session.user_data is None
+    with pytest.raises(NotIdentifiedError):
+        session.user_data  # noqa: B018 - to read it is refused
     data = {"gold": 1}
     await session.set_user("alice", data)
     assert session.user_id == "alice"

@@ -152,7 +152,7 @@ class Machine:
         session = self.pick(n)
         if session is None:
             return
-        data = session.user_data if session.alive else None
+        data = session.user_data if session.alive and session.user_id is not None else None
         if session.user_id == HEALTHY and self.healthy_since is not None:
             self.healthy_since = None
 

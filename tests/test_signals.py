@@ -346,7 +346,7 @@ def test_a_listener_that_raises_is_logged_and_no_failure(script):
         """
     )
     assert done.stdout == "0 1\n"
-    assert "ERROR at the end of the manager: a listener of 'destroy' raised" in done.stderr
+    assert "ERROR at the end of the manager: listener main.<locals>.<lambda> of event 'destroy' raised" in done.stderr
 
 
 def test_a_cancelled_wait_puts_the_handlers_back_and_destroys_nobody(script):

@@ -16,6 +16,7 @@ from cagey_sessions import (
     InvalidUserIdError,
     ManagerClosedError,
     NewerSchemaError,
+    NotIdentifiedError,
     OptionError,
     OwnedElsewhereError,
     SessionEndedError,
@@ -35,7 +36,8 @@ async def test_login_owns_loads_and_identifies(clock, store, manager):
     heard = []
     manager.on("identified", lambda session, user_id, data: heard.append((session, user_id, data)))
     session = await manager.create("key")
-    assert session.user_data is None
+    with pytest.raises(NotIdentifiedError):
+        session.user_data["gold"] += 1
     await session.login("alice")
     assert (session.user_id, session.user_data) == ("alice", {"gold": 7})
     assert heard == [(session, "alice", {"gold": 7})]
@@ -161,7 +163,8 @@ async def test_nothing_is_there_to_save_before_the_load_has_finished(clock, stor
     store.claim_script = ["1s"]
     task = asyncio.ensure_future(session.login(1, default={}))
     await clock.advance("100ms")
-    assert session.user_data is None
+    with pytest.raises(NotIdentifiedError):
+        session.user_data["gold"] = 1
     await manager.persist_all_user_data()
     destroying = asyncio.ensure_future(session.destroy())
     await turns()

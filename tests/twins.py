@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cagey_sessions import KeyTakenError, Session, SessionEndedError
+from cagey_sessions import KeyTakenError, NotIdentifiedError, Session, SessionEndedError
 from cagey_sessions._core import DEBUG, OldestFirst, SessionTable
 from model import MOST_WALKS, Model, Person, Refused, Walk
 
@@ -358,7 +358,10 @@ class Twins:
         assert type(session.user_id) is type(person.user_id)
         assert session.end_reason == person.end_reason
         assert session.alive == (person.end_reason is None)
-        if person.end_reason is None:
+        if person.end_reason is None and person.user_id is None:
+            with pytest.raises(NotIdentifiedError):
+                session.user_data  # noqa: B018 - to read it is refused
+        elif person.end_reason is None:
             assert session.user_data is person.user_data
 
     def compare_live(self, session: Session) -> None:

@@ -138,6 +138,8 @@ class Session:
     def user_data(self) -> Any:
         if self.end_reason is not None:
             raise SessionEndedError("the session has ended")
+        if self.user_id is None:
+            raise NotIdentifiedError("this session has no user yet")
         return self._data
 
     @user_data.setter

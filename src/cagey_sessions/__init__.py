@@ -27,6 +27,7 @@ except ImportError as _error:  # a checkout that was never built, or a wheel for
     ) from _error
 
 from . import errors
+from ._core import SessionCall
 from ._version import __version__
 from .clock import Clock, TimerHandle
 from .codecs import Codec, dataclass_codec, msgspec_codec
@@ -60,6 +61,7 @@ __all__ = [
     "Health",
     "Receipt",
     "Session",
+    "SessionCall",
     "SessionManager",
     "Snapshot",
     "SnapshotEntry",

@@ -1,4 +1,4 @@
-# cython: language_level=3, binding=True, embedsignature=True, embedsignature.format=python, freethreading_compatible=False
+# cython: language_level=3, binding=False, embedsignature=True, embedsignature.format=clinic, freethreading_compatible=False
 """The compiled core: session table, key and user index, timing wheel, save states.
 
 What lives here: one row of C memory for each session, the lists those rows are threaded on, and the rules by which
@@ -28,6 +28,9 @@ first `FIRST_SLOT` rows of the array belong to the wheel's buckets, to the three
 session's slot number is therefore never 0, and a row that is on no list is linked to itself.
 """
 
+# Methods are those of C (binding=False): taken from the class and called with something else first they raise, where
+# Cython's own would look for C fields that are not there. `inspect` reads their signatures in the form of Argument Clinic.
+
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_Clear, PyErr_Fetch, PyErr_Restore, PyErr_SetObject
@@ -40,6 +43,7 @@ from libc.math cimport isfinite
 from libc.string cimport memcmp, memset
 
 import os
+from types import GenericAlias
 
 import orjson
 

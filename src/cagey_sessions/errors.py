@@ -310,7 +310,7 @@ class UnsavableError(CageySessionsError):
 
 
 class ListenerError(CageySessionsError, ExceptionGroup[Exception]):
-    """What the listeners of one event raised, each with a note that names the listener."""
+    """What the listeners of one event raised; the message, and a note on each error, name the listener and event."""
 
     def derive(self, exceptions: Sequence[Exception]) -> Self:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
         return type(self)(self.message, exceptions)

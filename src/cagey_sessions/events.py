@@ -13,6 +13,7 @@ import contextlib
 import inspect
 from collections.abc import Callable
 from types import AsyncGeneratorType, GeneratorType
+from typing import Literal, TypeAlias, get_args
 
 from ._core import SessionCore
 from .errors import InvalidListenerError, ListenerError
@@ -21,12 +22,22 @@ from .quoting import quote
 from .sanitizer import Sanitizer
 from .user_code import as_exception, current_task, is_for_this_task
 
-__all__ = ["MANAGER_EVENTS", "SESSION_EVENTS", "Listener", "Listeners", "listener_error"]
+__all__ = [
+    "MANAGER_EVENTS",
+    "SESSION_EVENTS",
+    "Listener",
+    "Listeners",
+    "ManagerEvent",
+    "SessionEvent",
+    "listener_error",
+]
 
 Listener = Callable[..., object]
 
-SESSION_EVENTS = ("started", "identified", "before_destroy", "destroy")
-MANAGER_EVENTS = ("created", "persist_user_data", "unsavable", "error", *SESSION_EVENTS)
+SessionEvent: TypeAlias = Literal["started", "identified", "before_destroy", "destroy"]
+ManagerEvent: TypeAlias = Literal["created", "persist_user_data", "unsavable", "error", SessionEvent]
+SESSION_EVENTS: tuple[SessionEvent, ...] = get_args(SessionEvent)
+MANAGER_EVENTS: tuple[ManagerEvent, ...] = get_args(ManagerEvent)
 
 
 class _Registration:
@@ -174,17 +185,33 @@ async def _finish_in_thread(future: concurrent.futures.Future[object]) -> None:
     future.result()
 
 
+RAISED_BY = "raised by listener "
+MOST_NAMED = 10
+
+
 def _with_name(error: Exception, name: str, registration: _Registration) -> Exception:
-    note = f"raised by listener {name_of(registration.function)} of event {name!r}"
-    if note not in getattr(error, "__notes__", ()):
-        with contextlib.suppress(Exception):  # an exception may refuse a note
-            error.add_note(note)
+    note = f"{RAISED_BY}{name_of(registration.function)} of event {name!r}"
+    with contextlib.suppress(Exception):  # its class may have ideas of its own about attributes
+        notes: list[str] = vars(error).setdefault("__notes__", [])
+        if note in notes:
+            notes.remove(note)  # an exception may be raised over and over: whoever raised it last comes last
+        notes.append(note)
     return error
 
 
 def listener_error(name: str, errors: list[Exception]) -> ListenerError:
-    """One group of what the listeners of an event raised."""
-    many = len(errors) > 1
-    return ListenerError(
-        f"{len(errors)} listeners of {name!r} raised" if many else f"a listener of {name!r} raised", errors
-    )
+    """One group of what listeners raised, at an event or since an earlier one: the message names them."""
+    named = list(dict.fromkeys(raiser for error in errors for raiser in _raisers(error, errors)))
+    shown = ", ".join(named[:MOST_NAMED]) + (", ..." if len(named) > MOST_NAMED else "")
+    if len(errors) == 1:
+        return ListenerError(f"listener {shown} raised" if named else f"a listener of event {name!r} raised", errors)
+    return ListenerError(f"{len(errors)} listeners raised: {shown or f'of event {name!r}'}", errors)
+
+
+def _raisers(error: Exception, errors: list[Exception]) -> list[str]:
+    """The listeners that raised an exception, as many as it is among the errors; its notes may tell of earlier ones."""
+    times = sum(other is error for other in errors)
+    with contextlib.suppress(Exception):
+        notes = [note for note in vars(error)["__notes__"] if note.startswith(RAISED_BY)]
+        return [note.removeprefix(RAISED_BY) for note in notes[-times:]]
+    return []

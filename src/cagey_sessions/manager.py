@@ -8,16 +8,16 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, cast, overload
 
 from . import health
-from ._core import ManagerCore, direct
+from ._core import ManagerCore, SessionCall, direct
 from .claims import Claims
 from .clock import Clock, SystemClock
 from .drain import drain
 from .encoding import MAX_BYTES, Encoding
-from .errors import OptionError, UnknownEventError
-from .events import MANAGER_EVENTS, Listener
+from .errors import OptionError, UnknownEventError, UnsavableError
+from .events import MANAGER_EVENTS, Listener, ManagerEvent
 from .lifecycle import Lifecycle
 from .options import PERSIST_EVENTS, Duration, known_event, lacks, parse_duration, read_options, suggest, yes_or_no
 from .ownership import NO_DEFAULT, Ownership
@@ -32,7 +32,12 @@ from .stores import Store
 
 __all__ = ["SessionManager", "create"]
 
-AnyListener = TypeVar("AnyListener", bound=Listener)
+R = TypeVar("R")
+# What a decorated listener may be. It keeps its own type, so it is a variable, whose bound cannot hold the variable T.
+OfSession = TypeVar("OfSession", bound=Callable[[Session[Any]], object])
+OfIdentified = TypeVar("OfIdentified", bound=Callable[[Session[Any], int | str, Any], object])
+OfError = TypeVar("OfError", bound=Callable[[Exception, Session[Any] | None], object])
+OfUnsavable = TypeVar("OfUnsavable", bound=Callable[[Session[Any], UnsavableError], object])
 
 
 @direct
@@ -117,7 +122,7 @@ class SessionManager(ManagerCore, Generic[T]):
         *,
         store: Store | None = None,
         interval: Duration | None = None,
-        persist_on: Iterable[str] | None = None,
+        persist_on: Iterable[Literal["disconnect", "shutdown"]] | None = None,
         max_in_flight: int | None = None,
         encode: Callable[[T], Any] | None = None,
         decode: Callable[..., T] | None = None,
@@ -125,7 +130,7 @@ class SessionManager(ManagerCore, Generic[T]):
         max_bytes: int | None = None,
         before_save: Callable[[Session[T]], None] | None = None,
         save_timeout: Duration | None = None,
-        tracking: str | None = None,
+        tracking: Literal["content", "marked"] | None = None,
         user_id: type[int] | type[str] | None = None,
         spill: str | os.PathLike[str] | None = None,
         log: Any = None,
@@ -170,20 +175,26 @@ class SessionManager(ManagerCore, Generic[T]):
 
     if TYPE_CHECKING:
 
-        async def create(self, key: str | None = None, *, replace: bool = False) -> Session[T]: ...
+        def create(self, key: str | None = None, *, replace: bool = False) -> SessionCall[Session[T]]: ...
         def find_by_key(self, key: str) -> Session[T] | None: ...
 
-    async def open(
-        self, user_id: int | str, *, default: T | Callable[[], T] = NO_DEFAULT, when_active: str = "join"
-    ) -> Session[T]:
+    def open(
+        self,
+        user_id: int | str,
+        *,
+        default: T | Callable[[], T] = NO_DEFAULT,
+        when_active: Literal["join", "replace", "refuse"] = "join",
+    ) -> SessionCall[Session[T]]:
         """The live session of a user, or a new one, without a key, with the data the store has.
 
-        Calls for a user who is being loaded share the load and get the same session. ``when_active`` says what happens
-        to a live session: ``"join"`` returns it, ``"replace"`` saves and ends it, ``"refuse"`` raises
-        `UserActiveError`. Otherwise like `create` and `Session.login`, and raises what they raise. Cancelling the call
-        ends the session if nobody else waits for it.
+        Await it, or enter it: ``async with manager.open("alice") as session:`` ends the session with the block, also
+        one that was live before. Calls for a user who is being loaded share the load and get the same session.
+        ``when_active`` says what happens to a live session: ``"join"`` returns it, ``"replace"`` saves and ends it,
+        ``"refuse"`` raises `UserActiveError`. Otherwise like `create` and `Session.login`, and raises what they raise:
+        `UserNotFoundError` for a user the store does not know, if there is no `default`. Cancelling the call ends the
+        session if nobody else waits for it.
         """
-        return cast("Session[T]", await self._ownership.open(user_id, default, when_active))
+        return self._open(user_id, default, when_active)
 
     async def read(self, user_id: int | str) -> T:
         """A private copy of a user's data: as it is now if they are on this server, else as it is stored.
@@ -233,7 +244,7 @@ class SessionManager(ManagerCore, Generic[T]):
         """A manager is true, also while it has no session."""
         return True
 
-    def will_persist_user_data_on(self, name: str) -> bool:
+    def will_persist_user_data_on(self, name: Literal["disconnect", "shutdown"]) -> bool:
         """Whether `persist_on` has that moment: ``"disconnect"`` or ``"shutdown"``.
 
         For a program that ends sessions or the manager itself:
@@ -375,10 +386,34 @@ class SessionManager(ManagerCore, Generic[T]):
         await self.destroy(not begun and self.will_persist_user_data_on("shutdown"))
 
     @overload
-    def on(self, name: str, listener: AnyListener) -> AnyListener: ...
+    def on(
+        self,
+        name: Literal["created", "started", "persist_user_data", "before_destroy", "destroy"],
+        listener: Callable[[Session[T]], R],
+    ) -> Callable[[Session[T]], R]: ...
     @overload
-    def on(self, name: str) -> Callable[[AnyListener], AnyListener]: ...
-    def on(self, name: str, listener: Listener | None = None) -> object:
+    def on(
+        self, name: Literal["identified"], listener: Callable[[Session[T], int | str, T], R]
+    ) -> Callable[[Session[T], int | str, T], R]: ...
+    @overload
+    def on(
+        self, name: Literal["error"], listener: Callable[[Exception, Session[T] | None], R]
+    ) -> Callable[[Exception, Session[T] | None], R]: ...
+    @overload
+    def on(
+        self, name: Literal["unsavable"], listener: Callable[[Session[T], UnsavableError], R]
+    ) -> Callable[[Session[T], UnsavableError], R]: ...
+    @overload
+    def on(
+        self, name: Literal["created", "started", "persist_user_data", "before_destroy", "destroy"]
+    ) -> Callable[[OfSession], OfSession]: ...
+    @overload
+    def on(self, name: Literal["identified"]) -> Callable[[OfIdentified], OfIdentified]: ...
+    @overload
+    def on(self, name: Literal["error"]) -> Callable[[OfError], OfError]: ...
+    @overload
+    def on(self, name: Literal["unsavable"]) -> Callable[[OfUnsavable], OfUnsavable]: ...
+    def on(self, name: ManagerEvent, listener: Listener | None = None) -> object:
         """Call a listener, sync or async, each time an event is emitted; without one, a decorator.
 
         The events and what their listeners receive: ``created`` (session), ``started`` (session), ``identified``
@@ -393,27 +428,49 @@ class SessionManager(ManagerCore, Generic[T]):
         Raises `UnknownEventError`, `InvalidListenerError`.
         """
         if listener is None:
-            return lambda function: self.on(name, function)
-        self._add(name, listener, once=False)
-        return listener
+            return lambda function: self._add(name, function, once=False)
+        return self._add(name, listener, once=False)
 
     @overload
-    def once(self, name: str, listener: AnyListener) -> AnyListener: ...
+    def once(
+        self,
+        name: Literal["created", "started", "persist_user_data", "before_destroy", "destroy"],
+        listener: Callable[[Session[T]], R],
+    ) -> Callable[[Session[T]], R]: ...
     @overload
-    def once(self, name: str) -> Callable[[AnyListener], AnyListener]: ...
-    def once(self, name: str, listener: Listener | None = None) -> object:
+    def once(
+        self, name: Literal["identified"], listener: Callable[[Session[T], int | str, T], R]
+    ) -> Callable[[Session[T], int | str, T], R]: ...
+    @overload
+    def once(
+        self, name: Literal["error"], listener: Callable[[Exception, Session[T] | None], R]
+    ) -> Callable[[Exception, Session[T] | None], R]: ...
+    @overload
+    def once(
+        self, name: Literal["unsavable"], listener: Callable[[Session[T], UnsavableError], R]
+    ) -> Callable[[Session[T], UnsavableError], R]: ...
+    @overload
+    def once(
+        self, name: Literal["created", "started", "persist_user_data", "before_destroy", "destroy"]
+    ) -> Callable[[OfSession], OfSession]: ...
+    @overload
+    def once(self, name: Literal["identified"]) -> Callable[[OfIdentified], OfIdentified]: ...
+    @overload
+    def once(self, name: Literal["error"]) -> Callable[[OfError], OfError]: ...
+    @overload
+    def once(self, name: Literal["unsavable"]) -> Callable[[OfUnsavable], OfUnsavable]: ...
+    def once(self, name: ManagerEvent, listener: Listener | None = None) -> object:
         """Like `on`, for the next time only, also if the listener raises or causes the event again."""
         if listener is None:
-            return lambda function: self.once(name, function)
-        self._add(name, listener, once=True)
-        return listener
+            return lambda function: self._add(name, function, once=True)
+        return self._add(name, listener, once=True)
 
-    def off(self, name: str, listener: Listener) -> None:
+    def off(self, name: ManagerEvent, listener: Listener) -> None:
         """Take a listener back; nothing happens if it is not registered. Raises `UnknownEventError`."""
         self._life.table.require_thread()
         self._life.listeners.remove(name, listener)
 
-    def _add(self, name: str, listener: Listener, *, once: bool) -> None:
+    def _add(self, name: ManagerEvent, listener: Listener, *, once: bool) -> Listener:
         self._life.table.require_thread()
         if known_event(name, MANAGER_EVENTS) == "persist_user_data" and self._life.gateway is not None:
             raise UnknownEventError(
@@ -424,6 +481,7 @@ class SessionManager(ManagerCore, Generic[T]):
         if name == "persist_user_data":
             self._life.intent.is_there = True
             self._life.autosave.kick()
+        return listener
 
 
 def create(apis: Mapping[str, Any] | None = None, options: Mapping[str, Any] | None = None) -> SessionManager[Any]:

@@ -57,6 +57,8 @@ PERSIST_EVENTS = ("disconnect", "shutdown")
 TRACKING = ("content", "marked")
 
 LONGEST_TEXT = 100
+LONGEST_NAME = 200
+"""Of a function, as messages show it."""
 """Characters of a duration; "1 week, 2 days, 3 hours, 4 minutes, 5 seconds" has 45."""
 _MILLISECONDS = re.compile(r"(\d+(?:\.\d+)?) ?(?:ms|msecs?|milliseconds?)", re.ASCII)
 _LOG_METHODS = ("debug", "info", "warning", "error")
@@ -158,7 +160,7 @@ def name_of(function: Callable[..., object]) -> str:
         name = function.__qualname__
     except Exception:  # a callable may have anything for its attributes
         name = None
-    return name[:MOST_SHOWN] if type(name) is str else quote(function)
+    return (name if type(name) is str and name else type(function).__qualname__)[:LONGEST_NAME]
 
 
 def parse_duration(value: object, name: str, *, shortest: int = 1, longest: int = LONGEST) -> int:

@@ -51,7 +51,16 @@ from .writebehind import StoreSaver
 __all__ = ["NO_DEFAULT", "Ownership"]
 
 
-NO_DEFAULT: Any = object()
+class _NoDefault:
+    """What stands for a `default` that was not given, also where a signature is printed."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "<no default>"
+
+
+NO_DEFAULT: Any = _NoDefault()
 WHEN_ACTIVE = ("replace", "refuse", "join")
 
 

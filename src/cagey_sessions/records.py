@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 __all__ = [
     "DamagedEntry",
@@ -127,7 +128,7 @@ class Statistics:
 class Health:
     """Whether users are being saved as they should, for a monitoring probe."""
 
-    state: str
+    state: Literal["ok", "degraded", "down"]
     """``"ok"``, ``"degraded"`` (saves go on, but something needs a look) or ``"down"`` (nothing is being saved)."""
     reason: str
     """Why, in one line; empty if all is well."""
@@ -188,7 +189,7 @@ class DamagedEntry:
 class Snapshot:
     """What a file has."""
 
-    kind: str
+    kind: Literal["snapshot", "spill"]
     """``"snapshot"`` or ``"spill"``."""
     taken_at: float | None
     """When it was begun, in Unix seconds; None if the first line is damaged."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
+from itertools import islice
 from traceback import walk_tb
 from typing import Any
 
 from ._core import SessionCore
 from .errors import CageySessionsError, ListenerError, UnsavableError
-from .events import Listeners
+from .events import Listeners, listener_error
 from .quoting import quote
 from .user_code import END_OF_PROCESS
 
@@ -25,6 +26,8 @@ LONGEST_QUEUE = 1000
 MOST_CAUSES = 10
 MOST_FRAMES = 20
 """Of an exception in the log, those nearest to where it was raised."""
+MOST_WALKED = 2000
+"""An exception that is kept and raised again has more frames each time."""
 
 
 class Reports:
@@ -77,7 +80,7 @@ class Reports:
             name, args = self._queue.popleft()
             await self._listeners.call(name, args, errors)
             for error in errors:
-                self.tell(f"a listener of {name!r} raised", error)
+                self.tell(listener_error(name, [error]).message, error)
 
 
 def say(log: Any, level: str, message: str, *args: object) -> None:
@@ -123,7 +126,7 @@ def _origins(error: BaseException) -> str:
     """Where the exceptions of others that an error is made of, or comes from, were raised: lines for the log."""
     lines: list[str] = []
     for other in _others(error, MOST_CAUSES):
-        frames = deque(walk_tb(other.__traceback__), MOST_FRAMES)
+        frames = deque(islice(walk_tb(other.__traceback__), MOST_WALKED), MOST_FRAMES)
         if frames:
             lines.append(f"\n  {type(other).__name__}, raised in")
         for frame, line in frames:

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
 
 from ._core import SessionCore, direct
-from .events import SESSION_EVENTS, Listener, Listeners
+from .events import SESSION_EVENTS, Listener, Listeners, SessionEvent
 from .lifecycle import Lifecycle
 from .ownership import NO_DEFAULT, Ownership
 from .records import EndReason, Receipt
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 else:
     T = TypeVar("T")
 """What the user data of a program is; without `decode` a type checker takes it for anything."""
-AnyListener = TypeVar("AnyListener", bound=Listener)
+R = TypeVar("R")
+# What a decorated listener may be. It keeps its own type, so it is a variable, whose bound cannot hold the variable T.
+OfSession = TypeVar("OfSession", bound=Callable[[], object])
+OfIdentified = TypeVar("OfIdentified", bound=Callable[[int | str, Any], object])
 
 
 @direct
@@ -32,7 +35,7 @@ class Session(SessionCore, Generic[T]):
 
     `key` is what the session can be found by, or None; `user_id` and `user_data` are set by `login`, or without a store
     by `set_user`. `set` and `get` keep live objects beside them that are never saved. In an ``async with`` it ends with
-    the block: ``async with await manager.create() as session: ...``.
+    the block: ``async with manager.create() as session: ...``.
     """
 
     __slots__ = ()
@@ -40,13 +43,19 @@ class Session(SessionCore, Generic[T]):
     if TYPE_CHECKING:
 
         @property
+        def end_reason(self) -> EndReason | None: ...
+        @property
         def user_data(self) -> T: ...
         @user_data.setter
         def user_data(self, value: T) -> None: ...
         async def set_user(self, user_id: int | str, user_data: T) -> None: ...
 
     async def login(
-        self, user_id: int | str, *, default: T | Callable[[], T] = NO_DEFAULT, when_active: str = "replace"
+        self,
+        user_id: int | str,
+        *,
+        default: T | Callable[[], T] = NO_DEFAULT,
+        when_active: Literal["replace", "refuse"] = "replace",
     ) -> None:
         """Say who this human is, and have the store load their data; from now on it is saved. Emits ``identified``.
 
@@ -112,38 +121,54 @@ class Session(SessionCore, Generic[T]):
             await self.destroy("disconnect" in host.options.persist_on)
 
     @overload
-    def on(self, name: str, listener: AnyListener) -> AnyListener: ...
+    def on(
+        self, name: Literal["started", "before_destroy", "destroy"], listener: Callable[[], R]
+    ) -> Callable[[], R]: ...
     @overload
-    def on(self, name: str) -> Callable[[AnyListener], AnyListener]: ...
-    def on(self, name: str, listener: Listener | None = None) -> object:
+    def on(self, name: Literal["identified"], listener: Callable[[int | str, T], R]) -> Callable[[int | str, T], R]: ...
+    @overload
+    def on(self, name: Literal["started", "before_destroy", "destroy"]) -> Callable[[OfSession], OfSession]: ...
+    @overload
+    def on(self, name: Literal["identified"]) -> Callable[[OfIdentified], OfIdentified]: ...
+    def on(self, name: SessionEvent, listener: Listener | None = None) -> object:
         """Call a listener, sync or async, each time an event is emitted; without one, a decorator.
 
         The events of a session and what their listeners receive: ``started`` (), ``identified`` (user_id, user_data),
         ``before_destroy`` (), ``destroy`` (). Raises `UnknownEventError`, `InvalidListenerError`, `SessionEndedError`.
         """
         if listener is None:
-            return lambda function: self.on(name, function)
-        self._own_listeners().add(name, listener, once=False)
-        return listener
+            return lambda function: self._add(name, function, once=False)
+        return self._add(name, listener, once=False)
 
     @overload
-    def once(self, name: str, listener: AnyListener) -> AnyListener: ...
+    def once(
+        self, name: Literal["started", "before_destroy", "destroy"], listener: Callable[[], R]
+    ) -> Callable[[], R]: ...
     @overload
-    def once(self, name: str) -> Callable[[AnyListener], AnyListener]: ...
-    def once(self, name: str, listener: Listener | None = None) -> object:
+    def once(
+        self, name: Literal["identified"], listener: Callable[[int | str, T], R]
+    ) -> Callable[[int | str, T], R]: ...
+    @overload
+    def once(self, name: Literal["started", "before_destroy", "destroy"]) -> Callable[[OfSession], OfSession]: ...
+    @overload
+    def once(self, name: Literal["identified"]) -> Callable[[OfIdentified], OfIdentified]: ...
+    def once(self, name: SessionEvent, listener: Listener | None = None) -> object:
         """Like `on`, for the next time only, also if the listener raises or causes the event again."""
         if listener is None:
-            return lambda function: self.once(name, function)
-        self._own_listeners().add(name, listener, once=True)
-        return listener
+            return lambda function: self._add(name, function, once=True)
+        return self._add(name, listener, once=True)
 
-    def off(self, name: str, listener: Listener) -> None:
+    def off(self, name: SessionEvent, listener: Listener) -> None:
         """Take a listener back; nothing happens if it is not registered. Raises `UnknownEventError`."""
         self._host.table.require_thread()
         if self._listeners is not None:
             self._listeners.remove(name, listener)
         else:
             Listeners(SESSION_EVENTS).remove(name, listener)
+
+    def _add(self, name: SessionEvent, listener: Listener, *, once: bool) -> Listener:
+        self._own_listeners().add(name, listener, once=once)
+        return listener
 
     def _own_listeners(self) -> Listeners:
         self._require_alive()

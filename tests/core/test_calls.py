@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 import time
+import typing
 import warnings
 
 import pytest
@@ -21,6 +22,7 @@ from cagey_sessions import (
     ManagerClosedError,
     OptionError,
     Session,
+    SessionCall,
     SessionEndedError,
     SessionManager,
     UsageError,
@@ -43,6 +45,8 @@ async def test_a_call_is_a_coroutine():
     assert inspect.isawaitable(call)
     assert asyncio.iscoroutine(call)
     assert isinstance(call, collections.abc.Coroutine)
+    assert isinstance(call, SessionCall)
+    assert typing.get_args(SessionCall[Session]) == (Session,)
     session = await call
     with pytest.raises(RuntimeError, match="cannot reuse already awaited coroutine"):
         await call
@@ -150,11 +154,17 @@ async def test_a_call_that_has_to_wait_hands_everything_on():
 async def test_a_call_that_nobody_awaits_is_warned_of():
     manager = make()
     with pytest.warns(RuntimeWarning, match=r"coroutine 'SessionManager\.create' was never awaited"):
-        manager.create("key")  # type: ignore[unused-coroutine]
+        manager.create("key")
     session = await manager.create("key")
     with pytest.warns(RuntimeWarning, match=r"coroutine 'Session\.destroy' was never awaited"):
         session.destroy()  # type: ignore[unused-coroutine]
     assert session.alive
+    manager.on("created", lambda session: None)
+    with pytest.warns(RuntimeWarning, match=r"coroutine 'SessionManager\.create' was never awaited"):
+        manager.create("key")
+    with pytest.warns(RuntimeWarning, match=r"coroutine 'SessionManager\.open' was never awaited"):
+        manager.open("alice")
+    assert len(manager) == 1
     await manager.destroy()
 
 
@@ -167,7 +177,7 @@ async def test_a_warning_that_is_an_error_reaches_the_hook(monkeypatch):
         try:
             raise KeyError("under way")
         except KeyError as error:
-            manager.create("key")  # type: ignore[unused-coroutine]
+            manager.create("key")
             assert sys.exception() is error
     assert seen == ["coroutine 'SessionManager.create' was never awaited"]
     await manager.destroy()
@@ -339,7 +349,7 @@ async def test_a_warning_of_an_unawaited_call_may_use_the_manager(monkeypatch):
     made, found = [], []
 
     def calls():
-        return [type(each).__name__ for each in gc.get_objects()].count("Call")
+        return [type(each).__name__ for each in gc.get_objects()].count("SessionCall")
 
     def show(*_, **__):
         found.append(calls())

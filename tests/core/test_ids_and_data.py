@@ -263,9 +263,9 @@ def test_case_72_a_weak_reference_to_data_may_look_at_the_session(unraisable):
 def test_user_data_needs_a_user_and_is_never_none():
     table = SessionTable(Session, None)
     session = table.create()
-    assert session.user_data is None
-    with pytest.raises(NotIdentifiedError):
-        session.user_data = {}
+    for use in (lambda: session.user_data, lambda: setattr(session, "user_data", {})):
+        with pytest.raises(NotIdentifiedError, match="no user yet"):
+            use()
     with pytest.raises(InvalidUserDataError):
         table.identify(session, 1, None, 0)
     assert session.user_id is None

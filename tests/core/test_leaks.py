@@ -10,12 +10,14 @@ import os
 import pytest
 
 from cagey_sessions import _core
-from corecheck import leaks
+from corecheck import leaks, operations
 from corecheck.operations import OPERATIONS, World
 
 weighing = pytest.mark.skipif(
     os.environ.get("PYTHONMALLOC") == "malloc", reason="a sanitizer's allocator counts nothing and keeps what is freed"
 )
+
+operations.a_loop()  # before a test counts the descriptors that are open
 
 BASES = ("SessionRows", "SessionLanes")
 """Whose operations are those of `SessionTable`."""

@@ -174,6 +174,32 @@ def test_a_session_type_that_makes_something_else_is_refused():
     assert python(script) == "refused 0 None\n"
 
 
+def test_a_method_of_the_core_refuses_what_is_no_object_of_its_class():
+    """Taken from the class and called with something else first, it would look for C fields that are not there."""
+    script = """
+    import inspect
+    from cagey_sessions import Session, SessionManager, _core
+
+    def refusal(method, stranger):
+        try:
+            method(stranger)
+        except TypeError as error:
+            return str(error)
+
+    asked = 0
+    for kind in [Session, SessionManager, *(kind for kind in vars(_core).values() if inspect.isclass(kind))]:
+        if kind.__module__.startswith("cagey_sessions") and not issubclass(kind, Exception):
+            for name, method in vars(kind).items():
+                if inspect.isroutine(method) and not isinstance(method, (staticmethod, classmethod)):
+                    if not inspect.isfunction(method) and name not in ("__new__", "__init_subclass__"):
+                        said = refusal(method, 5)
+                        assert said and "'int'" in said, (kind, name, said)
+                        asked += 1
+    print(asked > 100)
+    """
+    assert python(script) == "True\n"
+
+
 @pytest.mark.parametrize("session_type", [int, object, None, "Session", SessionTable])
 def test_what_is_no_session_type_is_refused(session_type):
     with pytest.raises((UsageError, TypeError)):

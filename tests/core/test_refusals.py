@@ -45,6 +45,7 @@ RAW: dict[str, Callable[[Any], Any]] = {
     "_host": lambda session: session._host,
     "_listeners": lambda session: session._listeners,
     "_require_alive": lambda session: session._require_alive(),
+    "_add": lambda session: session._add("started", print, once=False),
     "_own_listeners": lambda session: session._own_listeners(),
     "_end": lambda session: session._end("never began"),
 }

@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from cagey_sessions import InvalidUserDataError, Session, UsageError
@@ -213,6 +214,7 @@ def make_a_table(world: World) -> None:
     table.oldest_first()
 
 
+operation("refusal")(lambda world: [core.refusal(path, "no") for path in ("user_data", "user_data[1]")])
 operation("SessionTable.reseed")(lambda world: core.SessionTable(Session, world.host).reseed(7))
 refused("SessionTable.reseed: with a session", lambda world: world.table.reseed(7))
 refused("SessionTable: of no sessions", lambda world: core.SessionTable(Host, world.host))  # type: ignore[arg-type]
@@ -553,11 +555,23 @@ def a_loop() -> asyncio.AbstractEventLoop:
 
 
 class Steps:
-    """A host that does what the calls would do."""
+    """A host that does what the calls would do, and has users, and ends of blocks."""
+
+    options = SimpleNamespace(persist_on=())
 
     def __init__(self) -> None:
         self.table: Any = None
         self.steps = 0
+
+    @property
+    def ownership(self) -> Any:
+        return self
+
+    async def open(self, user_id: Any, default: object, when_active: str) -> Any:
+        return self.table.create()
+
+    def refuse_if_ending(self, session: Any) -> None:
+        assert not self.table.is_ending(session)
 
     async def create(self, key: str | None, replace: bool) -> Any:
         self.steps += 1
@@ -577,7 +591,24 @@ class Steps:
         session._end("destroyed")
 
 
-operation("Call")(lambda world: come_and_go(world, quietly=False))
+def enter_and_leave(world: World) -> None:
+    """A session that is entered as it is made, in a block that raises."""
+
+    async def live() -> None:
+        attend(world.called)
+        world.called.bind_loop(asyncio.get_running_loop())
+        for make in (world.manager.create, functools.partial(world.manager._open, world.user_id, None)):
+            with contextlib.suppress(KeyError):
+                async with make("join") as session:
+                    assert len(world.called) == 1
+                    raise KeyError(session)
+        assert len(world.called) == 0
+
+    a_loop().run_until_complete(live())
+
+
+operation("SessionCall")(lambda world: come_and_go(world, quietly=False))
+operation("SessionCall: entered")(enter_and_leave)
 for name in ("ManagerCore", "SessionTable.attend", "SessionTable.bind_loop", "SessionTable.hear", "SessionTable.admit"):
     operation(name)(lambda world: come_and_go(world, quietly=True))
 for name in ("SessionCore.start", "SessionCore.set_user", "SessionCore.destroy"):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import pydoc
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 import cagey_sessions
 
@@ -136,6 +139,65 @@ def test_every_public_name_says_what_it_is():
                 silent += [] if value.__doc__ else [name]
                 silent += undocumented(value) if inspect.isclass(value) else []
     assert silent == []
+
+
+def public_calls() -> dict[str, object]:
+    """Every public function and class, and every public method of a public class, inherited ones of ours included."""
+    calls: dict[str, object] = {}
+    for package in PUBLIC:
+        module = importlib.import_module(package)
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.isclass(value):
+                ours = {each for kind in value.__mro__ if kind.__module__.startswith("cagey") for each in vars(kind)}
+                members = ((f"{name}.{each}", getattr(value, each)) for each in ours if not each.startswith("_"))
+                calls |= {each: member for each, member in members if inspect.isroutine(member)}
+            if inspect.isroutine(value) or inspect.isclass(value):
+                calls[name] = value
+    return calls
+
+
+def test_every_public_call_shows_what_it_takes():
+    """As `help` prints it: no default is an address in memory."""
+    shown = {}
+    for name, call in public_calls().items():
+        made_by_others = call in (cagey_sessions.Session, cagey_sessions.SessionCall)
+        if not made_by_others and not (inspect.isclass(call) and issubclass(call, BaseException)):
+            shown[name] = str(inspect.signature(call))
+            assert " at 0x" not in pydoc.render_doc(call).partition("\n")[2], name
+    assert "default: 'T | Callable[[], T]' = <no default>" in shown["SessionManager.open"]
+    assert shown["Session.get"] == "(self, /, key, default=None)"
+    assert len(shown) > 100
+
+
+def declared(path: str, holder: str) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The methods of a class as a file declares them, for type checkers or for all; the last of a name counts."""
+    tree = ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
+    found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == holder)
+    functions = [node for node in ast.walk(found) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return {node.name: node for node in functions}
+
+
+@pytest.mark.parametrize(
+    ("cls", "stub", "own"),
+    [
+        (cagey_sessions.SessionManager, "ManagerCore", ("manager.py", "SessionManager")),
+        (cagey_sessions.Session, "SessionCore", ("session.py", "Session")),
+    ],
+)
+def test_the_help_of_a_compiled_call_begins_with_its_types(cls, stub, own):
+    """They are those that type checkers see."""
+    types = declared("_core.pyi", stub) | declared(*own)
+    compiled = [name for name, call in vars(cls).items() if inspect.ismethoddescriptor(call) and name[0] != "_"]
+    assert len(compiled) > 1
+    for name in compiled:
+        first, _, rest = inspect.getdoc(getattr(cls, name)).partition("\n\n")
+        is_async = first.startswith("async ")
+        shown = ast.parse(f"{'async ' * is_async}def {first.removeprefix('async ')}: ...").body[0]
+        assert ast.dump(shown.args) == ast.dump(types[name].args), first
+        assert ast.dump(shown.returns) == ast.dump(types[name].returns), first
+        assert type(shown) is type(types[name]) and shown.name == name, first
+        assert rest
 
 
 def test_only_two_dependencies_are_required():

@@ -129,7 +129,7 @@ class Run:
 
     def change(self, session: Any) -> None:
         """Change a user's data in one step."""
-        if session.user_id is None or not session.alive or session.user_data is None:
+        if session.user_id is None or not session.alive:
             return
         self.numbers[session.user_id] += 1
         session.user_data["n"] = self.numbers[session.user_id]

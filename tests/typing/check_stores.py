@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, assert_type
+from typing import Any, Literal, assert_type
 
 from cagey_sessions import Clock, SessionManager, Snapshot, StoreError, read_snapshot
 from cagey_sessions.stores import (
@@ -43,6 +43,10 @@ stores: list[Store] = [
     RedisStore("redis:///0"),
 ]
 assert_type(open_store("sqlite:///players.db"), Store)
+SQLiteStore("players.db", synchronous="NORMAL")
+SQLiteStore("players.db", synchronous="normal")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+PostgresTable("postgresql:///players", "players", body="data", fence="columns")
+PostgresTable("postgresql:///players", "players", body="data", fence="column")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 SQLiteStore(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 CallbackStore(load)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 CallbackStore(load, save_wrongly)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -61,6 +65,7 @@ async def contract(store: Store, table: PostgresTable) -> None:
 
 def snapshots() -> None:
     assert_type(read_snapshot("players.spill"), Snapshot)
+    assert_type(read_snapshot("players.spill").kind, Literal["snapshot", "spill"])
     read_snapshot(b"players.spill")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
@@ -71,7 +76,9 @@ def make_manager(store: Store, clock: Clock) -> SessionManager[dict[str, Any]]:
 def worlds() -> None:
     with world(make_manager, seed=7) as here:
         assert_type(here, World)
-        session = here.open("bob", default={})
+        session = here.open("bob", default={}, when_active="replace")
+        here.open("bob", defaults={})  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+        here.stop(deadlines="3s")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
         here.advance("31s")
         assert_type(here.run(session.wait_ended()), str)  # type: ignore[assert-type]  # pyright: ignore[reportAssertTypeFailure]
         here.run(session.wait_ended)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -1,12 +1,13 @@
 # The calls that are awaited, done in one step where there is nothing to wait for.
 #
-# What lives here: `Call`, the coroutine that `create`, `start`, `set_user` and `destroy` return, and `ManagerCore`, what
-# a manager is made of. What must not: any rule of its own. A step that finds all quiet does what the host's coroutine of
-# the same name would do, and anything else - a listener, a store, a debug build of the program, an end under way, what
-# is to be refused because of them - is left to that coroutine.
+# What lives here: `SessionCall`, the coroutine that `create`, `open`, `start`, `set_user` and `destroy` return, and
+# `ManagerCore`, what a manager is made of. What must not: any rule of its own. A step that finds all quiet does what the
+# host's coroutine of the same name would do, and anything else - a listener, a store, a debug build of the program, an
+# end under way, what is to be refused because of them - is left to that coroutine.
 #
 # Invariants
 #   - Like any coroutine a call does nothing before it is awaited: it may be made into a task, cancelled, or thrown away.
+#   - Between the end of a call that is entered and the block nothing else runs: a session that is made is in the block.
 #   - `loud` has a bit for each thing that may stand in the way, so that asking whether any does is one comparison.
 #
 # Cost: O(1), and no frame, no look-up by name and no event is made for what nobody listens to.
@@ -35,13 +36,14 @@ cdef enum Act:
     ACT_START
     ACT_SET_USER
     ACT_DESTROY
+    ACT_OPEN
 
 cdef enum Stage:
     FRESH
     DELEGATED
     SPENT
 
-NAMES = ("SessionManager.create", "Session.start", "Session.set_user", "Session.destroy")
+NAMES = ("SessionManager.create", "Session.start", "Session.set_user", "Session.destroy", "SessionManager.open")
 
 cdef extern from *:
     """
@@ -77,9 +79,14 @@ cdef extern from "Python.h":
 
 @cython.final
 @cython.freelist(16)
-cdef class Call:
-    """A coroutine for one act of a session or a manager."""
-    cdef object owner
+cdef class SessionCall:
+    """What `SessionManager.create` and `SessionManager.open` return: await it, and it is the session.
+
+    Or enter it: ``async with manager.create() as session:`` is ``async with await manager.create() as session:``, so the
+    session ends with the block. Like any coroutine it does nothing before that, it can be made into a task, and it is
+    used once.
+    """
+    cdef object owner           # in the block of an `async with` the session
     cdef object first
     cdef object second
     cdef object delegate        # the coroutine that does what takes more than a step
@@ -99,6 +106,7 @@ cdef class Call:
         return f"<coroutine {NAMES[self.act]!r}>"
 
     def send(self, value):
+        """One step, as of any coroutine."""
         cdef PyObject* result = NULL
         cdef PySendResult how = call_send(<PyObject*> self, <PyObject*> value, &result)
         answer = <object> result
@@ -108,6 +116,7 @@ cdef class Call:
         raise StopIteration(answer)
 
     def throw(self, kind, value=None, traceback=None):
+        """One step that begins with an exception, as of any coroutine."""
         if self.stage == DELEGATED:
             return self.delegate.throw(kind if value is None else value)
         require_fresh(self)
@@ -117,26 +126,48 @@ cdef class Call:
         raise kind if value is None else value
 
     def close(self):
+        """Give it up, as any coroutine."""
         if self.stage == DELEGATED:
             self.delegate.close()
-        spend(self)
+        elif self.stage == FRESH:
+            spend(self)
+
+    @classmethod
+    def __class_getitem__(cls, session_type):
+        return GenericAlias(cls, session_type)
+
+    async def __aenter__(self):
+        """Make the session and enter it: see `Session.__aenter__`."""
+        if self.act != ACT_CREATE and self.act != ACT_OPEN:
+            raise TypeError(f"{NAMES[self.act]} makes no session that could be entered: await it")
+        session = await self
+        entered = await session.__aenter__()  # where nothing is waited for: no session is made and then left alone
+        self.owner = session
+        return entered
+
+    def __aexit__(self, kind, error, traceback):
+        """Leave the session: see `Session.__aexit__`."""
+        if self.stage == FRESH or self.owner is None:
+            raise RuntimeError("this call has not been entered, or has been left")
+        session, self.owner = self.owner, None
+        return session.__aexit__(kind, error, traceback)
 
 
-cdef inline int require_fresh(Call call) except -1:
+cdef inline int require_fresh(SessionCall call) except -1:
     if call.stage != FRESH or call.owner is None:
         raise RuntimeError("cannot reuse already awaited coroutine")
     return 0
 
 
-cdef inline int spend(Call call) except -1:
+cdef inline int spend(SessionCall call) except -1:
     """Like the frame of a coroutine that has ended."""
     call.stage = SPENT
     call.owner = call.first = call.second = None
     return 0
 
 
-cdef Call new_call(Act act, owner, first, second):
-    cdef Call call = Call.__new__(Call)
+cdef SessionCall new_call(Act act, owner, first, second):
+    cdef SessionCall call = SessionCall.__new__(SessionCall)
     call.act = act
     call.owner = owner
     call.first = first
@@ -146,7 +177,7 @@ cdef Call new_call(Act act, owner, first, second):
 
 cdef PySendResult call_send(PyObject* self, PyObject* value, PyObject** result) except PYGEN_ERROR:
     """One step: the result, or what the event loop is to wait for."""
-    cdef Call call = <Call> self
+    cdef SessionCall call = <SessionCall> self
     cdef PySendResult how
     if call.stage == DELEGATED:
         return PyIter_Send(call.delegate, <object> value, result)
@@ -181,9 +212,9 @@ cdef PyObject* call_next(PyObject* self) except? NULL:
 
 
 cdef void call_dealloc(PyObject* self) noexcept:
-    if (<Call> self).stage == FRESH and not is_none(<PyObject*> (<Call> self).owner):
+    if (<SessionCall> self).stage == FRESH and not is_none(<PyObject*> (<SessionCall> self).owner):
         untrack(self)  # nobody refers to it any more, and a warning may run anything, the collector too
-        warn_of_unawaited((<Call> self).act)
+        warn_of_unawaited((<SessionCall> self).act)
     free_call(self)
 
 
@@ -197,19 +228,23 @@ cdef void warn_of_unawaited(Act act) noexcept:
     PyErr_Restore(kind, value, traceback)
 
 
-make_coroutine(Call, call_send, call_next, call_dealloc)
+make_coroutine(SessionCall, call_send, call_next, call_dealloc)
 
 
-cdef object call_act(Call call):
+cdef object call_act(SessionCall call):
     """Do it, or have the host's coroutine do it: the call itself, then."""
     cdef Act act = call.act
     cdef SessionCore session
     cdef SessionTable table
     if act == ACT_CREATE:
         table = (<ManagerCore> call.owner).table
-        if not table.loud & (LOUD_CREATED | LOUD_CLOSED | LOUD_UNATTENDED) and table.is_on_its_loop():
+        if (not table.loud & (LOUD_CREATED | LOUD_CLOSED | LOUD_UNATTENDED) and call.second is False
+                and table.is_on_its_loop()):
             return table.add(call.first)
-        call.delegate = table.host.create(call.first, False)
+        call.delegate = table.host.create(call.first, call.second)
+        return call
+    if act == ACT_OPEN:
+        call.delegate = (<ManagerCore> call.owner).table.host.ownership.open(*call.first)
         return call
     session = <SessionCore> call.owner
     table = session.table
@@ -314,10 +349,11 @@ cdef class ManagerCore:
             raise UsageError("this manager was never initialised")
         return self.table
 
-    @cython.binding(False)
-    @cython.embedsignature.format("clinic")
     def create(self, key=None, *, replace=False):
-        """Make a session, emit ``created`` and return it.
+        """create(self, key: str | None = None, *, replace: bool = False) -> SessionCall[Session[T]]
+
+        Make a session, emit ``created`` and return it: ``await`` it, or enter it, and the session ends with the block,
+        ``async with manager.create() as session: ...``.
 
         With `key`, a non-empty `str`, `find_by_key` finds it. A key that a live session has raises `KeyTakenError`;
         `replace` saves and ends that session first; if it cannot be saved it stays live, and the call raises.
@@ -325,13 +361,17 @@ cdef class ManagerCore:
         If a ``created`` listener raises, the session is ended and a `ListenerError` raised. Raises `InvalidKeyError`,
         `OptionError`, `ManagerClosedError`. O(1) amortised.
         """
-        cdef SessionTable table = self.require_table()
-        if table.loud & LOUD_CREATED or replace is not False:
-            return table.host.create(key, replace)
-        return new_call(ACT_CREATE, self, key, None)
+        self.require_table()
+        return new_call(ACT_CREATE, self, key, replace)
 
-    @cython.binding(False)
-    @cython.embedsignature.format("clinic")
+    def _open(self, user_id, default, when_active):
+        """The call of `SessionManager.open`."""
+        self.require_table()
+        return new_call(ACT_OPEN, self, (user_id, default, when_active), None)
+
     def find_by_key(self, key):
-        """The live session with that key, or None. Raises `InvalidKeyError` for what is not a `str`. O(1)."""
+        """find_by_key(self, key: str) -> Session[T] | None
+
+        The live session with that key, or None. Raises `InvalidKeyError` for what is not a `str`. O(1).
+        """
         return self.require_table().with_key(key)

@@ -102,20 +102,22 @@ cdef class SessionCore:
 
     @property
     def user_data(self):
-        """The user's data: the very object given to `set_user`, or None while nobody is identified.
+        """The user's data: what `login` has loaded, or the very object given to `set_user`.
 
-        Change it in place, or assign another object. Raises `SessionEndedError` after the end, and for an assignment in
-        a ``destroy`` listener, which comes after the last save.
+        Change it in place, or assign another object. Raises `NotIdentifiedError` before there is a user, and
+        `SessionEndedError` after the end, and for an assignment in a ``destroy`` listener, which comes after the last
+        save.
         """
         table_of(self)
+        if self.user_id is None:
+            raise_anonymous()
         return self.data
 
     @user_data.setter
     def user_data(self, value):
         table_of(self)
         if self.user_id is None:
-            raise NotIdentifiedError(
-                "this session has no user yet; `await session.login(user_id)` comes first, or without a store `set_user`")
+            raise_anonymous()
         if value is None:
             raise InvalidUserDataError("user_data must not be None: there would be nothing to save")
         if not self.slot:
@@ -123,10 +125,10 @@ cdef class SessionCore:
         self.data = value
         self.table.rows[self.slot].marks |= MARKED
 
-    @cython.binding(False)
-    @cython.embedsignature.format("clinic")
     def start(self):
-        """Emit ``started``, on the manager and on the session: the program may begin to talk to this human.
+        """async start(self) -> None
+
+        Emit ``started``, on the manager and on the session: the program may begin to talk to this human.
 
         Raises `ListenerError` with what the listeners raised, `SessionEndedError`.
         """
@@ -135,10 +137,10 @@ cdef class SessionCore:
             return table.host.start(self)
         return new_call(ACT_START, self, None, None)
 
-    @cython.binding(False)
-    @cython.embedsignature.format("clinic")
     def set_user(self, user_id, user_data):
-        """Without a store: say who this human is and hand over their data. Emits ``identified``.
+        """async set_user(self, user_id: int | str, user_data: T) -> None
+
+        Without a store: say who this human is and hand over their data. Emits ``identified``.
 
         `user_data` is kept as it is: change it in place. Call this with data loaded *after* the user's last session
         has ended, else its last save would be overwritten by something older; that is why a user with a session,
@@ -153,10 +155,10 @@ cdef class SessionCore:
             return table.host.set_user(self, user_id, user_data)
         return new_call(ACT_SET_USER, self, user_id, user_data)
 
-    @cython.binding(False)
-    @cython.embedsignature.format("clinic")
     def destroy(self, persist=None):
-        """End the session: ``before_destroy``, the last save if `persist` (by default with a store), ``destroy``.
+        """async destroy(self, persist: bool | None = None) -> None
+
+        End the session: ``before_destroy``, the last save if `persist` (by default with a store), ``destroy``.
 
         The session is hidden from its key at once; its user stays taken until the last save is acknowledged, and that
         save is repeated if the data changed meanwhile (without a store and data that is not JSON: its changes cannot be
@@ -182,7 +184,9 @@ cdef class SessionCore:
         return new_call(ACT_DESTROY, self, persist, None)
 
     def mark_changed(self):
-        """Say that `user_data` has changed. Needed with ``tracking="marked"``, and harmless without.
+        """mark_changed(self) -> None
+
+        Say that `user_data` has changed. Needed with ``tracking="marked"``, and harmless without.
 
         The mark stays until a save is acknowledged whose bytes were fixed after it. Raises `NotIdentifiedError`,
         and `SessionEndedError` once the last save is done. O(1).
@@ -192,10 +196,10 @@ cdef class SessionCore:
             raise NotIdentifiedError("this session has no user yet, and nothing that could have changed")
         table.rows[table.slot_of(self)].marks |= MARKED
 
-    @cython.binding(False)
-    @cython.embedsignature.format("clinic")
     def set(self, key, value):
-        """Keep any live object under a name for as long as the session lives. It is never saved.
+        """set(self, key: str, value: object) -> None
+
+        Keep any live object under a name for as long as the session lives. It is never saved.
 
         Raises `InvalidKeyError`, and `SessionEndedError` after the end. O(1).
         """
@@ -205,10 +209,10 @@ cdef class SessionCore:
             self.bag = {}
         (<dict> self.bag)[key] = value
 
-    @cython.binding(False)
-    @cython.embedsignature.format("clinic")
     def get(self, key, default=None):
-        """The object kept under a name, or `default`. Works after the end too, on what is left.
+        """get(self, key: str, default: Any = None) -> Any
+
+        The object kept under a name, or `default`. Works after the end too, on what is left.
 
         Raises `InvalidKeyError`. O(1).
         """
@@ -275,6 +279,11 @@ cdef inline SessionTable require_made(SessionCore session):
     if session.table is None:
         raise_handmade()
     return session.table
+
+
+cdef int raise_anonymous() except -1:
+    raise NotIdentifiedError(
+        "this session has no user yet; `await session.login(user_id)` comes first, or without a store `set_user`")
 
 
 cdef int raise_handmade() except -1:

@@ -103,7 +103,7 @@ cdef class SessionTable(SessionLanes):
     def attend(self, *, now, uint64_t tick, uint64_t interval, arm, dict ending not None,
                dict waited_for not None, destroyed,
                user_id_type=None, bint stored=False, bint watched=False):
-        """Say all that a call has to know to be done in one step; see `Call`."""
+        """Say all that a call has to know to be done in one step; see `SessionCall`."""
         self.now = now
         self.tick = tick
         self.interval = interval

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..errors import (
     CorruptRecordError,
@@ -88,7 +88,7 @@ class PostgresTable(PostgresEngine):
         key: str = "id",
         columns: Sequence[str] | None = None,
         body: str | None = None,
-        fence: str = "side_table",
+        fence: Literal["side_table", "columns", "none"] = "side_table",
         schema: str = "cagey_sessions",
         create: bool = True,
         insert: Insert | None = None,

@@ -9,13 +9,14 @@ import logging
 import random
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from .._core import check_user_id, encode_plain
 from ..clock import Clock
 from ..errors import UsageError
 from ..manager import SessionManager
 from ..options import SECOND, Duration, parse_duration
+from ..ownership import NO_DEFAULT
 from ..quoting import quote
 from ..records import DrainReport
 from ..session import Session
@@ -136,9 +137,15 @@ class World:
         """Begin a coroutine on the server; it goes on whenever time passes."""
         return self.server.loop.start(work)
 
-    def open(self, user_id: int | str, **options: Any) -> Session[Any]:
+    def open(
+        self,
+        user_id: int | str,
+        *,
+        default: Any = NO_DEFAULT,
+        when_active: Literal["join", "replace", "refuse"] = "join",
+    ) -> Session[Any]:
         """`SessionManager.open`, run to its end."""
-        return self.run(self.manager.open(user_id, **options))
+        return self.run(self.manager.open(user_id, default=default, when_active=when_active))
 
     def advance(self, duration: Duration) -> None:
         """Let virtual time pass, and everything happen that is due by then: ``advance("31s")``."""
@@ -156,12 +163,12 @@ class World:
         self._graves.append(server)
         self._server = None
 
-    def stop(self, **options: Any) -> DrainReport:
+    def stop(self, persist: bool | None = None, *, deadline: Duration = "25s") -> DrainReport:
         """`SessionManager.destroy`, run to its end, and the end of the server."""
         _refuse_inside()
         server = self.server
         try:
-            return self.run(server.manager.destroy(**options))
+            return self.run(server.manager.destroy(persist, deadline=deadline))
         finally:
             self.universe.advance(0)
             self._server = None
