@@ -160,9 +160,31 @@ async def test_a_body_comes_back_equal_and_byte_for_byte_unless_it_is_jsonb(sche
 async def test_numbers_come_back_of_the_same_type(schema, kind, how):
     """A jsonb keeps decimal numbers, and writes none with an exponent."""
     await execute(f"CREATE TABLE {schema}.players (id int PRIMARY KEY, data {kind})")
-    numbers = [1e15, 1e16, -1e16, 1.5e16, 1e20, 1.8446744073709552e19, 2.0**64, 1e22, 1e23, 1e100, 1.7976931348623157e308]
-    numbers += [-number for number in numbers] + [1e-5, 1e-7, 5e-324, 2.2250738585072014e-308, 0.1, 1.0, 0.0, 10, 2**63 - 1]
-    value = {"data": {"1e16": "1e16 \\ \" 1e16", "numbers": numbers, "more": [{"x": 1e300}, "é", None]}}
+    numbers = [
+        1e15,
+        1e16,
+        -1e16,
+        1.5e16,
+        1e20,
+        1.8446744073709552e19,
+        2.0**64,
+        1e22,
+        1e23,
+        1e100,
+        1.7976931348623157e308,
+    ]
+    numbers += [-number for number in numbers] + [
+        1e-5,
+        1e-7,
+        5e-324,
+        2.2250738585072014e-308,
+        0.1,
+        1.0,
+        0.0,
+        10,
+        2**63 - 1,
+    ]
+    value = {"data": {"1e16": '1e16 \\ " 1e16', "numbers": numbers, "more": [{"x": 1e300}, "é", None]}}
     settings = {"body": "data"} if how == "body" else {"columns": ["data"]}
     async with SessionManager(store=table(schema, **settings), user_id=int) as manager:
         await (await manager.open(1, default=value)).destroy()
