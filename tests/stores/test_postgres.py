@@ -63,6 +63,9 @@ class TestPostgresStore(SharedStoreConformance):
             f"WHERE owner = '{owner}'"
         )
 
+    async def damage(self, store, user_id):
+        await execute(f"UPDATE {store._users} SET version = -1 WHERE user_id = '{user_id}'")
+
     async def test_a_lease_is_renewed_after_whatever_failure(self, make, schema, caplog):
         async with opened(make(timeout=1, lease=1)) as store:
             await claim(store, 1, "a")
