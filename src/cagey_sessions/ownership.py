@@ -42,6 +42,7 @@ from .records import EndReason
 from .replay import Replay
 from .stores import Claim, Outcome, Record
 from .stores.base import verdicts_of
+from .stores.rows import check_record
 from .waits import Wait, would_deadlock
 from .writebehind import StoreSaver
 
@@ -277,7 +278,7 @@ class Ownership:
         record = await self._claims.persistently(lambda _: gateway.ask(gateway.store.load, user_id))
         if record is None:
             raise _not_found(user_id)
-        return self._decode(record)
+        return self._decode(check_record(record))
 
     @asynccontextmanager
     async def edit(self, user_id: int | str, default: Any) -> AsyncIterator[Any]:
