@@ -48,6 +48,10 @@ class RawRows:
         """All that there is of a user, to be compared."""
         raise NotImplementedError
 
+    async def put_body(self, user_id: int | str, body: bytes) -> None:
+        """Change what is stored of a user's data."""
+        await self.put(user_id, body=body)
+
     async def fill(self, *users: int | str) -> None:
         """Have users saved and released, as version 3."""
         async with opened(self.make()) as store:
@@ -193,6 +197,9 @@ class InSideTable(InPostgres):
 
     def key(self, user_id: int | str) -> Any:
         return user_id
+
+    async def put_body(self, user_id: int | str, body: bytes) -> None:
+        await execute(f"UPDATE {self.schema}.players SET data = '{body.decode()}' WHERE id = '{user_id}'")
 
 
 class InColumns(InSideTable):

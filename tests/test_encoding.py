@@ -96,6 +96,28 @@ def test_a_broken_body_is_kept_and_not_quoted(body):
     assert "canary" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b'{"canary":18446744073709551616}', "the int at byte 10 does not fit into 64 bits"),
+        (b"[-9223372036854775809]", "the int at byte 1 does not fit into 64 bits"),
+        (b"[1e-400]", "the number at byte 1 has more digits, or is smaller, than a float can be"),
+        (b'{"canary":1,"canary":2}', "an object has two members of one name"),
+    ],
+)
+def test_a_body_of_which_something_would_be_lost_is_not_read(body, says):
+    for options in ({}, {"decode": lambda value: value}):
+        with pytest.raises(CorruptRecordError, match=says) as caught:
+            load_json(body, **options)
+        assert (caught.value.body, caught.value.user_id) == (body, "alice")
+        assert "canary" not in str(caught.value)
+
+
+def test_a_body_of_another_writer_is_read_as_it_is():
+    assert load_json(b' {"b" : [1.50, 1E2, -0] , "a":"\\u00e9"} ') == {"b": [1.5, 100.0, 0], "a": "é"}
+    assert load_json(b"[18446744073709551615]") == [2**64 - 1]
+
+
 def test_a_decode_that_raises_is_a_corrupt_record_with_the_cause():
     def decode(value: Any) -> Any:
         return value["canary"]

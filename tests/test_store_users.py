@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from cagey_sessions import (
     OwnedElsewhereError,
     SessionEndedError,
     SessionManager,
+    StoreError,
     StoreModeError,
     StoreUnavailableError,
     UnknownEventError,
@@ -266,6 +268,95 @@ async def test_what_cannot_be_read_starts_nobody_and_is_kept(clock, store, manag
     assert store.owner_of(1) == ""
     await end(clock, manager)
     assert store.backing.rows[1].record.body == body
+
+
+class Odd(ScriptedStore):
+    """A store of somebody's own that answers for some users as it is told."""
+
+    def __init__(self, clock):
+        super().__init__(clock)
+        self.damaged = {}
+        self.answers = {}
+        self.loads = {}
+
+    async def claim_many(self, user_ids, owner):
+        sound = [user_id for user_id in user_ids if user_id not in self.damaged]
+        claims = iter(await super().claim_many(sound, owner))
+        self.claims[-1] = list(user_ids)
+        return [
+            self.damaged.get(user_id) or self.answers.get(user_id, lambda claim: claim)(next(claims))
+            for user_id in user_ids
+        ]
+
+    async def load(self, user_id):
+        return self.loads.get(user_id) or await super().load(user_id)
+
+
+@pytest.mark.parametrize("error", [StoreError("odd"), CorruptRecordError("odd", user_id="ann", body=b"x")], ids=repr)
+async def test_what_a_store_says_is_wrong_with_one_user_is_that_users_alone(clock, error):
+    store = Odd(clock)
+    store.damaged["ann"] = error
+    manager = SessionManager(store=store, clock=clock)
+    names = ("ann", "bob", "cleo")
+    answers = await asyncio.gather(*(manager.open(name, default={}) for name in names), return_exceptions=True)
+    assert answers[0] is error
+    assert [each.user_id for each in answers[1:]] == ["bob", "cleo"]
+    assert store.claims == [list(names)], "and nobody is asked for twice"
+    assert manager.statistics().store_up
+    del store.damaged["ann"]
+    assert (await manager.open("ann", default={})).user_id == "ann"
+    await end(clock, manager)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("version", each) for each in (None, "1", 0, -1, 1.0, 2**53 - 1, 10**40)),
+        *(("schema", each) for each in (None, "0", -1, 0.0, True)),
+        *(("saved_at", each) for each in (None, "today", math.nan, math.inf)),
+        *(("body", each) for each in (None, "{}", bytearray(b"{}"))),
+    ],
+)
+async def test_whichever_store_a_record_is_of_it_is_looked_at(clock, field, value):
+    store = Odd(clock)
+    store.put("ann", b"{}", version=3)
+    store.answers["ann"] = lambda claim: claim._replace(record=claim.record._replace(**{field: value}))
+    store.loads["ann"] = store.backing.rows["ann"].record._replace(**{field: value})
+    manager = SessionManager(store=store, clock=clock)
+    with pytest.raises(CorruptRecordError) as caught:
+        await manager.open("ann", default={})
+    assert caught.value.user_id == "ann"
+    if value != 2**53 - 1:  # that is only too much to go on from
+        with pytest.raises(CorruptRecordError):
+            await manager.read("ann")
+    await turns()
+    assert store.owner_of("ann") == "", "the claim was granted, and is let go of"
+    await end(clock, manager)
+    assert store.backing.rows["ann"].record.body == b"{}"
+
+
+async def test_a_live_user_whose_row_turns_out_damaged_is_saved_when_it_is_mended(clock):
+    store = Odd(clock)
+    manager = SessionManager(store=store, clock=clock)
+    errors = []
+    manager.on("error", lambda error, session: errors.append(error))
+    ann, bob = [await manager.open(name, default={"gold": 0}) for name in ("ann", "bob")]
+    await manager.persist_all_user_data()
+    store.backing.highest_lost = store.backing.rows["ann"].epoch
+    del store.backing.rows["ann"]
+    damage = CorruptRecordError("damaged", user_id="ann", body=b"x")
+    store.damaged["ann"] = damage
+    for session in (ann, bob):
+        session.user_data["gold"] = 1
+    await clock.advance("31s")
+    assert store.stored("bob") == {"gold": 1}
+    assert store.stored("ann") is None
+    assert damage in errors
+    assert ann.alive
+    del store.damaged["ann"]
+    await clock.advance("31s")
+    assert store.stored("ann") == {"gold": 1}
+    await end(clock, manager)
 
 
 async def test_bad_input_changes_nothing(clock, store, manager):

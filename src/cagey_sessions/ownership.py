@@ -44,6 +44,7 @@ from .records import EndReason
 from .replay import Replay
 from .stores import Claim, Outcome, Record
 from .stores.base import verdicts_of
+from .stores.rows import check_record
 from .user_code import END_OF_PROCESS
 from .waits import Kind, Wait, would_deadlock
 from .writebehind import StoreSaver
@@ -274,7 +275,7 @@ class Ownership:
         record = await self._claims.persistently(lambda _: gateway.ask(gateway.store.load, user_id))
         if record is None:
             raise _not_found(user_id)
-        return self._decode(record)
+        return self._decode(check_record(record))
 
     async def _has_the_newest(self, session: SessionCore) -> bool:
         """Whether nobody can have saved the user of a session since it was loaded.

@@ -11,7 +11,14 @@ from typing import Any
 import orjson
 import pytest
 
-from cagey_sessions import OptionError, StoreContractError, StoreModeError, StoreUnavailableError
+from cagey_sessions import (
+    CorruptRecordError,
+    OptionError,
+    SessionManager,
+    StoreContractError,
+    StoreModeError,
+    StoreUnavailableError,
+)
 from cagey_sessions.stores import CallbackStore, Claim, Outcome, Record, Store, Verdict
 from cagey_sessions.testing.store_conformance import release
 from support import turns
@@ -327,3 +334,15 @@ def test_the_store_is_imported_when_it_is_named():
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert done.stdout.split() == ["False", "True", "CallbackStore", "True", "False"]
+
+
+@pytest.mark.parametrize("kind", [str, str.encode])
+async def test_json_text_that_no_value_can_hold_is_not_loaded_and_never_saved_over(kind):
+    saved: list[Any] = []
+    store = CallbackStore(lambda user_id: kind('{"gold":18446744073709551616}'), saved.extend)
+    async with SessionManager(store=store) as manager:
+        for call in (manager.open("ann", default={"gold": 0}), manager.read("ann")):
+            with pytest.raises(CorruptRecordError, match="does not fit into 64 bits") as caught:
+                await call
+            assert caught.value.body == b'{"gold":18446744073709551616}'
+    assert saved == []

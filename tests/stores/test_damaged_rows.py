@@ -231,6 +231,46 @@ async def test_a_released_row_needs_no_owner(rows, damages):
             assert (await claim(store, user_id, "b")).record.body == BODY
 
 
+INEXACT = [
+    b'{"gold":18446744073709551616,"id":123456789012345678901}',
+    b'{"gold":-9223372036854775809}',
+    b'[{"gold": 1e-400}]',
+    b'{"gold":12345678901234567.89}',
+    b'{"gold":9007199254740993.0}',
+    b'{"gold":1,"silver":2,"gold":3}',
+]
+"""What other programs write, and no value here can hold."""
+
+
+async def test_a_body_that_no_value_can_hold_is_not_loaded_and_stays_as_it_is(rows):
+    users = {f"u{number}": body for number, body in enumerate(INEXACT)}
+    await rows.fill(*users, "bob")
+    for user_id, body in users.items():
+        await rows.put_body(user_id, body)
+    async with SessionManager(store=rows.make()) as manager:
+        for user_id, body in users.items():
+            for _ in range(2):
+                with pytest.raises(CorruptRecordError, match="cannot be read, and is left as it is") as caught:
+                    await manager.open(user_id, default={"gold": 0})
+                assert (caught.value.user_id, caught.value.body) == (user_id, body)
+            with pytest.raises(CorruptRecordError):
+                await manager.read(user_id)
+            with pytest.raises(CorruptRecordError):
+                async with manager.edit(user_id, default={"gold": 0}):
+                    raise AssertionError("there is nothing to edit")
+            session = await manager.create()
+            with pytest.raises(CorruptRecordError):
+                await session.login(user_id, default={"gold": 0})
+        assert (await manager.open("bob")).user_data == {"gold": 3}
+    async with opened(rows.make()) as store:
+        for user_id, body in users.items():
+            loaded = await store.load(user_id)
+            assert (loaded.body, loaded.version) == (body, 3)
+            with pytest.raises(CorruptRecordError) as caught:
+                loaded.value()
+            assert (caught.value.user_id, caught.value.body) == (user_id, body)
+
+
 numbers = st.sampled_from([-1, 0, 1, 2, 3, 2**53 - 2, 2**53 - 1, 2**53, 2**63 - 1, 2**63]) | st.integers(-5, 2**54)
 texts = st.text("0123456789.e+-x ", max_size=20) | numbers.map(str) | st.floats().map(repr) | st.just("a")
 anything = st.none() | numbers | texts | st.floats() | st.binary(max_size=4)

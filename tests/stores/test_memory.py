@@ -28,6 +28,10 @@ class TestMemoryStore(StoreConformance):
     async def bury(self, store, owner):
         store.bury(owner)
 
+    async def damage(self, store, user_id):
+        row = store.backing.rows[user_id]
+        row.record = row.record._replace(version="x")
+
 
 class MemoryMachine(StoreMachine):
     def make(self):

@@ -64,6 +64,12 @@ class Contract(StoreConformance):
     async def bury(self, store, owner):
         await bury_in(self.schema, owner)
 
+    async def damage(self, store, user_id):
+        names = store._names
+        await execute(
+            f"UPDATE {names['fence']} SET {names['version']} = -1 WHERE {names['id']} = '{store.key_of(user_id)}'"
+        )
+
 
 class TestSideTable(Contract):
     loops = ("asyncio",)

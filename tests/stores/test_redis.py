@@ -80,6 +80,9 @@ class TestRedisStore(SharedStoreConformance):
     async def bury(self, store, owner):
         await store._end_lease(owner)
 
+    async def damage(self, store, user_id):
+        self.engine.hset(store._key(user_id), "version", "x")
+
 
 class RedisMachine(StoreMachine):
     def make(self):

@@ -7,13 +7,21 @@ import itertools
 import sqlite3
 import tempfile
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cagey_sessions import OptionError, StoreUnavailableError, WrongLoopError
-from cagey_sessions.stores import SQLiteStore, sqlite_rows
+from cagey_sessions import (
+    CorruptRecordError,
+    OptionError,
+    StoreError,
+    StoreLayoutError,
+    StoreUnavailableError,
+    WrongLoopError,
+)
+from cagey_sessions.stores import Outcome, Record, SQLiteStore, sqlite_rows
 from cagey_sessions.testing.conformance.base import ALREADY, ERASED, FENCED, INVALID, MISSING, SAVED, every_call
 from cagey_sessions.testing.store_conformance import (
     StoreConformance,
@@ -35,7 +43,12 @@ ENDLESS = "(WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELE
 class TestSQLiteStore(StoreConformance):
     @pytest.fixture
     def make(self, tmp_path):
-        return lambda: SQLiteStore(tmp_path / "users.db")
+        self.file = tmp_path / "users.db"
+        return lambda: SQLiteStore(self.file)
+
+    async def damage(self, store, user_id):
+        with closing(sqlite3.connect(self.file)) as connection, connection:
+            connection.execute("UPDATE cagey_sessions SET version = 'x' WHERE user_id = ?", (user_id,))
 
 
 class SQLiteMachine(StoreMachine):
@@ -394,3 +407,77 @@ async def on_another_after_all(store: SQLiteStore) -> None:
         await store.close()
         async with opened(store):
             assert (await store.load(1)) is not None
+
+
+# What another program may have written
+
+
+async def test_a_row_whose_id_is_only_equal_to_an_id_is_of_nobody(store, path):
+    async with opened(store):
+        epochs = await saved(store, 1, 2)
+        await store.release(1, epochs[1], "a")
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("UPDATE cagey_sessions SET user_id = 1.0 WHERE user_id = 1")
+        refused, granted = await store.claim_many([1, 2], "a")
+        assert isinstance(refused, CorruptRecordError) and "of another type" in str(refused)
+        assert granted.granted
+        with pytest.raises(CorruptRecordError, match="of another type"):
+            await store.load(1)
+        assert [type(each) for each in [each async for each in store.scan()]] == [StoreError, Record]
+        assert await store.erase(1)
+        assert (await claim(store, 1)).record is None
+
+
+@pytest.mark.parametrize("user_id", ["x'ff'", "CAST(x'ff' AS TEXT)", "''", "1.5", "CAST(x'610062' AS TEXT)", "1e30"])
+async def test_an_id_that_is_none_is_told_by_a_scan_which_goes_on(store, path, user_id):
+    async with opened(store):
+        await saved(store, 1, 2)
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute(f"UPDATE cagey_sessions SET user_id = {user_id} WHERE user_id = 1")
+        found = [each async for each in store.scan()]
+        assert sorted(type(each).__name__ for each in found) == ["Record", "StoreError"]
+
+
+async def test_an_owner_that_is_no_text_makes_no_other_fail(store, path):
+    async with opened(store):
+        epochs = await saved(store, 1, 2)
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("UPDATE cagey_sessions SET owner = CAST(x'ff' AS TEXT) WHERE user_id = 1")
+        with pytest.raises(CorruptRecordError):
+            await store.holder(1)
+        assert await save(store, *(record(user, 2, epoch=epoch) for user, epoch in epochs.items())) == [
+            Outcome.FAILED,
+            SAVED,
+        ]
+        assert [type(each) for each in [each async for each in store.scan()]] == [CorruptRecordError, Record]
+
+
+async def test_rows_with_any_number_of_their_own_are_scanned(store, path):
+    async with opened(store):
+        await saved(store, 1, 2)
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("UPDATE cagey_sessions SET rowid = -7 WHERE user_id = 1")
+        assert {each.user_id async for each in store.scan()} == {1, 2}
+
+
+@pytest.mark.parametrize("change", ["DELETE FROM", "INSERT INTO", "x", "-1", "1.5", "9007199254740991"])
+async def test_a_file_that_does_not_say_where_epochs_begin_is_left_alone(store, path, change):
+    async with opened(store):
+        await saved(store, 1)
+    table = "cagey_sessions_epochs"
+    statement = {"DELETE FROM": f"DELETE FROM {table}", "INSERT INTO": f"INSERT INTO {table} VALUES (1)"}.get(
+        change, f"UPDATE {table} SET highest_deleted = '{change}'"
+    )
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(statement)
+    with pytest.raises(StoreLayoutError, match="not of the shape"):
+        await store.open()
+
+
+async def test_without_an_epoch_to_begin_with_nobody_is_new(store, path):
+    async with opened(store):
+        await saved(store, 1)
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("DELETE FROM cagey_sessions_epochs")
+        with pytest.raises(StoreLayoutError, match="which epoch"):
+            await store.claim_many([2], "a")

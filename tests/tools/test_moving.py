@@ -146,6 +146,21 @@ def test_only_the_id_and_the_body_have_to_be_there(run, url):
     assert before <= found["saved_at"] <= time.time()
 
 
+def test_after_the_highest_version_of_an_import_there_is_room_for_saves(run, anywhere):
+    assert run("import", anywhere, "-", stdin=line("ann", {"gold": 0}, version=2**52)).status == 0
+
+    async def play() -> None:
+        async with SessionManager(store=open_store(anywhere)) as manager:
+            session = await manager.open("ann")
+            for gold in (1, 2, 3):
+                session.user_data["gold"] = gold
+                receipt = await session.persist_now()
+                assert (receipt.version, receipt.changed) == (2**52 + gold, True)
+
+    asyncio.run(play())
+    assert users(run("export", anywhere)) == {"ann": {"gold": 3}}
+
+
 def test_who_is_there_already_is_refused_unless_replaced(run, anywhere):
     put(anywhere, ("ann", b'"old"'))
     both = line("ann", "new", version=5) + line("bob", "new")
@@ -228,6 +243,9 @@ BAD_LINES = {
     b'{"user_id":"bob","body":1,"version":0}': "version",
     b'{"user_id":"bob","body":1,"version":true}': "version",
     b'{"user_id":"bob","body":1,"version":9007199254740992}': "version",
+    b'{"user_id":"bob","body":1,"version":9007199254740991}': "version is not a whole number from 1 to 45035",
+    b'{"user_id":"bob","body":1,"version":4503599627370497}': "version",
+    b'{"user_id":"bob","body":1,"version":18446744073709551616}': "the int at byte 36 does not fit into 64 bits",
     b'{"user_id":"bob","body":1,"schema":-1}': "schema",
     b'{"user_id":"bob","body":1,"schema":2147483648}': "schema",
     b'{"user_id":"bob","body":1,"saved_at":"today"}': "saved_at",
@@ -235,6 +253,10 @@ BAD_LINES = {
     b'{"user_id":"ann","body":2}': "line 1 already",
     b'{"user_id":"bob","body":%b1%b}' % (b"[" * 201, b"]" * 201): "nested",
     b'{"user_id":"bob","body":[9223372036854775808]}': "64",
+    b'{"user_id":"bob","body":[18446744073709551616]}': "the int at byte 25 does not fit into 64 bits",
+    b'{"user_id":"bob","body":{"gold":1e-999}}': "the number at byte 32 has more digits, or is smaller, than a float",
+    b'{"user_id":"bob","body":{"gold":1,"gold":2}}': "an object has two members of one name",
+    b'{"user_id":"bob","body":1,"user_id":"cleo"}': "an object has two members of one name",
 }
 
 

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .base import MAX_NUMBER, Claim, Outcome, Record, Store, Verdict
+from .rows import StoredRow
 
 if TYPE_CHECKING:
     from .callback import CallbackStore
@@ -26,6 +27,7 @@ __all__ = [
     "RedisStore",
     "SQLiteStore",
     "Store",
+    "StoredRow",
     "Verdict",
     "open_store",
 ]

@@ -33,6 +33,8 @@ from .base import Outcome, Record, Store, Verdict
 from .connections import Connections
 from .layouts import check_layout
 from .leases import Leases
+from .postgres_settings import settings_fault
+from .reasons import SettingsError, reason_of, without_names
 from .rows import StoredRow, verdict_of_damage
 
 try:
@@ -164,6 +166,8 @@ class PostgresEngine(Store):
         except BaseException as error:
             self._state = "closed"
             await connections.close()
+            if isinstance(error, SettingsError):
+                raise OptionError(str(error)) from None
             raise _explained(error) from None
         self._connections = connections
         self._state = "open"
@@ -188,6 +192,7 @@ class PostgresEngine(Store):
         return await self._dial(name, {"default_transaction_isolation": "read committed", **limits})
 
     async def _dial(self, name: str, settings: dict[str, str], **options: Any) -> Any:
+        """A new connection. Raises `SettingsError` where it cannot be tried, else the driver's errors."""
         settings = {"application_name": name, **settings}
         try:
             timeout: Any = self._timeout  # asyncpg has no annotation there, and its default is an int
@@ -196,10 +201,12 @@ class PostgresEngine(Store):
             raise OptionError(
                 f"a pooler in front of PostgreSQL refuses what the DSN sets ({error.args[0]}); leave that out of it"
             ) from None
-        except ValueError:
-            raise OptionError(
-                "the DSN cannot be understood; in a password percent-encode what is not a letter or a digit"
-            ) from None
+        except (OSError, ValueError, asyncpg.InterfaceError) as error:
+            if fault := settings_fault(self._dsn or "", error):
+                raise SettingsError(fault) from None
+            raise
+        except asyncpg.PostgresError as error:
+            raise _refused(error) from None
 
     async def _look_around(self, connection: Any) -> None:
         async with asyncio.timeout(self._timeout):
@@ -422,24 +429,40 @@ def is_of_call(error: Exception) -> bool:
 def _explained(error: BaseException) -> BaseException:
     """What an error of the driver means for whoever has made the call.
 
-    The driver's own error goes no further: its details quote rows, and what it says of a DSN may be of the password.
+    The driver's own error goes no further: its details quote rows, and what it says of a connection is of the DSN.
     """
-    text = str(error.args[0]) if error.args and not isinstance(error, OSError) else str(error)
-    if isinstance(error, (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError)):
-        return StoreUnavailableError(
-            f"PostgreSQL refuses the connection: {text}; check the user, password and database"
-        )
     if isinstance(error, (CageySessionsError, asyncio.CancelledError)):
         return error
+    if isinstance(error, SettingsError):
+        return StoreUnavailableError(str(error))
+    name, text = type(error).__name__, str(error.args[0]) if error.args else ""
+    if isinstance(error, (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError)):
+        return _refused(error)
     if isinstance(error, asyncpg.InsufficientPrivilegeError):
         return StoreLayoutError(f"PostgreSQL: {text}")
     if isinstance(error, (asyncpg.DuplicatePreparedStatementError, asyncpg.InvalidSQLStatementNameError)):
         return StoreError(f"PostgreSQL: {text}; {SHARED_STATEMENTS}")
+    if isinstance(error, (OSError, TimeoutError)):
+        reason = "it does no TLS" if "rejected SSL upgrade" in text else reason_of(error)
+        return StoreUnavailableError(f"PostgreSQL cannot be reached ({f'{name}: {reason}'.rstrip(': ')})")
     if isinstance(error, _UNREACHABLE):
-        return StoreUnavailableError(f"PostgreSQL cannot be reached ({type(error).__name__}: {text})")
+        return StoreUnavailableError(f"PostgreSQL cannot be reached ({name}: {without_names(text)})")
     if isinstance(error, asyncpg.PostgresError):
-        return StoreError(f"PostgreSQL: {text} ({type(error).__name__})")
+        return StoreError(f"PostgreSQL: {text} ({name})")
     return error
+
+
+def _refused(error: asyncpg.PostgresError) -> StoreUnavailableError | SettingsError:
+    """What an answer of the server to a new connection means."""
+    text = without_names(str(error.args[0]))
+    if isinstance(error, (asyncpg.UndefinedObjectError, asyncpg.InvalidParameterValueError)):
+        return SettingsError(
+            f"PostgreSQL refuses a setting of the connection: {text}. A parameter of the DSN that is neither the "
+            "store's nor the driver's goes to the server as a setting"
+        )
+    if isinstance(error, (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError)):
+        text += "; check the user, password and database"
+    return StoreUnavailableError(f"PostgreSQL refuses the connection: {text}")
 
 
 def verdict_on(record: Record, row: Any, first_epoch: int = 1) -> Verdict:

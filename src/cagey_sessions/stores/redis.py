@@ -30,6 +30,7 @@ from .base import Answers, Claim, Outcome, Record, Store, Verdict, latest_of, te
 from .connections import Connections
 from .layouts import check_layout
 from .leases import Leases
+from .reasons import SettingsError
 from .redis_engine import (
     CLAIM,
     ERASE,
@@ -141,6 +142,8 @@ class RedisStore(Store):
         except BaseException as error:
             self._state = "closed"
             cut(connection)
+            if isinstance(error, SettingsError):
+                raise OptionError(str(error)) from None
             raise explained(error) from None
         self._connections = Connections(
             self.name,

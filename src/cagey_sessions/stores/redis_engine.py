@@ -9,9 +9,11 @@ everybody would get the answer meant for the one before.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from hashlib import sha1
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..errors import (
     CageySessionsError,
@@ -22,6 +24,7 @@ from ..errors import (
     StoreUnavailableError,
 )
 from .base import MAX_NUMBER
+from .reasons import SettingsError, certificate_fault, reason_of
 from .rows import LAST_CLAIMED
 
 try:
@@ -29,7 +32,7 @@ try:
     from redis import exceptions as errors
     from redis.asyncio import ConnectionPool
     from redis.asyncio.retry import Retry
-    from redis.asyncio.sentinel import Sentinel
+    from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
     from redis.backoff import NoBackoff
 except ImportError as _error:
     raise MissingExtraError(
@@ -297,12 +300,12 @@ class Address:
                 if not self._service:
                     raise ValueError("no service")
                 url = f"{scheme}://{user}{at}primary/{database or 0}{rest[len(rest.partition('?')[0]) :]}"
+            if not url.startswith("unix:") and not re.fullmatch(r"/?\d*", urlsplit(url).path):
+                raise ValueError("no number of a database")  # the driver would take 0
             self._pool = ConnectionPool.from_url(url)
-        except ValueError:
-            raise OptionError(
-                "the URL cannot be understood; in a password percent-encode what is not a letter or a digit. With "
-                "Sentinel it is redis+sentinel://host:port,host:port/service/database"
-            ) from None
+        except ValueError as error:
+            known = _IMPOSSIBLE.match(str(error))
+            raise OptionError(f"the URL has an impossible value of {known[1]}" if known else _NO_URL) from None
         self._pool.connection_kwargs.update(
             socket_timeout=None,
             socket_connect_timeout=timeout,
@@ -312,6 +315,14 @@ class Address:
             health_check_interval=0,
             client_name="cagey-sessions",
         )
+        try:
+            self._pool.make_connection()  # type: ignore[no-untyped-call]
+        except TypeError:
+            raise OptionError("the URL has a setting that redis-py does not know") from None
+        except (errors.RedisError, ValueError):
+            raise OptionError(
+                "the URL has an impossible value of a setting; ssl_cert_reqs is none, optional or required"
+            ) from None
 
     async def make_connection(self) -> Any:
         """A connection to the primary, not connected yet."""
@@ -326,10 +337,35 @@ class Address:
                 for each in sentinel.sentinels:
                     await each.aclose()
             self._pool.connection_kwargs.update(host=host, port=port)
-        try:
-            return self._pool.make_connection()  # type: ignore[no-untyped-call]
-        except TypeError:
-            raise OptionError("the URL has a setting that redis-py does not know") from None
+        connection: Any = self._pool.make_connection()  # type: ignore[no-untyped-call]
+        if hasattr(connection, "ssl_context"):
+            try:
+                connection.ssl_context.get()
+            except (OSError, ValueError, TypeError):
+                raise SettingsError(self._tls_fault()) from None
+        return connection
+
+    def _tls_fault(self) -> str:
+        """What is wrong with what TLS is to be done by."""
+        given = {name: self._pool.connection_kwargs.get(name) for name in _TLS_SETTINGS}
+        authorities = {"ssl_ca_certs": path} if (path := given["ssl_ca_certs"]) else {}
+        certificate, key = ((name, path) if (path := given[name]) else None for name in ("ssl_certfile", "ssl_keyfile"))
+        if key is not None and certificate is None:
+            return "ssl_keyfile needs ssl_certfile"
+        return certificate_fault(authorities, certificate, key, given["ssl_password"] or "") or (
+            f"one of {', '.join(_TLS_SETTINGS)} cannot be used"
+        )
+
+
+_NO_URL = (
+    "the URL cannot be understood: the port and the database are numbers, and in a password what is not a letter or a "
+    "digit is percent-encoded. With Sentinel it is redis+sentinel://host:port,host:port/service/database"
+)
+_IMPOSSIBLE = re.compile(r"Invalid value for '(\w+)'")
+_TLS_SETTINGS = tuple(
+    f"ssl_{name}"
+    for name in ("ca_certs", "ca_path", "ca_data", "certfile", "keyfile", "password", "ciphers", "min_version")
+)
 
 
 def _host_and_port(text: str) -> tuple[str, int]:
@@ -393,11 +429,14 @@ _BEGINNINGS = ("MISCONF", "NOREPLICAS", "BUSY", "UNKILLABLE")
 def explained(error: BaseException) -> BaseException:
     """What an error of the driver means for whoever has made the call.
 
-    The driver's own error goes no further: what it says of a URL may be of the password.
+    The driver's own error goes no further: what it says of a connection is of the URL.
     """
     if isinstance(error, (CageySessionsError, asyncio.CancelledError)):
         return error
+    if isinstance(error, SettingsError):
+        return StoreUnavailableError(str(error))
     text = str(error).partition(", with args beginning with")[0]  # of a command it does not know: AUTH, or a script
+    text = _USER.sub("this user has", text)
     if isinstance(error, (errors.AuthenticationError, errors.AuthorizationError)) or text.startswith("NOAUTH"):
         return StoreUnavailableError(f"Redis refuses the connection: {text}; check the user and password")
     if isinstance(error, errors.NoPermissionError):
@@ -405,8 +444,31 @@ def explained(error: BaseException) -> BaseException:
     if isinstance(error, errors.ResponseError) and not isinstance(error, _FOR_NOW) and not text.startswith(_BEGINNINGS):
         return StoreError(f"Redis: {text}")
     if isinstance(error, (errors.RedisError, OSError, TimeoutError)):
-        return StoreUnavailableError(f"Redis cannot be reached ({type(error).__name__}: {text})")
+        reason = _reason(error, text)
+        return StoreUnavailableError(f"Redis cannot be reached ({f'{type(error).__name__}: {reason}'.rstrip(': ')})")
     return error
+
+
+_USER = re.compile(r"\b[Uu]ser \S+ has\b")
+_REPLIES = (errors.ResponseError, errors.BusyLoadingError)
+"""What the engine itself has said."""
+
+
+def _reason(error: BaseException, text: str) -> str:
+    """Why it cannot be reached, without where that is."""
+    if isinstance(error, _REPLIES):
+        return text
+    if isinstance(error, MasterNotFoundError):
+        return "no Sentinel that answers knows a primary of that name"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return reason_of(cause)
+    return _PLACE.split(text)[0] if error.__cause__ is None else type(error.__cause__).__name__
+
+
+_PLACE = re.compile(r"\.? (?:connecting to|reading from|writing to|while reading|while writing)\b")
 
 
 def parse_info(reply: bytes) -> dict[str, str]:

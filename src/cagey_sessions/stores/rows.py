@@ -20,6 +20,7 @@ __all__ = [
     "LAST_CLAIMED",
     "StoredRow",
     "check_claim",
+    "check_record",
     "damaged",
     "key_of",
     "no_id",
@@ -137,12 +138,18 @@ def _body_fault(schema: object, body: object, saved_at: object) -> str:
 
 def check_claim(claim: Claim) -> None:
     """See to it that a granted claim can be gone on from, whichever store it is of. Raises `CorruptRecordError`."""
-    record = claim.record
-    if record is None:
-        return
-    row = StoredRow(claim.epoch, "", True, *record[3:7], False)
-    if refusal := row.claim_refusal(claim.user_id):
+    if claim.record is not None and (refusal := _free(claim.epoch, claim.record).claim_refusal(claim.user_id)):
         raise refusal
+
+
+def check_record(record: Record) -> Record:
+    """A record that was loaded, if its body can be read, whichever store it is of. Raises `CorruptRecordError`."""
+    _free(1, record).record(record.user_id)
+    return record
+
+
+def _free(epoch: int, record: Record) -> StoredRow:
+    return StoredRow(epoch, "", True, record.version, record.schema, record.body, record.saved_at, False)
 
 
 # Keys

@@ -75,9 +75,11 @@ def open_store(url: str, **options: Any) -> Store:
         elif name in options:
             raise OptionError(f"{name} is given twice; once is enough, in the URL or as an argument")
         else:
-            options[name] = duration_of(unquote(value)) if name in DURATIONS else unquote(value)
-    if scheme in ("memory", "sqlite"):  # there is no driver to take them
-        _check_names(f"the URL of a {engine.store}", [each.partition("=")[0] for each in theirs], engine.in_url)
+            text = _Given(unquote(value))
+            options[name] = duration_of(text) if name in DURATIONS else text
+    if theirs and scheme in ("memory", "sqlite"):  # there is no driver to take them
+        hint = suggest(theirs[0].partition("=")[0], engine.in_url) if engine.in_url else ""
+        raise OptionError(f"the URL of a {engine.store} has a parameter that there is not{hint}")
     store: Any = getattr(import_module(__name__.rpartition(".")[0]), engine.store)
     if scheme == "memory":
         made: Store = store(**options)
@@ -86,6 +88,15 @@ def open_store(url: str, **options: Any) -> Store:
     else:
         made = store(f"{scheme}:{address}{'?' if theirs else ''}{'&'.join(theirs)}", **options)
     return made
+
+
+class _Given(str):
+    """A value of a URL, which no error is to quote."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "what the URL has"
 
 
 def engine_of(url: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from .conformance.base import claim, everything, opened, record, release, save
 from .conformance.calls import Calls
 from .conformance.claims import Claims
+from .conformance.damages import Damages
 from .conformance.endings import Endings
 from .conformance.histories import StoreMachine, machine_test
 from .conformance.saves import Saves
@@ -28,8 +29,9 @@ __all__ = [
 ]
 
 
-class StoreConformance(Claims, Saves, Endings, Values, Calls):
-    """The contract, line by line. Subclass it as ``Test…`` and override `make`, and `bury` where the store is shared:
+class StoreConformance(Claims, Saves, Endings, Values, Damages, Calls):
+    """The contract, line by line. Subclass it as ``Test…`` and override `make`, `bury` where the store is shared, and
+    `damage` where somebody else may write to the engine:
 
         class TestMyStore(StoreConformance):
             @pytest.fixture
