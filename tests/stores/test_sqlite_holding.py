@@ -17,6 +17,7 @@ import pytest
 from cagey_sessions import StoreContractError, StoreInUseError, StoreLayoutError, StoreUnavailableError
 from cagey_sessions.stores import Record, SQLiteStore
 from cagey_sessions.testing.store_conformance import claim, opened, record, save
+from support import UNHURRIED
 from watched_sqlite import connect_really, end_of_writers, reading, saved
 
 no_sigkill = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL")
@@ -36,7 +37,7 @@ path = sys.argv[1]
 
 
 def script(text: str, path: Path) -> list[str]:
-    return [sys.executable, "-X", "dev", "-c", PRELUDE + textwrap.dedent(text), str(path)]
+    return [sys.executable, "-X", "dev", "-c", UNHURRIED + PRELUDE + textwrap.dedent(text), str(path)]
 
 
 def python(text: str, path: Path) -> str:
