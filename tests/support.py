@@ -49,10 +49,15 @@ class _Timer:
         self.cancelled = True
 
 
+UNHURRIED = "import logging; logging.getLogger('asyncio').setLevel(logging.ERROR)\n"
+"""For scripts under `-X dev`, where asyncio warns of a callback that takes long: that says how busy the machine is."""
+
+
 def python(script: str, prelude: str = "", *, status: int = 0, timeout: float = 30) -> subprocess.CompletedProcess[str]:
     """Run a script in a fresh interpreter and expect its exit status."""
+    code = UNHURRIED + prelude + textwrap.dedent(script)
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error::RuntimeWarning", "-c", prelude + textwrap.dedent(script)],
+        [sys.executable, "-X", "dev", "-W", "error::RuntimeWarning", "-c", code],
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -14,7 +14,7 @@ import pytest
 
 import cagey_sessions
 from cagey_sessions import read_snapshot
-from support import turns
+from support import UNHURRIED, turns
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(cagey_sessions.__file__).parents[1])}
 
@@ -47,8 +47,9 @@ async def play():
 
 
 def python(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    code = UNHURRIED + PRELUDE + textwrap.dedent(script)
     return subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error::RuntimeWarning", "-c", PRELUDE + textwrap.dedent(script)],
+        [sys.executable, "-X", "dev", "-W", "error::RuntimeWarning", "-c", code],
         capture_output=True,
         text=True,
         cwd=folder,

@@ -147,7 +147,7 @@ def run_tests(copy: Path, arguments: list[str], patience: float = PATIENCE) -> t
     done = run([sys.executable, "-m", "pytest", "-q", "-x", "--timeout", "60", *arguments], copy, patience)
     if done.returncode == 0:
         return "", ""
-    failed = re.search(r"^(?:FAILED|ERROR) (.*)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (\S.*)", done.stdout, re.MULTILINE)  # what tests log is set in further
     if failed:
         return failed[1].split(" - ")[0], ""
     if "+ Timeout +" in done.stdout + done.stderr:  # in a random test, which no clock fails: it ended the process

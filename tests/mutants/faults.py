@@ -309,7 +309,7 @@ FAULTS = [
         "core/table.pxi",
         "        self.enter_lane(slot, END)\n        self.forget_key(session)\n",
         "        self.enter_lane(slot, END)\n",
-        ("tests/core/test_index.py", *CORE, *ENDING),
+        ("tests/core/test_index.py",),
     ),
     Fault(
         "the user of an ended session stays taken",

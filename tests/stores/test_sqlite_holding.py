@@ -21,7 +21,7 @@ from cagey_sessions import StoreContractError, StoreInUseError, StoreLayoutError
 from cagey_sessions.stores import Record, SQLiteStore, sqlite
 from cagey_sessions.testing.conformance.base import SAVED
 from cagey_sessions.testing.store_conformance import claim, opened, record, save
-from support import end_of_threads, turns
+from support import UNHURRIED, end_of_threads, turns
 from watched_sqlite import Writer, connect_really, reading, saved
 
 no_sigkill = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL")
@@ -41,7 +41,7 @@ path = sys.argv[1]
 
 
 def script(text: str, path: Path) -> list[str]:
-    return [sys.executable, "-X", "dev", "-c", PRELUDE + textwrap.dedent(text), str(path)]
+    return [sys.executable, "-X", "dev", "-c", UNHURRIED + PRELUDE + textwrap.dedent(text), str(path)]
 
 
 def python(text: str, path: Path) -> str:
