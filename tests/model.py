@@ -10,6 +10,11 @@ What the wheel promises, and how the model says it
     none comes out before its deadline is reached; and once `advance` has walked fewer rows than its limit, none that
     was due is left. Where the wheel has got to is known exactly then, and after an `advance` that stopped at its limit
     only roughly: hence effective deadlines and the wheel's place are intervals here, of a single tick otherwise.
+
+When a session is due again
+    Which place in the interval it has is the table's affair (`core/test_places.py`), and the model is told it. It knows
+    that a first deadline, and that of a session saved before its last one, lie in the interval that follows; all others
+    in the last tenth of that.
 """
 
 from __future__ import annotations
@@ -71,6 +76,8 @@ class Person:
     failures: int = 0
     saved_at: int | None = None
     timer: Timer | None = None
+    due: tuple[int, int] = (0, 0)
+    """The last deadline, as it was set, lies somewhere between these."""
     end_reason: str | None = None
     changes: int = 0
     fixed_changes: int = 0
@@ -113,7 +120,6 @@ class Walk:
 
 @dataclass(eq=False)
 class Model:
-    seed: int
     stored: bool = False
     by_key: dict[str, Person] = field(default_factory=dict)
     by_user: dict[tuple[type, int | str], Person] = field(default_factory=dict)
@@ -194,6 +200,7 @@ class Model:
             self.lanes[LANE_OF[after]].append(place or Waiting(person, next(self._number)))
 
     def _arm(self, person: Person, deadline: int) -> None:
+        person.due = deadline, deadline
         self._wind(person, max(deadline, self.low), max(deadline, self.high))
 
     def _wind(self, person: Person, low: int, high: int) -> None:
@@ -241,8 +248,26 @@ class Model:
         person.user_id, person.user_data, person.saved_at = user_id, user_data, now
         self.by_user[type(user_id), user_id] = person
         self._grow_young(person, self.identified)
+        person.due = (0, 0)
         if interval:
-            self._arm(person, now + self.spread(interval))
+            self._arm(person, now + interval)
+
+    def due_after(self, person: Person, tick: int, interval: int) -> tuple[int, int]:
+        """Between which ticks a session whose data of `tick` is stored is due again."""
+        end = tick + interval
+        if interval == 0 or end >= END_OF_TIME:
+            raise Refused(UsageError)
+        if person.gone:
+            return 0, 0
+        return tick + 1 if tick < person.due[1] else end - (interval - 1) // 10, end
+
+    def learn_place(self, person: Person, deadline: int) -> None:
+        """Hear the first deadline of a session: it is that and no other."""
+        assert person.timer is not None
+        person.timer = None
+        self.armed -= 1
+        self.arms -= 1
+        self._arm(person, deadline)
 
     def ask(self, person: Person) -> None:
         self._require_row(person)
@@ -275,14 +300,16 @@ class Model:
         return person.state == "idle" and person.acknowledged > 0 and not person.marked and self.bounded_walks == 0
 
     def advance(
-        self, now: int, limit: int, walked: int, moved: set[Person], skipped: Sequence[Person] = (), again: int = 0
+        self, now: int, limit: int, walked: int, moved: set[Person], skipped: Sequence[Person] = (), interval: int = 0
     ) -> None:
         """Hear that `advance` has walked so many rows, who is due since, and who was passed over, in that order."""
         assert len(moved) + len(skipped) <= walked <= limit
         assert moved.isdisjoint(skipped)
-        assert again or not skipped
+        assert interval or not skipped
         assert all(self.is_skipped(person) for person in skipped), "passed over although it had to be saved"
-        assert not again or not any(self.is_skipped(person) for person in moved), "saved although nothing had changed"
+        assert not interval or not any(self.is_skipped(person) for person in moved), (
+            "saved although nothing had changed"
+        )
         if limit == 0:
             return
         if now < self.low:
@@ -312,8 +339,9 @@ class Model:
             if first is not None:
                 self.high = max(self.low, min(self.high, first))
         for person in skipped:
-            deadline = min(now + again, END_OF_TIME - 1)
-            self._wind(person, deadline, deadline)
+            last = END_OF_TIME - 1
+            person.due = self.due_after(person, now, interval) if now + interval <= last else (last, last)
+            self._wind(person, *person.due)
             person.saved_at = now
             self._grow_young(person, self.identified)
             self.saved += 1
@@ -434,13 +462,3 @@ class Model:
                 walk.passed = person.age
                 return person
         return None
-
-    # Chance
-
-    def spread(self, interval: int) -> int:
-        """From 1 to `interval`, by SplitMix64."""
-        self.seed = (self.seed + 0x9E3779B97F4A7C15) % 2**64
-        mixed = self.seed
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-            mixed = (mixed ^ mixed >> shift) * factor % 2**64
-        return 1 + mixed % interval

@@ -25,6 +25,41 @@ async def test_case_24_saves_are_spread_and_an_outage_leaves_no_echo(make_manage
     await manager.destroy()
 
 
+async def test_after_everybody_was_saved_at_once_listeners_are_called_at_times_spread_evenly(make_manager, db, clock):
+    manager = make_manager(interval="30s", max_in_flight=50)
+    for user_id in range(1000):
+        await add_user(manager, user_id)
+    for moment in ("7300ms", "12s"):
+        await clock.advance(moment)
+        await manager.persist_all_user_data()
+    start = clock.now()
+    db.log.clear()
+    await clock.advance("60s")
+    tenths = Counter((write.start - start - 1) // (3 * SECOND) for write in db.log)
+    assert [tenths[number] for number in range(20)] == pytest.approx([100] * 20, abs=10)
+    await manager.destroy()
+
+
+async def test_after_a_stall_the_saves_move_apart_again(make_manager, db, clock):
+    """The loop stands still for 20 of 30 seconds, and all who were due then are saved at one moment: but only once."""
+    manager = make_manager(interval="30s", max_in_flight=50)
+    for user_id in range(1000):
+        await add_user(manager, user_id)
+    await clock.advance("40s")
+    await clock.jump("20s")
+    await clock.advance("1s")
+    start = clock.now()
+    db.log.clear()
+    await clock.advance("300s")
+    most = [0] * 10
+    for second, count in Counter((write.start - start - 1) // SECOND for write in db.log).items():
+        most[second // 30] = max(most[second // 30], count)
+    assert most[0] < 400, "of the 670 who were saved at one moment"
+    assert most[-1] < 100
+    assert most == sorted(most, reverse=True)
+    await manager.destroy()
+
+
 async def test_case_48_a_deadline_that_is_already_past_is_served_in_the_next_turn(db):
     """On the real clock of each loop: a shortest interval, and a loop that was blocked past many deadlines."""
     manager = SessionManager(interval="10ms")

@@ -414,3 +414,42 @@ async def test_a_store_that_answers_nonsense_breaks_nothing(clock, store, manage
     await let_time_pass(clock, session.persist_now())
     assert store.stored(1) == {"n": 1}
     await end(clock, manager)
+
+
+async def test_an_outage_told_row_by_row_is_noticed_where_saves_come_one_at_a_time(clock, store, manager):
+    """Users are due at different times, and the driver has an error of its own for a lost connection."""
+    sessions = [await manager.open(number, default={"n": 0}) for number in range(30)]
+    await clock.advance("31s")
+    for session in sessions:
+        session.user_data["n"] = 1
+    broken = True
+
+    async def save_many(records: Any) -> Any:
+        if broken:
+            raise RuntimeError("connection refused, says the driver")
+        return await works(records)
+
+    works, store.save_many = store.save_many, save_many
+    await clock.advance("30s")
+    assert not manager.statistics().store_up
+    broken = False
+    await clock.advance("31s")
+    assert manager.statistics().store_up
+    assert all(store.stored(number) == {"n": 1} for number in range(30))
+    await end(clock, manager)
+
+
+async def test_rows_that_are_refused_one_at_a_time_are_no_outage_while_others_are_saved(clock, store, manager):
+    sessions = [await manager.open(number, default={"n": 0}) for number in range(40)]
+    await clock.advance("31s")
+    store.poison = set(range(0, 40, 2))
+    for session in sessions:
+        session.user_data["n"] = 1
+    for _ in range(60):
+        await clock.advance("1s")
+        assert manager.statistics().store_up
+    assert all(store.stored(number) == {"n": number % 2} for number in range(40))
+    store.poison.clear()
+    await clock.advance("60s")
+    assert all(store.stored(number) == {"n": 1} for number in range(40))
+    await end(clock, manager)

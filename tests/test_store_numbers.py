@@ -225,11 +225,60 @@ async def test_after_an_outage_everybody_is_saved_within_an_interval_and_never_i
     for _ in range(3 * interval):
         change()
         await clock.advance("1s")
+        assert manager.statistics().oldest_unsaved <= interval + 0.02
     per_second: Counter[int] = Counter()
     for batch in store.batches:
         per_second[(batch.start - back) // SECOND] += len(batch.records)
     assert max(per_second.values()) <= 1.5 * OUTAGE_USERS / interval
-    assert manager.statistics().oldest_unsaved <= interval + 0.02
+    await let_time_pass(clock, manager.destroy())
+
+
+@pytest.mark.parametrize("hook", [False, True], ids=["in batches", "one by one"])
+async def test_after_everybody_was_saved_at_once_saves_are_spread_evenly_again(clock, hook):
+    """Whoever asks for a save of all, at whatever moment: in each tenth of an interval a tenth of the users is saved."""
+    interval, users = 30, 2000
+    store = ScriptedStore(clock, "5ms")
+    store.check = False
+    rows: Counter[int] = Counter()
+    save_many = store.save_many
+
+    async def count(records: list[Record]) -> Any:
+        rows[(clock.now() - start - 1) // (interval * SECOND // 10)] += len(records)
+        return await save_many(records)
+
+    store.save_many = count
+    manager = SessionManager(
+        store=store, interval=interval, clock=clock, before_save=(lambda session: None) if hook else None
+    )
+    start = clock.now()
+    sessions = await add_users(manager, users)
+    for moment in ("7300ms", "1s", "12s"):
+        await clock.advance(moment)
+        await let_time_pass(clock, manager.persist_all_user_data())
+    start = clock.now()
+    rows.clear()
+    for _ in range(2 * interval):
+        for session in sessions:
+            session.user_data["n"] += 1
+        await clock.advance("1s")
+        assert manager.statistics().oldest_unsaved <= interval + 0.02
+    assert sorted(rows) == list(range(20))
+    assert all(abs(count - users // 10) <= users // 100 for count in rows.values())
+    await let_time_pass(clock, manager.destroy(False))
+
+
+async def test_whoever_is_saved_after_each_message_is_saved_by_the_timer_once_in_an_interval(clock):
+    store = ScriptedStore(clock)
+    manager = SessionManager(store=store, interval=30, clock=clock)
+    session = await manager.open("ann", default={"n": 0})
+    await session.persist_now()
+    before = manager.statistics()
+    for _ in range(300):
+        session.user_data["n"] += 1
+        await session.persist_now()
+        await clock.advance("1s")
+    after = manager.statistics()
+    assert after.saved - before.saved - 300 == after.unchanged - before.unchanged <= 10, "they find nothing to write"
     await let_time_pass(clock, manager.destroy())
 
 

@@ -98,7 +98,7 @@ class Twins:
 
     def __init__(self, seed: int, start: int, stored: bool = False) -> None:
         self.table = SessionTable(Moody, object(), seed=seed, stored=stored)
-        self.model = Model(seed, stored)
+        self.model = Model(stored)
         self.meddling = 0
         self.over = False
         """Its history is: what the collector frees now, in the middle of another one, does nothing."""
@@ -183,10 +183,24 @@ class Twins:
             Moody.before = None
 
     def identify(self, session: Session, user_id: int | str, interval: int, user_data: object) -> None:
-        self.agree(
-            lambda: self.model.identify(self.person[session], user_id, user_data, self.now, interval),
+        person = self.person[session]
+        accepted, _ = self.agree(
+            lambda: self.model.identify(person, user_id, user_data, self.now, interval),
             lambda: self.table.identify(session, user_id, user_data, self.now, interval),
         )
+        if accepted and interval:
+            self.model.learn_place(person, self.due_after(session, self.now, interval))
+
+    def due_after(self, session: Session, tick: int, interval: int) -> int:
+        try:
+            low, high = self.model.due_after(self.person[session], tick, interval)
+        except Refused as refused:
+            with pytest.raises(refused.errors):
+                self.table.due_after(session, tick, interval)
+            return 0
+        deadline = self.table.due_after(session, tick, interval)
+        assert low <= deadline <= high, "due outside of the interval, or too early in it"
+        return deadline
 
     def ask(self, session: Session) -> None:
         self.agree(lambda: self.model.ask(self.person[session]), lambda: self.table.ask(session))
@@ -214,18 +228,18 @@ class Twins:
         if accepted:
             self.flights[place] = session, answers[1] or version
 
-    def advance(self, now: int, limit: int, again: int = 0) -> bool:
+    def advance(self, now: int, limit: int, interval: int = 0) -> bool:
         """Whether all that was due has been handed out."""
         skipped_before = self.table.counters.skipped
         with self.meddled():
-            walked = self.table.advance(now, limit, again)
+            walked = self.table.advance(now, limit, interval)
         skipped: list[Person] = []
         if count := self.table.counters.skipped - skipped_before:
             with self.table.oldest_first(to_the_end=True) as walk:
                 skipped = [self.person[session] for session in walk][-count:]
         armed = [person for person in self.model.people if person.timer is not None]
         moved = {person for person in armed if self.table.state(self.session[person]) != person.state}
-        self.model.advance(now, limit, walked, moved, skipped, again)
+        self.model.advance(now, limit, walked, moved, skipped, interval)
         self.walked += walked
         assert self.walked <= MOST_WALKS * self.model.arms
         return walked < limit
@@ -248,11 +262,14 @@ class Twins:
         assert self.model.take(periodic, self.person[session]) == version
         self.flights.append((session, version))
 
-    def settle(self, flight: tuple[Session, int], success: bool, deadline: int | None) -> None:
+    def settle(self, flight: tuple[Session, int], success: bool, deadline: int | None, interval: int = 0) -> None:
+        """With an interval a save that has succeeded is due again within it, and not at the deadline."""
         session, version = flight
         person = self.person[session]
         if success:
             taken_at = max(self.now - 1, 0)
+            if interval:
+                deadline = self.due_after(session, taken_at, interval)
             self.agree(
                 lambda: self.model.acknowledge(person, version, taken_at, deadline),
                 lambda: self.table.acknowledge(session, version, taken_at, deadline),

@@ -131,7 +131,7 @@ DEBUG = bool(CAGEY_DEBUG)
 
 
 cdef struct Row:
-    uint64_t deadline       # tick at which the wheel hands the row out; read only while the row is in the wheel
+    uint64_t deadline       # tick at which the wheel hands the row out, or last did
     uint64_t saved_at       # tick at which the bytes last acknowledged were fixed; at first, when the user was set
     uint64_t version        # the version last taken, or with a store last fixed
     uint64_t acknowledged   # the version last acknowledged

@@ -412,7 +412,7 @@ class Autosave:
         """A save has succeeded."""
         del self._flights.under_way[session]
         taken_at = flight.started // self.tick
-        deadline = taken_at + self._interval_ticks if self._interval else None
+        deadline = self._table.due_after(session, taken_at, self._interval_ticks) if self._interval else None
         owned = self._table.acknowledge(session, version, taken_at, deadline)
         flight.resolve(receipt)
         self._tell_host(session, owned, None, flight)

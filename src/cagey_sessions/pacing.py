@@ -15,7 +15,8 @@ __all__ = ["Pacing"]
 
 RATE = 1.25
 """After an outage periodic saves come at this multiple of users / interval: above 1 the backlog melts, and what is
-saved together in this interval comes together in the next, where it must not be more than the store is made for."""
+saved together in this interval comes nearly together in the next, where it must not be more than the store is made for;
+from one interval to the next everybody comes nearer to their own place again."""
 STEP = SECOND // 100
 
 

@@ -23,7 +23,7 @@ __all__ = ["MOST_ROWS", "Hanging", "Writer"]
 MOST_ROWS = 200
 """Of one call."""
 MOST_ALONE = 8
-"""After how many rows of a batch that fail alone, and none that does not, it is the store and not the rows."""
+"""After how many rows that fail alone, and none that does not, it is the store and not the rows."""
 
 Hanging = tuple[Call[list[Verdict]], list[Row]]
 """A call that has not returned at its deadline, and the rows that wait for it nevertheless."""
@@ -47,6 +47,8 @@ class Writer:
         self._settlement = settlement
         self._reclaiming = reclaiming
         self._identity = identity
+        self._alone = 0
+        """How many rows that had not failed before have failed alone since the last call that was answered."""
 
     async def write(
         self, rows: list[Row], hanging: list[Hanging], *, suspects: bool = False, tried: Exception | None = None
@@ -77,7 +79,8 @@ class Writer:
             else:
                 fail_all(part, error, report=not was_down)
                 alone += 1
-                is_hopeless = not any_success and alone > MOST_ALONE
+                self._alone += not (suspects or any_success)
+                is_hopeless = not any_success and (alone if suspects else self._alone) > MOST_ALONE
                 if isinstance(error, StoreUnavailableError) or is_hopeless:
                     # not the fault of a row
                     if not isinstance(error, StoreUnavailableError) and not suspects:
@@ -138,6 +141,7 @@ class Writer:
             raise
         except Exception as error:
             return error
+        self._alone = 0
         if batch is not None and isinstance(verdicts, list) and self._autosave.settle_batch(batch, verdicts):
             for row in rows_of():
                 assert row.record is not None

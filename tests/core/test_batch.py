@@ -40,7 +40,7 @@ class OneByOne:
             return None
         fixed = self.table.fix(session, self.digest(body))
         if not fixed:
-            self.table.acknowledge(session, version, now, now + INTERVAL)
+            self.table.acknowledge(session, version, now, self.table.due_after(session, now, INTERVAL))
             return None
         self.flying[session] = fixed, now
         return session.user_id, self.table.epoch(session), "me", fixed, 7, body, 0.5, False
@@ -50,7 +50,7 @@ class OneByOne:
         if outcome is Outcome.FAILED:
             self.table.fail(session, version, taken_at + 1)
         else:
-            self.table.acknowledge(session, version, taken_at, taken_at + INTERVAL)
+            self.table.acknowledge(session, version, taken_at, self.table.due_after(session, taken_at, INTERVAL))
 
 
 def state_of(table: SessionTable, session: Any) -> tuple[Any, ...]:
@@ -183,7 +183,8 @@ class Batches(RuleBasedStateMachine):
             if verdict.outcome is Outcome.FAILED:
                 self.batched.table.fail(session, version, taken_at + 1)
             else:
-                self.batched.table.acknowledge(session, version, taken_at, taken_at + INTERVAL)
+                again = self.batched.table.due_after(session, taken_at, INTERVAL)
+                self.batched.table.acknowledge(session, version, taken_at, again)
         assert len(batch) == 0
         # in the same order: who is due at the same tick is taken in it
         handed = [] if left == [] else [places[session.user_id] for session in (sessions if left is None else left)]

@@ -253,11 +253,11 @@ class TableMachine(Machine):
             self.twins.take(periodic)
 
     @precondition(lambda self: self.twins.flights)
-    @rule(number=ANYBODY, success=st.booleans(), delays=st.lists(DEADLINES, min_size=1, max_size=4))
-    def settle(self, number: int, success: bool, delays: list[int | None]) -> None:
+    @rule(number=ANYBODY, success=st.booleans(), delays=st.lists(DEADLINES, min_size=1, max_size=4), interval=AGAIN)
+    def settle(self, number: int, success: bool, delays: list[int | None], interval: int) -> None:
         flights = self.twins.flights
         for delay in delays[: len(flights)]:
-            self.twins.settle(flights.pop(number % len(flights)), success, self.deadline(delay))
+            self.twins.settle(flights.pop(number % len(flights)), success, self.deadline(delay), interval)
 
     @precondition(lambda self: self.twins.settled or self.twins.flights)
     @rule(number=ANYBODY, success=st.booleans(), delay=DEADLINES, newer=st.integers(-1, 1))
@@ -267,6 +267,12 @@ class TableMachine(Machine):
         session, version = flights[number % len(flights)]
         if version + newer >= 0 and (session, version + newer) not in self.twins.flights:
             self.twins.settle((session, version + newer), success, self.deadline(delay))
+
+    @precondition(lambda self: self.twins.person)
+    @rule(number=ANYBODY, interval=INTERVALS, by=st.integers(-100, 100))
+    def look_when_somebody_is_due_again(self, number: int, interval: int, by: int) -> None:
+        people = list(self.twins.person)
+        self.twins.due_after(people[number % len(people)], max(self.twins.now + by, 0), interval)
 
     @precondition(Machine.some_live)
     @rule(number=ANYBODY)

@@ -91,6 +91,7 @@ OPERATIONS: dict[str, Callable[[SessionTable, Any], Any]] = {
     "saved_at": lambda table, session: table.saved_at(session),
     "identify": lambda table, session: table.identify(session, 77, {}, 0),
     "ask": lambda table, session: table.ask(session),
+    "due_after": lambda table, session: table.due_after(session, 1, 1),
     "acknowledge": lambda table, session: table.acknowledge(session, 1, 0),
     "fail": lambda table, session: table.fail(session, 1),
     "begin_end": lambda table, session: table.begin_end(session),

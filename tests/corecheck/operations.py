@@ -319,6 +319,14 @@ def fix(world: World) -> None:
     world.table.acknowledge(session, world.table.fix(session, 2**63 + version % 2) or version, 5)
 
 
+@operation("SessionTable.due_after")
+def due_after(world: World) -> None:
+    assert 2**40 < world.table.due_after(world.session, 2**40, 2**41) <= 2**40 + 2**41
+
+
+refused("SessionTable.due_after: no interval", lambda world: world.table.due_after(world.session, 1, 0))
+
+
 @operation("SessionTable.acknowledge")
 def acknowledge(world: World) -> None:
     world.table.acknowledge(*world.flight(), 2**40, 2**41)

@@ -284,10 +284,17 @@ FAULTS = [
         CORE,
     ),
     Fault(
-        "spreading makes an interval longer",
+        "the place of a session makes its first interval longer",
         "core/table.pxi",
-        "wheel_arm(&self.wheel, self.rows, slot, now + self.spread(interval))",
-        "wheel_arm(&self.wheel, self.rows, slot, now + interval + self.spread(interval))",
+        "wheel_arm(&self.wheel, self.rows, slot, now + self.ticks_to_place(slot, now, interval))",
+        "wheel_arm(&self.wheel, self.rows, slot, now + interval + self.ticks_to_place(slot, now, interval))",
+        CORE,
+    ),
+    Fault(
+        "whoever is saved early stays together with all who were saved then",
+        "core/rows.pxi",
+        "        if tick >= self.rows[slot].deadline:",
+        "        if True:",
         CORE,
     ),
     Fault(

@@ -150,19 +150,20 @@ cdef class SaveBatch:
         if self.plan.dump is None:
             prefetch_trees(nodes, found)
 
-    def fill(self, uint32_t rows, Py_ssize_t size, uint64_t now, uint64_t again, saved_at):
+    def fill(self, uint32_t rows, Py_ssize_t size, uint64_t now, uint64_t interval, saved_at):
         """Take up to `rows` sessions whose time has come, until their bodies have `size` bytes: how many were taken.
 
         `now` is the tick of it, and `saved_at` what the records say. Who has not changed counts as saved and is due
-        `again` ticks later. Who cannot be encoded, or is asked for meanwhile, is left to `odd`. O(rows), and their bytes.
+        again within `interval` ticks. Who cannot be encoded, or is asked for meanwhile, is left to `odd`. O(rows), and
+        their bytes.
         """
         cdef SessionTable table = self.table
         cdef SessionCore session
         cdef uint32_t taken = 0, slot
         cdef bytes body
         table.check_thread()
-        if again > NEVER - 1 - now:
-            raise UsageError("the deadline lies past the end of time")
+        require_interval(interval)
+        require_time(now, interval)
         self.set_aside()  # whom an exception has left
         while taken < rows and size > 0 and len(self.sessions) < MOST_IN_BATCH:
             if taken % GROUP == 0:
@@ -183,7 +184,7 @@ cdef class SaveBatch:
             except Exception:
                 self.set_aside()
                 continue
-            if not self.send(session, body, now, again, saved_at):
+            if not self.send(session, body, now, interval, saved_at):
                 self.set_aside()
             self.taking = None
             size -= PyBytes_GET_SIZE(body)
@@ -198,7 +199,7 @@ cdef class SaveBatch:
             self.taking = None
         return 0
 
-    cdef bint send(self, SessionCore session, bytes body, uint64_t now, uint64_t again, saved_at) except -1:
+    cdef bint send(self, SessionCore session, bytes body, uint64_t now, uint64_t interval, saved_at) except -1:
         """Fix a body; False if something is special about this save after all."""
         cdef SessionTable table = self.table
         cdef uint64_t version = self.version, digest = self.plan.digest.of(body)
@@ -217,7 +218,7 @@ cdef class SaveBatch:
             self.unchanged += 1
             if row.marks:
                 row.marks = MARKED_BEFORE
-            table.settle_saved(slot, now, True, now + again)
+            table.settle_saved(slot, now, True, table.next_due(slot, now, interval))
             return True
         version += is_new
         fill_item(record, 0, session.user_id)
@@ -249,16 +250,18 @@ cdef class SaveBatch:
         odd_ones, self.odd_ones = self.odd_ones, []
         return odd_ones
 
-    def settle(self, list verdicts not None, uint64_t again, dict watched not None):
+    def settle(self, list verdicts not None, uint64_t interval, dict watched not None):
         """Settle all, if every verdict says that the bytes are stored; None, and nothing changes, otherwise.
 
-        Each is due `again` ticks after it was taken. Returns the sessions that are left for `hand_over`: those in
-        `watched`, and those of whom more is wanted by now than a save by the clock. O(batch).
+        Each is due again within `interval` ticks after it was taken. Returns the sessions that are left for
+        `hand_over`: those in `watched`, and those of whom more is wanted by now than a save by the clock. O(batch).
         """
         cdef SessionTable table = self.table
         cdef Py_ssize_t place
         cdef uint32_t slot
+        cdef uint64_t taken_at
         table.check_thread()
+        require_interval(interval)
         if len(verdicts) != len(self.records):
             return None
         for verdict in verdicts:
@@ -282,7 +285,8 @@ cdef class SaveBatch:
                 left.append(session)
             else:
                 self.take_out(place)
-                table.settle_saved(slot, self.saves[place].taken_at, True, self.saves[place].taken_at + again)
+                taken_at = self.saves[place].taken_at
+                table.settle_saved(slot, taken_at, True, table.next_due(slot, taken_at, interval))
                 follow(&trail, table.rows, slot)
         if CAGEY_DEBUG:
             check_table(table)

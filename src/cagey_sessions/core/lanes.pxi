@@ -1,7 +1,7 @@
 # The way of a save through the lanes.
 #
 # What lives here: `SessionLanes` - who is asked for, who is due, who is taken, and what an outcome does to a row. What
-# must not: who a session is (table.pxi), and retry delays - the lanes are told deadlines, they choose none.
+# must not: who a session is (table.pxi), and retry delays - the lanes are told deadlines, or where the interval ends.
 #
 # Invariants
 #   - DUE rows are in the periodic lane, ASKED ones in the urgent lane, ENDING_ASKED ones in the final lane, rows with a
@@ -17,6 +17,19 @@ cdef inline uint32_t lane_of(int state) noexcept nogil:
     if state == ENDING_ASKED:
         return FINAL
     return PERIODIC if state == DUE else 0
+
+
+cdef inline int require_time(uint64_t now, uint64_t interval) except -1:
+    """An interval that begins now has an end."""
+    if now == NEVER or interval > NEVER - 1 - now:
+        raise UsageError("the deadline lies past the end of time")
+    return 0
+
+
+cdef inline int require_interval(uint64_t interval) except -1:
+    if interval == 0:
+        raise UsageError("an interval has at least one tick")
+    return 0
 
 
 cdef inline void fill_pair(tuple pair, first, second) noexcept:
@@ -57,10 +70,10 @@ cdef class SessionLanes(SessionRows):
             self.counters.due += 1
         return 0
 
-    def advance(self, uint64_t now, uint32_t limit, uint64_t again=0):
+    def advance(self, uint64_t now, uint32_t limit, uint64_t interval=0):
         """Move time to `now` and what is due into the lanes, walking at most `limit` rows, cascades included.
 
-        With `again`, users without a mark count as saved at `now`, unchanged, and are due again that many ticks later;
+        With an interval in ticks, users without a mark count as saved at `now`, unchanged, and are due again within it;
         unless they were never saved, or a walk under way would miss them. Returns the rows walked; as many as `limit`
         means there may be more at this instant, first in line for the next call. Time never moves back. O(limit).
         """
@@ -72,8 +85,8 @@ cdef class SessionLanes(SessionRows):
             slot = wheel_pop(&self.wheel, self.rows, now, &budget)
             if slot == 0:
                 break
-            if again and self.is_skipped(slot):
-                self.skip(slot, now, again)
+            if interval and self.is_skipped(slot):
+                self.skip(slot, now, interval)
                 follow(&trail, self.rows, slot)
                 continue
             list_append(self.rows, lane_of(step(&self.rows[slot], BECOME_DUE)), slot)
@@ -88,10 +101,11 @@ cdef class SessionLanes(SessionRows):
         return row.marks == 0 and row.state == IDLE and row.acknowledged != 0 and self.walks == 0
 
     @cython.final
-    cdef void skip(self, uint32_t slot, uint64_t now, uint64_t again) noexcept:
+    cdef void skip(self, uint32_t slot, uint64_t now, uint64_t interval) noexcept:
         # past the wheel's own time, else the row would be due again in this very call
         cdef uint64_t here = now if now > self.wheel.elapsed else self.wheel.elapsed
-        wheel_arm(&self.wheel, self.rows, slot, here + (again if again < NEVER - 1 - here else NEVER - 1 - here))
+        cdef uint64_t left = NEVER - 1 - here
+        wheel_arm(&self.wheel, self.rows, slot, self.next_due(slot, here, interval) if interval <= left else NEVER - 1)
         self.rows[slot].saved_at = now
         self.age_remove(slot)
         self.age_append(IDENTIFIED, slot)
@@ -245,6 +259,20 @@ cdef class SessionLanes(SessionRows):
         if self.copies is NULL:
             raise UsageError("this table was made without a store")
         return 0
+
+    def due_after(self, SessionCore session not None, uint64_t tick, uint64_t interval):
+        """The tick at which a session whose data of `tick` is stored is due again, at most `interval` ticks later.
+
+        That is its place in the interval. If the last deadline had passed by then it is on the way back to that place:
+        a tenth of the way before the end of the interval. 0 for a session that was forgotten. O(1).
+        """
+        self.check_thread()
+        self.refuse_stranger(session)
+        if session.table is None:
+            raise_handmade()
+        require_interval(interval)
+        require_time(tick, interval)
+        return self.next_due(session.slot, tick, interval) if session.slot else 0
 
     def acknowledge(self, SessionCore session not None, uint64_t version, uint64_t taken_at, deadline=None):
         """The save of `version`, its bytes fixed at tick `taken_at`, has succeeded; the next one is due at `deadline`.

@@ -3,6 +3,12 @@
 # What lives here: `Counters`, and `SessionRows` - the array of rows, the sessions beside it, the free list, the age
 # lists, and who may use them. What must not: keys and users (table.pxi), and the way of a save (lanes.pxi).
 #
+# Each row has a place in the interval, by which the saves of all are spread evenly for ever. It follows from the number of
+# the row: neighbours lie the golden ratio apart, so any number of them, one after the other, are spread as evenly as can be
+# (Knuth, TAOCP 3, 6.4, on Fibonacci hashing). Whoever is saved for another reason is due at their place again. Whoever the
+# timer has saved late, as after a stall or an outage, comes back to it by a tenth of the way with each save: all of them at
+# once would be as many saves again, in the interval in which the store has the most to do.
+#
 # Invariants
 #   - A row with state GONE is on the free list; every other row belongs to exactly one session, or is a mark of a walk.
 #   - `sessions[slot]` is the session whose `slot` is that number, else None; and no session keeps its slot beyond `forget`.
@@ -24,6 +30,7 @@ cdef uint64_t fork_epoch = 0
 
 cdef enum:
     INITIAL_SLOTS = 64
+    STEPS = 10
 
 
 def _after_fork_in_child():
@@ -75,7 +82,7 @@ cdef class SessionRows:
     cdef Wheel wheel
     cdef uint32_t served_last   # a lane
     cdef uint32_t walks         # those under way that saves can move a session out of
-    cdef uint64_t random
+    cdef uint64_t phase         # where in the interval row 0 would be, in 2**64ths
     cdef unsigned long thread
     cdef uint64_t forked
     cdef list sessions
@@ -86,7 +93,7 @@ cdef class SessionRows:
         self.session_type = session_type
         self.host = host
         self.counters = Counters.__new__(Counters)
-        self.random = seed
+        self.phase = mixed(seed)
         self.sessions = [None] * FIRST_SLOT
         self.served_last = PERIODIC
         wheel_init(&self.wheel)
@@ -158,10 +165,20 @@ cdef class SessionRows:
         list_append(self.rows, FREE, slot)
 
     @cython.final
-    cdef inline uint64_t spread(self, uint64_t interval) noexcept:
-        """A number of ticks from 1 to `interval`, by SplitMix64."""
-        self.random += <uint64_t> 0x9E3779B97F4A7C15
-        return 1 + mixed(self.random) % interval
+    cdef inline uint64_t ticks_to_place(self, uint32_t slot, uint64_t tick, uint64_t interval) noexcept:
+        """After how many ticks, from 1 to `interval`, a row is at its place."""
+        cdef uint64_t part = (self.phase + slot * <uint64_t> 0x9E3779B97F4A7C15) >> 32
+        cdef uint64_t place = part * (interval >> 32) + (part * (interval & 0xFFFFFFFF) >> 32)
+        cdef uint64_t here = tick % interval
+        return place - here if place > here else place + interval - here
+
+    @cython.final
+    cdef inline uint64_t next_due(self, uint32_t slot, uint64_t tick, uint64_t interval) noexcept:
+        """When a row whose data of `tick` is stored is due again: at the end of the interval at the latest."""
+        cdef uint64_t ticks = self.ticks_to_place(slot, tick, interval)
+        if tick >= self.rows[slot].deadline:  # the timer had its turn
+            ticks = interval - (interval - ticks) // STEPS
+        return tick + ticks
 
     @cython.final
     cdef inline void age_append(self, uint32_t age_list, uint32_t slot) noexcept:

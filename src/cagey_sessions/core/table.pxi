@@ -1,7 +1,7 @@
 # The sessions: found by key and by user, from `create` to `forget`.
 #
 # What lives here: `SessionTable` - the two indexes, and the beginning and the end of a session. What must not:
-# coroutines, events, retry delays - the table is told deadlines, it does not choose them beyond spreading the first.
+# coroutines, events, retry delays - the table is told those deadlines, and chooses the others (rows.pxi).
 #
 # Invariants
 #   - A key is in the index while its session is live and not ending; a user until the row is forgotten. An entry is
@@ -27,8 +27,8 @@ cdef inline int put_item(list items, uint32_t at, item) except -1:
 cdef class SessionTable(SessionLanes):
     """All sessions of one server: rows in one C array, found by key, by user, by deadline and by age.
 
-    `session_type` is the subclass of `SessionCore` to make; `host` is handed to its methods as ``_host``; `seed` starts
-    the generator that spreads first deadlines. With `stored` a version stands for certain bytes, and `fix` says which;
+    `session_type` is the subclass of `SessionCore` to make; `host` is handed to its methods as ``_host``; `seed` says
+    where in the interval the places begin. With `stored` a version stands for certain bytes, and `fix` says which;
     without, every save that is taken is a new version. Not thread-safe: after `bind_thread` any other thread is refused.
     """
     cdef Index by_key
@@ -127,7 +127,7 @@ cdef class SessionTable(SessionLanes):
         """Spread deadlines, and hash keys, by another seed. Raises `UsageError` once there is a session."""
         if self.counters.created:
             raise UsageError("a table that has sessions keeps its seed")
-        self.random = seed
+        self.phase = mixed(seed)
         self.salt = mixed(seed)
 
     def bind_loop(self, loop):
@@ -248,7 +248,7 @@ cdef class SessionTable(SessionLanes):
         return session.slot == 0 or is_ending(self.rows[session.slot].state)
 
     def identify(self, SessionCore session not None, user_id, user_data, uint64_t now, uint64_t interval=0):
-        """Give a session its user and, with an interval in ticks, a first deadline spread over it.
+        """Give a session its user and, with an interval in ticks, a first deadline at its place in it.
 
         Raises before anything changes: `AlreadyIdentifiedError`, `UserActiveError`, `InvalidUserDataError`,
         `SessionEndedError`. The id must have passed `check_user_id`. O(1) amortised.
@@ -272,8 +272,7 @@ cdef class SessionTable(SessionLanes):
             raise UserActiveError(
                 f"user {quote(user_id)} has a session that is {'ending' if is_ending(self.rows[active].state) else 'live'}: "
                 "end it and wait for its end, then load the data again", session=self.session_at(active))
-        if now == NEVER or interval > NEVER - 1 - now:
-            raise UsageError("the deadline lies past the end of time")
+        require_time(now, interval)
         index_reserve(&self.by_user)
         index_put(&self.by_user, hash, slot)
         session.user_id = user_id
@@ -283,8 +282,9 @@ cdef class SessionTable(SessionLanes):
         self.age_remove(slot)
         self.age_append(IDENTIFIED, slot)
         self.counters.identified += 1
+        row.deadline = 0
         if interval:
-            wheel_arm(&self.wheel, self.rows, slot, now + self.spread(interval))
+            wheel_arm(&self.wheel, self.rows, slot, now + self.ticks_to_place(slot, now, interval))
         if CAGEY_DEBUG:
             check_table(self)
         return 0
