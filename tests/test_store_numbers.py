@@ -235,7 +235,7 @@ async def test_after_an_outage_everybody_is_saved_within_an_interval_and_never_i
 
 @pytest.mark.parametrize("hook", [False, True], ids=["in batches", "one by one"])
 async def test_after_everybody_was_saved_at_once_saves_are_spread_evenly_again(clock, hook):
-    """Whoever asks for a save of all, at whatever moment: in each tenth of an interval a tenth of the users is saved."""
+    """Whenever somebody asks for a save of all: in each tenth of an interval a tenth of the users is saved."""
     interval, users = 30, 2000
     store = ScriptedStore(clock, "5ms")
     store.check = False
