@@ -56,7 +56,7 @@ class Call(Generic[T]):
         users: frozenset[int | str],
     ) -> None:
         self._gateway = gateway
-        self.users = users
+        self.users: frozenset[int | str] = users
         self.task: asyncio.Task[T] = task
         self.started: int = started
         self.is_probe: bool = is_probe

@@ -89,7 +89,7 @@ class SaveIntent:
     """Whether a manager is meant to save at all; nobody wants a warning from one that is not."""
 
     def __init__(self, is_there: bool) -> None:
-        self.is_there = is_there
+        self.is_there: bool = is_there
 
 
 class Lifecycle:
@@ -109,7 +109,7 @@ class Lifecycle:
     ) -> None:
         self.options = options
         self.clock = clock
-        self.identity = Identity()
+        self.identity: Identity = Identity()
         self.encoding: Encoding = encoding or Encoding()
         self.spill = spill
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -133,7 +133,7 @@ class Lifecycle:
                 self.table, self.gateway, self.encoding, clock, options, self, self.identity, self.sanitizer
             )
         self.autosave: Autosave = Autosave(self.table, clock, options, self, saver, self.identity)
-        self.intent = SaveIntent(store is not None or options.interval is not None or bool(options.persist_on))
+        self.intent: SaveIntent = SaveIntent(store is not None or options.interval is not None or bool(options.persist_on))
         self.warning: weakref.finalize[Any, Any] = weakref.finalize(
             self, _warn_of_unsaved, self.table.counters, self.intent, options.log, self.identity
         )

@@ -54,7 +54,7 @@ class Frame:
         self.lend = lend
         self.task: asyncio.Task[Any] | None = None
         """The only task that is inside, if so."""
-        self.waiting = 0
+        self.waiting: int = 0
 
     def confine(self) -> None:
         """From now on the tasks that are started inside are outside: this is a block of the program's, in its task."""

@@ -44,7 +44,7 @@ DDL = (
 )
 """Half of each page is left free, so that a row that is saved again stays in its page and the index is not touched."""
 
-COLUMNS = {
+COLUMNS: dict[str, tuple[str, ...]] = {
     "user_id": ("text",),
     "epoch": ("bigint",),
     "owner": ("text",),

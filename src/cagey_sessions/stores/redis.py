@@ -281,8 +281,10 @@ class RedisStore(Store):
                 keys = [self._key(user_id) for user_id in some]
                 answers = await run_script(connection, CLAIM, keys, owner, self._nodes, self._lease / 3)
                 for user_id, answer in zip(some, answers, strict=True):
-                    refused = await refusal(connection, user_id) if answer is None else None
-                    claims.append(refused or _claim(user_id, answer, owner))
+                    if answer is None:
+                        claims.append(await refusal(connection, user_id))
+                    else:
+                        claims.append(_claim(user_id, answer, owner))
             return claims
 
         async def refusal(connection: Any, user_id: int | str) -> StoreError:

@@ -449,7 +449,7 @@ def explained(error: BaseException) -> BaseException:
     return error
 
 
-_USER = re.compile(r"\b[Uu]ser \S+ has\b")
+_USER = re.compile(r"\b(User|user) \S+ has\b")
 _REPLIES = (errors.ResponseError, errors.BusyLoadingError)
 """What the engine itself has said."""
 
