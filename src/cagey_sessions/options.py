@@ -48,6 +48,8 @@ SHORTEST_INTERVAL = SECOND // 100
 LONGEST = 100 * 365 * 86_400 * SECOND
 LONGEST_PATH = 4096
 """Bytes; no system that this runs on takes more."""
+LONGEST_NAME = 200
+"""Characters of the name of a function."""
 MOST_IN_FLIGHT = 1_000_000
 BEYOND = 10**12  # seconds, past LONGEST, where a float still holds nanoseconds as a finite number
 
@@ -91,7 +93,10 @@ def one_of(name: str, value: object, known: Collection[str]) -> str:
     """The value of a setting that is one of a few words; raises `OptionError` otherwise."""
     if isinstance(value, str) and value in known:
         return value
-    raise OptionError(f"{name} is one of {', '.join(map(repr, known))}, not {quote(value)}")
+    hint = suggest(value, known)
+    raise OptionError(
+        f"{name} is {' or '.join(map(repr, known))}, not {quote(value)}{hint if 'did you mean' in hint else ''}"
+    )
 
 
 def yes_or_no(name: str, value: object) -> bool:
@@ -158,7 +163,7 @@ def name_of(function: Callable[..., object]) -> str:
         name = function.__qualname__
     except Exception:  # a callable may have anything for its attributes
         name = None
-    return name[:MOST_SHOWN] if type(name) is str else quote(function)
+    return name[:LONGEST_NAME] if type(name) is str else quote(function)
 
 
 def parse_duration(value: object, name: str, *, shortest: int = 1, longest: int = LONGEST) -> int:
