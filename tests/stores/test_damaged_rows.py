@@ -148,7 +148,7 @@ async def test_nothing_is_written_to_a_row_whose_fence_is_damaged(rows, damages)
             assert verdicts[-1].outcome in (SAVED, Outcome.ALREADY)
         for user_id, claimed in claims.items():
             if user_id != "bob":
-                assert not await store.release(user_id, claimed.epoch, "a"), users[user_id]
+                assert await store.release_many([(user_id, claimed.epoch)], "a") == [False], users[user_id]
                 with pytest.raises(CorruptRecordError):
                     await store.holder(user_id)
     assert {user_id: await rows.get(user_id) for user_id in users} == before
