@@ -259,6 +259,8 @@ class Model:
             raise Refused(UsageError)
         if person.gone:
             return 0, 0
+        if person.user_id is None:
+            raise Refused(UsageError)
         return tick + 1 if tick < person.due[1] else end - (interval - 1) // 10, end
 
     def learn_place(self, person: Person, deadline: int) -> None:

@@ -272,7 +272,11 @@ cdef class SessionLanes(SessionRows):
             raise_handmade()
         require_interval(interval)
         require_time(tick, interval)
-        return self.next_due(session.slot, tick, interval) if session.slot else 0
+        if session.slot == 0:
+            return 0
+        if session.user_id is None:
+            raise UsageError("a session without a user has nothing to save")
+        return self.next_due(session.slot, tick, interval)
 
     def acknowledge(self, SessionCore session not None, uint64_t version, uint64_t taken_at, deadline=None):
         """The save of `version`, its bytes fixed at tick `taken_at`, has succeeded; the next one is due at `deadline`.
