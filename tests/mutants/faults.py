@@ -99,7 +99,7 @@ FAULTS = [
         "stores/memory.py",
         "        if row.erased:\n            return Outcome.ERASED\n",
         "",
-        ("tests/stores",),
+        ("tests/stores/test_memory.py",),
     ),
     Fault(
         "claimed again over what somebody else has saved",
@@ -395,14 +395,14 @@ FAULTS = [
         "        if row is None or row.epoch != epoch or row.owner != owner or row.as_stored().fence_fault():\n"
         "            return False\n        row.rel",
         "        if row is None:\n            return False\n        row.rel",
-        ("tests/stores",),
+        ("tests/stores/test_memory.py",),
     ),
     Fault(
         "a released row takes anybody's repeat",
         "stores/memory.py",
         "or record.owner != row.claimant:",
         "or (row.owner and row.owner != record.owner):",
-        ("tests/stores",),
+        ("tests/stores/test_memory.py",),
     ),
     Fault(
         "a release that was refused is believed",
