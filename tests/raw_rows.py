@@ -211,7 +211,7 @@ class InColumns(InSideTable):
         await execute(
             f"CREATE SCHEMA {self.schema}",
             f"CREATE TABLE {self.schema}.players (id text PRIMARY KEY, data json)",
-            self.make().ddl(),  # type: ignore[attr-defined]
+            *self.make().ddl(),  # type: ignore[attr-defined]
         )
         await InPostgres.begin(self)
 

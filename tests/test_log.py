@@ -24,7 +24,6 @@ from cagey_sessions import (
     msgspec_codec,
 )
 from cagey_sessions.stores import CallbackStore, MemoryStore, Outcome, Verdict
-from cagey_sessions.testing import FaultProxy  # noqa: F401 - an import of the kit logs nothing either
 from support import add_user, let_time_pass
 
 NAME = "canary@example.org"

@@ -133,7 +133,9 @@ class Lifecycle:
                 self.table, self.gateway, self.encoding, clock, options, self, self.identity, self.sanitizer
             )
         self.autosave: Autosave = Autosave(self.table, clock, options, self, saver, self.identity)
-        self.intent: SaveIntent = SaveIntent(store is not None or options.interval is not None or bool(options.persist_on))
+        self.intent: SaveIntent = SaveIntent(
+            store is not None or options.interval is not None or bool(options.persist_on)
+        )
         self.warning: weakref.finalize[Any, Any] = weakref.finalize(
             self, _warn_of_unsaved, self.table.counters, self.intent, options.log, self.identity
         )

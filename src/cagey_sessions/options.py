@@ -48,6 +48,8 @@ SHORTEST_INTERVAL = SECOND // 100
 LONGEST = 100 * 365 * 86_400 * SECOND
 LONGEST_PATH = 4096
 """Bytes; no system that this runs on takes more."""
+LONGEST_NAME = 200
+"""Characters of the name of a function."""
 MOST_IN_FLIGHT = 1_000_000
 BEYOND = 10**12  # seconds, past LONGEST, where a float still holds nanoseconds as a finite number
 
@@ -57,8 +59,6 @@ PERSIST_EVENTS = ("disconnect", "shutdown")
 TRACKING = ("content", "marked")
 
 LONGEST_TEXT = 100
-LONGEST_NAME = 200
-"""Of a function, as messages show it."""
 """Characters of a duration; "1 week, 2 days, 3 hours, 4 minutes, 5 seconds" has 45."""
 _MILLISECONDS = re.compile(r"(\d+(?:\.\d+)?) ?(?:ms|msecs?|milliseconds?)", re.ASCII)
 _LOG_METHODS = ("debug", "info", "warning", "error")
@@ -93,7 +93,10 @@ def one_of(name: str, value: object, known: Collection[str]) -> str:
     """The value of a setting that is one of a few words; raises `OptionError` otherwise."""
     if isinstance(value, str) and value in known:
         return value
-    raise OptionError(f"{name} is one of {', '.join(map(repr, known))}, not {quote(value)}")
+    hint = suggest(value, known)
+    raise OptionError(
+        f"{name} is {' or '.join(map(repr, known))}, not {quote(value)}{hint if 'did you mean' in hint else ''}"
+    )
 
 
 def yes_or_no(name: str, value: object) -> bool:

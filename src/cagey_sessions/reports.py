@@ -26,8 +26,8 @@ LONGEST_QUEUE = 1000
 MOST_CAUSES = 10
 MOST_FRAMES = 20
 """Of an exception in the log, those nearest to where it was raised."""
-MOST_WALKED = 2000
-"""An exception that is kept and raised again has more frames each time."""
+LONGEST_WAY = 1000
+"""How many frames are looked at: an exception that is raised again and again gets longer each time."""
 
 
 class Reports:
@@ -126,7 +126,7 @@ def _origins(error: BaseException) -> str:
     """Where the exceptions of others that an error is made of, or comes from, were raised: lines for the log."""
     lines: list[str] = []
     for other in _others(error, MOST_CAUSES):
-        frames = deque(islice(walk_tb(other.__traceback__), MOST_WALKED), MOST_FRAMES)
+        frames = deque(islice(walk_tb(other.__traceback__), LONGEST_WAY), MOST_FRAMES)
         if frames:
             lines.append(f"\n  {type(other).__name__}, raised in")
         for frame, line in frames:

@@ -106,6 +106,7 @@ operation("is_plain")(lambda world: core.is_plain(world.data))
 operation("is_plain: not")(lambda world: core.is_plain({"a": [0, {"b": world.host}]}))
 operation("encode_plain")(lambda world: core.encode_plain(world.data))
 operation("path_of")(lambda world: core.path_of(["bag", 3, "x" * 100] * 10))
+operation("refusal")(lambda world: core.refusal('user_data["bag"]', "no"))
 operation("Digest")(lambda world: core.Digest(b"16 bytes of key.")(world.body))
 refused("Digest: a short key", lambda world: core.Digest(b"short"))
 ITSELF: list[Any] = []

@@ -74,7 +74,7 @@ async def on_postgres(schema: str, kind: str) -> AsyncIterator[tuple[Store, list
         else:
             store = PostgresTable(pool, (schema, "players"), body="data", fence=kind, schema=schema)
             table = f"CREATE TABLE {schema}.players (id bigint PRIMARY KEY, data json)"
-            await execute(table, *([store.ddl()] if kind == "columns" else []))
+            await execute(table, *(store.ddl() if kind == "columns" else []))
             yield store, told
 
 

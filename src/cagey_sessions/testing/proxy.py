@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Self
 
 from ..errors import OptionError, UsageError
-from ..options import SECOND, parse_duration
+from ..options import SECOND, is_text, parse_duration, path_text
 from ..quoting import quote
 
 __all__ = ["FaultProxy"]
@@ -45,12 +45,12 @@ class FaultProxy:
     ) -> None:
         if (port is None) == (path is None):
             raise OptionError("FaultProxy takes the port of a server, or the path of its Unix socket")
-        if not isinstance(host, str):
-            raise OptionError(f"host is a str, not {quote(host)}")
+        if not is_text(host):
+            raise OptionError(f"host is a text, not {quote(host)}")
         if port is not None and (type(port) is not int or not 0 < port < 65_536):
             raise OptionError(f"port is a number from 1 to 65535, not {quote(port)}")
         self._target = (host, port)
-        self._path = path
+        self._path = None if path is None else path_text("path", path)
         self._reserved: socket.socket | None = None
         self._server: asyncio.Server | None = None
         self._links: dict[_Link, asyncio.Task[None]] = {}
