@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cagey_sessions import CorruptRecordError, SessionManager, StoreError, UnsavableError
 from cagey_sessions.stores import Claim, Outcome, Record
 from cagey_sessions.testing.conformance.base import SAVED
-from cagey_sessions.testing.store_conformance import claim, opened, record, release, save
+from cagey_sessions.testing.store_conformance import claim, opened, record, save
 from raw_rows import BODY, ENGINES, RawRows
 
 LONG = int("1" * 40)
@@ -140,7 +140,7 @@ async def test_nothing_is_written_to_a_row_whose_fence_is_damaged(rows, damages)
         first = [record(user_id, 3, epoch=each.epoch, body=BODY) for user_id, each in claims.items()]
         assert set(await save(store, *first)) == {SAVED}
         before = await spoil(rows, users)
-        batch = [each._replace(version=4, body=b"[]", release=is_last) for each in first for is_last in (False, True)]
+        batch = [each._replace(version=4, body=b"[]", release=release) for each in first for release in (False, True)]
         for new in (batch[::2], batch[1::2]):
             verdicts = await store.save_many(new)
             for user_id, verdict in zip(users, verdicts, strict=False):
@@ -148,7 +148,7 @@ async def test_nothing_is_written_to_a_row_whose_fence_is_damaged(rows, damages)
             assert verdicts[-1].outcome in (SAVED, Outcome.ALREADY)
         for user_id, claimed in claims.items():
             if user_id != "bob":
-                assert not await release(store, user_id, claimed.epoch, "a"), users[user_id]
+                assert await store.release_many([(user_id, claimed.epoch)], "a") == [False], users[user_id]
                 with pytest.raises(CorruptRecordError):
                     await store.holder(user_id)
     assert {user_id: await rows.get(user_id) for user_id in users} == before

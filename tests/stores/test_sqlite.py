@@ -415,7 +415,7 @@ async def on_another_after_all(store: SQLiteStore) -> None:
 async def test_a_row_whose_id_is_only_equal_to_an_id_is_of_nobody(store, path):
     async with opened(store):
         epochs = await saved(store, 1, 2)
-        assert await release(store, 1, epochs[1], "a")
+        await store.release_many([(1, epochs[1])], "a")
         with closing(sqlite3.connect(path)) as connection, connection:
             connection.execute("UPDATE cagey_sessions SET user_id = 1.0 WHERE user_id = 1")
         refused, granted = await store.claim_many([1, 2], "a")
