@@ -215,7 +215,6 @@ def make_a_table(world: World) -> None:
     table.oldest_first()
 
 
-operation("refusal")(lambda world: [core.refusal(path, "no") for path in ("user_data", "user_data[1]")])
 operation("SessionTable.reseed")(lambda world: core.SessionTable(Session, world.host).reseed(7))
 refused("SessionTable.reseed: with a session", lambda world: world.table.reseed(7))
 refused("SessionTable: of no sessions", lambda world: core.SessionTable(Host, world.host))  # type: ignore[arg-type]

@@ -228,8 +228,9 @@ FAULTS = [
     Fault(
         "a retry gets a new version",
         "core/lanes.pxi",
-        "if row.version == 0 or self.copies[slot].digest != digest:",
-        "if row.version == 0 or self.copies[slot].digest != digest or row.version != row.acknowledged:",
+        "        cdef bint is_new = row.version == 0 or self.copies[slot].digest != digest\n        if is_new and",
+        "        cdef bint is_new = row.version == 0 or self.copies[slot].digest != digest or row.version != row.acknowledged\n"
+        "        if is_new and",
         CORE,
     ),
     Fault(
@@ -391,7 +392,8 @@ FAULTS = [
     Fault(
         "unfenced release",
         "stores/memory.py",
-        "        if row is None or row.epoch != epoch or row.owner != owner:\n            return False\n        row.rel",
+        "        if row is None or row.epoch != epoch or row.owner != owner or row.as_stored().fence_fault():\n"
+        "            return False\n        row.rel",
         "        if row is None:\n            return False\n        row.rel",
         ("tests/stores",),
     ),
@@ -448,9 +450,44 @@ FAULTS = [
     Fault(
         "two at work on one user",
         "claims.py",
-        "            async with turn.lock:\n",
-        "            async with asyncio.Lock():\n",
+        "        if not self.is_taken:\n            self.is_taken = True\n",
+        "        if True:\n            self.is_taken = True\n",
         USERS,
+    ),
+    Fault(
+        "processes that fork after their manager was made are one owner",
+        "process.py",
+        '        self.owner = f"{socket.gethostname()}-{self.pid}-{os.urandom(8).hex()}"\n',
+        "        self.owner = socket.gethostname()\n",
+        ("tests/test_forks.py",),
+    ),
+    Fault(
+        "a cancellation out of a hook stops the save of everybody",
+        "writebehind.py",
+        "        except BaseException as error:\n            raise _unsavable",
+        "        except Exception as error:\n            raise _unsavable",
+        ("tests/test_user_code.py",),
+    ),
+    Fault(
+        "a load that fails for one user is a store that is down",
+        "gateway.py",
+        "        if not self.store.independent or self.down:\n",
+        "        if True:\n",
+        ("tests/test_user_code.py",),
+    ),
+    Fault(
+        "a turn with a user is waited for without looking who waits for whom",
+        "claims.py",
+        "        if would_deadlock(target):\n",
+        "        if False:\n",
+        ("tests/test_turns.py",),
+    ),
+    Fault(
+        "an edit of a live session takes no turn",
+        "ownership.py",
+        "                frame.confine()\n                async with self._edit_live(live) as data:\n",
+        "                self._claims._turns[user_id].give()\n                async with self._edit_live(live) as data:\n",
+        ("tests/test_turns.py",),
     ),
     Fault(
         "a login does not wait for the older session's last save",

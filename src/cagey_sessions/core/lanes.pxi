@@ -218,7 +218,7 @@ cdef class SessionLanes(SessionRows):
         cdef bint is_new = row.version == 0 or self.copies[slot].digest != digest
         if is_new and row.version >= LAST_VERSION:
             raise UnsavableError(
-                f"user {session.user_id!r:.80} has had the last version there is, 2**53 - 1, and cannot be saved again",
+                f"user {quote(session.user_id)} has had the last version there is, 2**53 - 1, and cannot be saved again",
                 user_id=session.user_id,
             )
         if row.marks:
