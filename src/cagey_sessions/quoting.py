@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-__all__ = ["MOST_SHOWN", "kind_name", "quote"]
+__all__ = ["MOST_SHOWN", "Hidden", "kind_name", "quote"]
 
 MOST_SHOWN = 80
 """Characters of a value that is shown."""
@@ -20,10 +20,21 @@ _SHORT = (bool, float, timedelta, type(None))
 _name_of = type.__dict__["__name__"].__get__  # a metaclass may have ideas of its own
 
 
+class Hidden(str):
+    """A text of which no message shows anything, because a secret may be in it."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "what is given"
+
+
 def quote(value: Any) -> str:
     """A value as messages show it, in at most 80 characters: never raises, runs no code of the value's, and is O(1)."""
     kind = type(value)
-    if issubclass(kind, str):
+    if kind is Hidden:
+        text = repr(value)
+    elif issubclass(kind, str):
         text = repr(str.__getitem__(value, slice(MOST_SHOWN)))
     elif issubclass(kind, bytes):
         text = repr(bytes.__getitem__(value, slice(MOST_SHOWN)))

@@ -101,12 +101,13 @@ SAVE = """INSERT INTO cagey_sessions
     SELECT user_id, 0, '', released, version, schema, body, saved_at, 0 FROM batch WHERE user_id IS NOT NULL
     ON CONFLICT (user_id) DO UPDATE SET released = excluded.released, version = excluded.version,
         schema = excluded.schema, body = excluded.body, saved_at = excluded.saved_at"""
+# What is returned of a NULL some versions of SQLite take for no NULL, but not `typeof`.
 RELEASE = f"""WITH batch (user_id, epoch) AS (VALUES {{rows}})
     UPDATE cagey_sessions SET released = 1 WHERE rowid IN (
         SELECT kept.rowid FROM batch JOIN cagey_sessions AS kept ON kept.user_id = batch.user_id
         WHERE kept.epoch = batch.epoch AND kept.owner = ? AND kept.released = 0 AND kept.erased = 0
             AND typeof(kept.version) = 'integer' AND kept.version BETWEEN 0 AND {MAX_NUMBER - 1})
-    RETURNING user_id, epoch, body IS NULL AND version = 0"""
+    RETURNING user_id, epoch, typeof(body) = 'null' AND version = 0"""
 DELETE_UNSAVED = """WITH batch (user_id) AS (VALUES {rows})
     DELETE FROM cagey_sessions WHERE user_id IN (SELECT user_id FROM batch)
         AND body IS NULL AND version = 0 AND erased = 0"""

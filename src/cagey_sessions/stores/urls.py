@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 from ..errors import OptionError
 from ..options import duration_of, suggest
-from ..quoting import quote
+from ..quoting import Hidden, quote
 from .base import Store
 
 __all__ = ["engine_of", "open_store"]
@@ -75,7 +75,7 @@ def open_store(url: str, **options: Any) -> Store:
         elif name in options:
             raise OptionError(f"{name} is given twice; once is enough, in the URL or as an argument")
         else:
-            text = _Given(unquote(value))
+            text = Hidden(unquote(value))
             options[name] = duration_of(text) if name in DURATIONS else text
     if theirs and scheme in ("memory", "sqlite"):  # there is no driver to take them
         hint = suggest(theirs[0].partition("=")[0], engine.in_url) if engine.in_url else ""
@@ -88,15 +88,6 @@ def open_store(url: str, **options: Any) -> Store:
     else:
         made = store(f"{scheme}:{address}{'?' if theirs else ''}{'&'.join(theirs)}", **options)
     return made
-
-
-class _Given(str):
-    """A value of a URL, which no error is to quote."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "what the URL has"
 
 
 def engine_of(url: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from ...errors import CorruptRecordError
 from ...stores import Claim, Outcome, Record, Store
-from .base import SAVED, Conformance, Make, claim, claims, opened, record, save
+from .base import SAVED, Conformance, Make, claim, claims, opened, record, release, save
 
 __all__ = ["Damages"]
 
@@ -22,9 +22,9 @@ class Damages(Conformance):
         """Make the version of a user's row, who was saved, no number from 0 up: past the store, as another tool may."""
         pytest.skip("this suite does not say how a row is damaged")
 
-    async def _saved(self, store: Any, *users: int | str, release: bool) -> dict[int | str, Record]:
+    async def _saved(self, store: Any, *users: int | str, is_last: bool) -> dict[int | str, Record]:
         records = {
-            each.user_id: record(each.user_id, 3, epoch=each.epoch, body=b"[3]", release=release)
+            each.user_id: record(each.user_id, 3, epoch=each.epoch, body=b"[3]", release=is_last)
             for each in await claims(store, users)
         }
         assert set(await save(store, *records.values())) == {SAVED}
@@ -32,7 +32,7 @@ class Damages(Conformance):
 
     async def test_a_damaged_row_is_refused_alone_and_is_never_new(self, make: Make) -> None:
         async with opened(make()) as store:
-            await self._saved(store, 1, "1", 2, release=True)
+            await self._saved(store, 1, "1", 2, is_last=True)
             await self.damage(store, 1)
             for _ in range(2):
                 answers = await store.claim_many(["1", 1, 2, "new"], "a")
@@ -50,7 +50,7 @@ class Damages(Conformance):
 
     async def test_a_damaged_row_is_told_by_a_scan_which_goes_on(self, make: Make) -> None:
         async with opened(make()) as store:
-            await self._saved(store, *range(9), release=True)
+            await self._saved(store, *range(9), is_last=True)
             await self.damage(store, 4)
             found = [each async for each in store.scan()]
             assert {each.user_id for each in found if isinstance(each, Record)} == set(range(9)) - {4}
@@ -59,20 +59,20 @@ class Damages(Conformance):
 
     async def test_nothing_is_written_to_a_damaged_row(self, make: Make) -> None:
         async with opened(make()) as store:
-            first = await self._saved(store, 1, 2, release=False)
+            first = await self._saved(store, 1, 2, is_last=False)
             await self.damage(store, 1)
-            for release in (False, True):
-                version = 4 + release
-                batch = [each._replace(version=version, body=b"[4]", release=release) for each in first.values()]
+            for is_last in (False, True):
+                version = 4 + is_last
+                batch = [each._replace(version=version, body=b"[4]", release=is_last) for each in first.values()]
                 verdicts = await store.save_many(batch)
                 assert [each.outcome for each in verdicts] == [Outcome.FAILED, SAVED]
                 assert verdicts[0].detail
-            assert not await store.release(1, first[1].epoch, "a")
+            assert not await release(store, 1, first[1].epoch, "a")
             assert isinstance((await store.claim_many([1], "a"))[0], CorruptRecordError)
 
     async def test_a_damaged_row_is_erased_and_its_user_is_new_then(self, make: Make) -> None:
         async with opened(make()) as store:
-            first = await self._saved(store, 1, release=True)
+            first = await self._saved(store, 1, is_last=True)
             await self.damage(store, 1)
             assert await store.erase(1)
             assert await store.load(1) is None
