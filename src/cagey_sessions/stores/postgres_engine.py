@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 from ..errors import (
     CageySessionsError,
-    MissingExtraError,
     OptionError,
     StoreContractError,
     StoreError,
@@ -33,20 +32,12 @@ from .base import Outcome, Record, Store, Verdict
 from .connections import Connections
 from .layouts import check_layout
 from .leases import Leases
+from .postgres_driver import asyncpg
+from .postgres_pooler import SHARED_STATEMENTS, Unattached, is_pooled, refuse_shared_statements
 from .postgres_settings import settings_fault
 from .reasons import SettingsError, reason_of, without_names
 from .rows import StoredRow, verdict_of_damage
 
-try:
-    import asyncpg
-except ImportError as _error:
-    raise MissingExtraError(
-        'a store in PostgreSQL needs asyncpg: pip install "cagey-sessions[postgres]"', extra="postgres"
-    ) from _error
-
-from .postgres_pooler import SHARED_STATEMENTS, Unattached, is_pooled, refuse_shared_statements
-
-__all__ = ["DOUBT", "NODES", "PostgresEngine", "asyncpg", "check_name", "is_of_call", "quoted", "verdict_on"]
 __all__ = ["DOUBT", "NODES", "SCHEMA", "PostgresEngine", "asyncpg", "check_name", "is_of_call", "quoted", "verdict_on"]
 
 T = TypeVar("T")

@@ -10,9 +10,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-import asyncpg
-
 from ..errors import OptionError
+from .postgres_driver import asyncpg
 
 __all__ = ["SHARED_STATEMENTS", "Unattached", "driver_of", "is_pooled", "refuse_shared_statements"]
 
