@@ -11,6 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ if sys.platform != "win32":  # uvloop is not made for it
 
     LOOPS["uvloop"] = uvloop.new_event_loop
     uvloop.new_event_loop().close()  # the first one opens a descriptor that all later ones share
+    resource_tracker.ensure_running()  # so does the first process that is spawned
 if sys.version_info >= (3, 12):
     LOOPS["eager"] = _eager_loop
 

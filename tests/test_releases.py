@@ -194,7 +194,7 @@ async def test_those_who_leave_together_are_let_go_of_in_batches(clock, store, m
     store.gate = asyncio.Event()
     ends = asyncio.gather(*(session.destroy(persist=False) for session in sessions))
     await turns()
-    assert len(store.releases) == 0 and not any(session.end_reason for session in sessions)
+    assert len(store.releases) == 0 and all(session.alive for session in sessions)
     store.gate.set()
     await turns(100)
     assert ends.done()

@@ -19,6 +19,7 @@ from .errors import StoreContractError, StoreUnavailableError
 from .gateway import StoreGateway
 from .lifecycle import Lifecycle
 from .options import SECOND
+from .quoting import quote
 
 __all__ = ["FIRST_RETRY", "LONGEST_RETRY", "MOST_ATTEMPTS", "RELEASES_IN_A_CALL", "RELEASE_CALLS", "Releases", "leave"]
 
@@ -222,7 +223,7 @@ class Releases:
         release.attempts += not isinstance(error, StoreUnavailableError)
         if release.attempts == MOST_ATTEMPTS:
             del left[user_id]
-            self._life.reports.say("error", "user %r stays with this process until it ends: %r", user_id, error)
+            self._life.reports.tell(f"user {quote(user_id)} stays with this process until it ends", error)
 
     async def _look_at(self, user_id: int | str, left: dict[int | str, _Release]) -> None:
         """The store did not let go of a user: see whether they are ours there by a later claim, and nobody's here."""

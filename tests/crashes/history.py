@@ -84,6 +84,9 @@ class Pen:
         while lines:
             lines = lines[os.write(self._file, lines) :]
 
+    def close(self) -> None:
+        os.close(self._file)
+
     @staticmethod
     def now() -> int:
         return time.monotonic_ns()

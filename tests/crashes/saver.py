@@ -56,12 +56,16 @@ async def _claim(store: Telling) -> _Claimed:
 
 async def save_again(path: str, history: str) -> None:
     """Open the file, claim the user and save them: whoever comes after one that was killed."""
-    store = telling_store(f"sqlite:{path}", "", Pen(history), random.Random(0))
-    await store.open()
+    pen = Pen(history)
+    store = telling_store(f"sqlite:{path}", "", pen, random.Random(0))
     try:
-        await (await _claim(store)).save()
+        await store.open()
+        try:
+            await (await _claim(store)).save()
+        finally:
+            await store.close()
     finally:
-        await store.close()
+        pen.close()
 
 
 async def _fill_log(claimed: _Claimed, log: str) -> None:
