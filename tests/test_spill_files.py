@@ -252,7 +252,7 @@ async def test_a_drain_does_not_wait_for_ever_for_a_disk_that_hangs_and_nor_does
     disk.let_go("sync")
     end_of_threads()
     assert cluster.spilled() == {"ann": b'{"gold":1}'}, "it goes on alone when the disk answers"
-    manager._life.spill_at_exit()
+    manager._life._spill_at_exit()
 
 
 # Names that lead elsewhere

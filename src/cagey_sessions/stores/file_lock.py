@@ -55,8 +55,6 @@ class FileLock:
             except OSError as error:
                 if error.errno not in TAKEN:
                     raise
-                pid = _read_pid(file, path)
-                name = os.path.basename(path).removesuffix(".lock")
                 name = os.path.basename(path).removesuffix(".lock")
                 if _is_ours(_place_of(file)):  # the id alone would not tell: in each container there is a process 1
                     raise StoreInUseError(
