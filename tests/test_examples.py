@@ -402,10 +402,12 @@ def test_the_arena_stores_where_everybody_is(tmp_path):
             await pictures_until(bob, lambda picture: picture.get("ann", {}).get("x", 0) > 0.2)
             again = await web.ws_connect("/play/ann")
             assert await hung_up_on(ann)
-            found = await pictures_until(again, lambda picture: picture["ann"]["dx"] == 0)  # of the new connection
+            found = await pictures_until(
+                again, lambda picture: picture.get("ann", {}).get("dx") == 0
+            )  # of the new connection
             assert found["ann"]["x"] > 0.2, "where the older one was"
             await again.send_json({"dx": 0, "dy": -1})
-            await pictures_until(again, lambda picture: picture["ann"]["y"] < 0)
+            await pictures_until(again, lambda picture: picture.get("ann", {}).get("y", 0) < 0)
             await bob.send_str("what is this?")
             assert await hung_up_on(bob)
             picture = await pictures_until(again, lambda picture: list(picture) == ["ann"])
