@@ -249,7 +249,9 @@ def test_users_are_judged_apart():
 def test_what_was_told_is_read_but_for_a_line_that_was_cut(tmp_path):
     path = tmp_path / "history"
     events = a_good_one().events
-    Pen(path).tell(events)
+    pen = Pen(path)
+    pen.tell(events)
+    pen.close()
     assert read_history(path) == events
     path.write_bytes(path.read_bytes()[:-1])
     assert read_history(path) == events[:-1]
