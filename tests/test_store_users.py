@@ -292,9 +292,10 @@ class Odd(ScriptedStore):
         return self.loads.get(user_id) or await super().load(user_id)
 
 
-@pytest.mark.parametrize("error", [StoreError("odd"), CorruptRecordError("odd", user_id="ann", body=b"x")], ids=repr)
-async def test_what_a_store_says_is_wrong_with_one_user_is_that_users_alone(clock, error):
+@pytest.mark.parametrize("kind", [StoreError, CorruptRecordError])
+async def test_what_a_store_says_is_wrong_with_one_user_is_that_users_alone(clock, kind):
     store = Odd(clock)
+    error = StoreError("odd") if kind is StoreError else CorruptRecordError("odd", user_id="ann", body=b"x")
     store.damaged["ann"] = error
     manager = SessionManager(store=store, clock=clock)
     names = ("ann", "bob", "cleo")
