@@ -272,7 +272,7 @@ class TableMachine(Machine):
     @rule(number=ANYBODY, interval=INTERVALS, by=st.integers(-100, 100))
     def look_when_somebody_is_due_again(self, number: int, interval: int, by: int) -> None:
         people = list(self.twins.person)
-        self.twins.due_after(people[number % len(people)], max(self.twins.now + by, 0), interval)
+        self.twins.due_after(people[number % len(people)], min(max(self.twins.now + by, 0), END_OF_TIME), interval)
 
     @precondition(Machine.some_live)
     @rule(number=ANYBODY)
