@@ -12,6 +12,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,8 @@ ROOT = Path(__file__).parents[2]
 SEEDS = 120
 PATIENCE = 1800
 """In seconds, for all that is run on one fault: tests that hang have found it, too."""
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+"""How a process ends by itself; by other signals somebody else has ended it."""
 ENDLESS = "the tests do not come to an end"
 SIMULATION = "tests/simulation"
 
@@ -119,12 +122,12 @@ def put_core_in(copy: Path, builder: Path | None) -> None:
             [*install, "."], cwd=copy, capture_output=True, text=True, check=False, env=os.environ | {"CFLAGS": "-O0"}
         )
         if done.returncode:
-            raise ProblemError(f"it cannot be built:\n{done.stdout}{done.stderr}")
+            raise ProblemError(f"it cannot be built: status {done.returncode}\n{done.stdout}{done.stderr}")
     for library in built.glob("_core*.so"):
         shutil.copy(library, package)
     done = run([sys.executable, "-c", "import cagey_sessions; print(cagey_sessions._core.__file__)"], copy)
     if done.returncode or not Path(done.stdout.strip()).is_relative_to(package):
-        raise ProblemError(f"it cannot be imported:\n{done.stdout}{done.stderr}")
+        raise ProblemError(f"it cannot be imported: status {done.returncode}\n{done.stdout}{done.stderr}")
 
 
 def run(command: list[str], copy: Path, patience: float = PATIENCE) -> subprocess.CompletedProcess[str]:
@@ -152,9 +155,9 @@ def run_tests(copy: Path, arguments: list[str], patience: float = PATIENCE) -> t
         return failed[1].split(" - ")[0], ""
     if "+ Timeout +" in done.stdout + done.stderr:  # in a random test, which no clock fails: it ended the process
         return ENDLESS, ""
-    if done.returncode < 0:
+    if -done.returncode in CRASHES:
         return "", " ".join(arguments)
-    raise ProblemError(f"pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    raise ProblemError(f"pytest ended with status {done.returncode}\n{done.stdout}{done.stderr}")
 
 
 def why_as_they_are(wanted: list[Fault], builder: Path | None) -> str:

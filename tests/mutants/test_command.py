@@ -24,6 +24,8 @@ import cagey_sessions
 def test_a_version_has_two_dots():
     if cagey_sessions.__version__ == "crash":
         os.abort()
+    if cagey_sessions.__version__ == "killed":
+        os.kill(os.getpid(), 9)
     logging.error("what a test logs before it fails is not the name of a test")
     assert cagey_sessions.__version__.count(".") == 2
 """
@@ -75,6 +77,12 @@ def test_a_process_that_ends_has_not_said_what_is_wrong(suite):
     assert f"NOT FOUND: the process ended in {suite}" in said
 
 
+def test_a_process_that_somebody_else_ends_has_tried_nothing(suite):
+    status, said = tried(version('__version__ = "killed"\n'))
+    assert status == 1
+    assert "COULD NOT BE TRIED: another version: pytest ended with status -9" in said
+
+
 @pytest.mark.parametrize(
     ("fault", "why"),
     [
@@ -102,7 +110,7 @@ def test_a_suite_that_is_not_there_finds_nothing(suite, monkeypatch):
     monkeypatch.setattr(command, "SIMULATION", f"{suite}.missing")
     status, said = tried(version('__version__ = "7"\n'))
     assert status == 1
-    assert "pytest ended with 4" in said
+    assert "pytest ended with status 4" in said
 
 
 def test_a_name_that_no_fault_has_is_refused(monkeypatch, capsys):
