@@ -59,6 +59,7 @@ def as_tuple(costs: Any) -> tuple[float, ...]:
     return costs if isinstance(costs, tuple) else (costs,)
 
 
+@pytest.mark.keeps_files  # theine makes an event loop when it is imported
 @pytest.mark.parametrize("workload", IN_THIS_PROCESS, ids=lambda w: w.id)
 def test_each_workload_runs_both_sides_and_fills_its_rows(workload):
     if not measurable(workload):
@@ -285,6 +286,7 @@ def test_the_adapters_have_every_workload_that_can_be_measured():
     assert track_workloads.track_bag_get("bag_get", "base") > 0
 
 
+@pytest.mark.keeps_files  # matplotlib keeps the files of its fonts
 def test_the_pictures_and_tables_show_what_the_files_say(tmp_path):
     pytest.importorskip("matplotlib")
     plots = importlib.import_module("benchmarks.plots")
