@@ -17,7 +17,7 @@ from statistics import mean
 import cagey_sessions
 from cagey_sessions import EndReason
 from cagey_sessions._core import SAVE_STATES, SAVE_TRANSITIONS
-from cagey_sessions.events import MANAGER_EVENTS, SESSION_EVENTS
+from cagey_sessions.events.listeners import MANAGER_EVENTS, SESSION_EVENTS
 
 DOCS = Path(__file__).parent
 PICTURES = DOCS / "pictures"
@@ -189,37 +189,49 @@ def life_of_a_session() -> str:
 NAMES_ONLY = {"__init__", "__main__", "_version"}
 
 
+OPEN = {"ownership", "saving", "sessions"}
+"""Packages whose modules are drawn one by one, because they import each other."""
+
+
 def room_of(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).parts
-    return parts[0] if len(parts) > 1 else path.stem
+    return room_named(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def room_named(parts: tuple[str, ...]) -> str:
+    return "/".join(parts[:2]) if parts[0] in OPEN else parts[0]
 
 
 def imported(path: Path) -> set[str]:
     """The rooms that a file imports, anywhere in it, for type checkers too."""
-    depth = len(path.relative_to(PACKAGE).parts)
+    here = path.relative_to(PACKAGE).parts[:-1]
     rooms: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if node.level == 0 and module.partition(".")[0] == "cagey_sessions":
-                module = module.partition(".")[2]
-            elif node.level != depth:
-                continue
-            rooms |= {module.split(".")[0]} if module else {home_of(alias.name) for alias in node.names}
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        module = tuple(node.module.split(".")) if node.module else ()
+        if node.level == 0 and module[0] == "cagey_sessions":
+            module = module[1:]
+        elif node.level:
+            module = here[: len(here) - node.level + 1] + module
+        else:
+            continue
+        for alias in node.names:
+            is_file = (PACKAGE / Path(*module, alias.name)).with_suffix(".py").exists()
+            rooms.add(room_named((*module, alias.name) if is_file else module or (home_of(alias.name),)))
     return rooms
 
 
 def home_of(name: str) -> str:
     """The room of what is imported from the package itself: a room, or a public name of one."""
     there = getattr(getattr(cagey_sessions, name, None), "__module__", "")
-    return there.split(".")[1] if there.startswith("cagey_sessions.") else name
+    return room_named(tuple(there.split(".")[1:])) if there.startswith("cagey_sessions.") else name
 
 
 def imports() -> dict[str, set[str]]:
     """Each room, and the rooms that it imports."""
     found: dict[str, set[str]] = {"_core": set()}
     for path in sorted(PACKAGE.rglob("*.py")):
-        if room_of(path) not in NAMES_ONLY:
+        if room_of(path).rpartition("/")[2] not in NAMES_ONLY:
             found.setdefault(room_of(path), set()).update(imported(path))
     found["_core"] = {
         name
@@ -346,7 +358,7 @@ def told(room: str) -> tuple[str, str]:
         path = PACKAGE / room / "__init__.py" if is_folder(room) else PACKAGE / f"{room}.py"
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     text = " ".join(text.split())
-    if is_folder(room):
+    if is_folder(room) and "What lives here" not in text:
         return f"{text.partition('. ')[0].partition(': ')[0]}.", "-"
     found = re.search(r"What lives here: (.*?)\.? What must not: (.*?)\.(?: |$)", text)
     if found is None:

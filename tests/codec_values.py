@@ -10,8 +10,8 @@ import pytest
 from hypothesis import strategies as st
 
 from cagey_sessions import EncodingError
-from cagey_sessions.encoding import Encoding
-from cagey_sessions.stores.base import Record
+from cagey_sessions.data.encoding import Encoding
+from cagey_sessions.stores.contract import Record
 
 
 def stored(body: bytes, schema: int = 0) -> Record:

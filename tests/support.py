@@ -30,8 +30,8 @@ import redis
 
 import cagey_sessions
 from cagey_sessions import SessionManager, StoreContractError, StoreUnavailableError
+from cagey_sessions.files.format import Files
 from cagey_sessions.options import parse_duration
-from cagey_sessions.savefile import Files
 from cagey_sessions.stores import Claim, MemoryStore, Record, Store, Verdict
 from cagey_sessions.stores.memory import MemoryBacking, Row
 

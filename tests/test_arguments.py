@@ -39,10 +39,10 @@ from cagey_sessions import (
     msgspec_codec,
     read_snapshot,
 )
-from cagey_sessions.quoting import MOST_SHOWN, quote
 from cagey_sessions.stores import CallbackStore, MemoryStore, PostgresStore, PostgresTable, RedisStore, SQLiteStore
 from cagey_sessions.stores import open_store as open_by_url
 from cagey_sessions.testing import FaultProxy, WorldError, crash_test, world
+from cagey_sessions.wording import MOST_SHOWN, quote
 
 
 class OwnError(Exception):

@@ -24,9 +24,9 @@ from cagey_sessions import (
     errors,
 )
 from cagey_sessions.options import SECOND, parse_duration
-from cagey_sessions.quoting import quote
 from cagey_sessions.stores import MemoryStore, PostgresStore, RedisStore, open_store
 from cagey_sessions.testing import world
+from cagey_sessions.wording import quote
 
 GOOD = {
     30: 30,

@@ -14,7 +14,7 @@ from uuid import UUID
 import pytest
 
 from cagey_sessions import CorruptRecordError, OptionError, dataclass_codec
-from cagey_sessions.encoding import Encoding
+from cagey_sessions.data.encoding import Encoding
 from codec_values import Item, Level, Position, Suit, refuses, stored
 
 

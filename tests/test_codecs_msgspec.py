@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cagey_sessions import CorruptRecordError, EncodingError, MissingExtraError, OptionError, msgspec_codec
-from cagey_sessions.encoding import Encoding
+from cagey_sessions.data.encoding import Encoding
 from codec_values import Level, integers, plain, refuses, shape, stored, texts
 
 UTC = timezone.utc  # noqa: UP017 - the same object; its type is what counts here
@@ -189,6 +189,6 @@ def test_without_msgspec_the_extra_is_named(monkeypatch):
 
 
 def test_the_module_imports_without_msgspec():
-    script = "import sys, cagey_sessions.codecs; print('msgspec' in sys.modules)"
+    script = "import sys, cagey_sessions.data.codecs; print('msgspec' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -19,9 +19,9 @@ import pytest
 from rich.console import Console
 
 import cagey_sessions
-from cagey_sessions import cli
-from cagey_sessions.demo import verify
-from cagey_sessions.demo.view import Board, Check, show_checks, showing
+from cagey_sessions.tools import cli
+from cagey_sessions.tools.demo import verify
+from cagey_sessions.tools.demo.view import Board, Check, show_checks, showing
 from support import POSTGRES, REDIS, needs_server
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(cagey_sessions.__file__).parents[1])}
@@ -261,7 +261,7 @@ def test_the_reader_shares_no_code_with_the_library() -> None:
 
 
 def test_the_command_line_needs_no_extra_until_the_demo_runs() -> None:
-    code = "import sys, cagey_sessions.cli; print({'rich', 'websockets', 'uvloop'} & sys.modules.keys())"
+    code = "import sys, cagey_sessions.tools.cli; print({'rich', 'websockets', 'uvloop'} & sys.modules.keys())"
     with python("-c", code) as process:
         assert process.communicate() == ("set()\n", "")
 

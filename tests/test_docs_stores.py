@@ -27,7 +27,7 @@ from cagey_sessions import (
     UserErasedError,
 )
 from cagey_sessions.stores import CallbackStore, Outcome, Record, Verdict
-from cagey_sessions.stores.postgres_catalog import COLUMN_TYPES
+from cagey_sessions.stores.postgres.catalog import COLUMN_TYPES
 from cagey_sessions.testing.store_conformance import StoreConformance
 from support import POSTGRES, let_time_pass, skip_without
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from cagey_sessions import CorruptRecordError, EncodingError, NewerSchemaError, OptionError
-from cagey_sessions.encoding import Encoding
-from cagey_sessions.stores.base import Record
+from cagey_sessions.data.encoding import Encoding
+from cagey_sessions.stores.contract import Record
 
 
 def stored(body: bytes, schema: int = 0) -> Record:

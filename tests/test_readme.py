@@ -13,7 +13,7 @@ import pytest
 
 import cagey_sessions
 from cagey_sessions import Session, SessionManager, dataclass_codec, stores, testing
-from cagey_sessions.encoding import Encoding
+from cagey_sessions.data.encoding import Encoding
 from cagey_sessions.options import PERSIST_EVENTS, SECOND, read_options
 
 ROOT = Path(__file__).parent.parent

@@ -7,13 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cagey_sessions import (
-    DrainError,
-    ListenerError,
-    SessionManager,
-    WrongLoopError,
-    waits,
-)
+from cagey_sessions import DrainError, ListenerError, SessionManager, WrongLoopError
+from cagey_sessions.events import deadlocks as waits
 from support import Db, add_user, let_time_pass, turns
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cagey_sessions import SessionManager, StoreUnavailableError
-from cagey_sessions.releases import MOST_ATTEMPTS, RELEASE_CALLS, RELEASES_IN_A_CALL
+from cagey_sessions.ownership.releases import MOST_ATTEMPTS, RELEASE_CALLS, RELEASES_IN_A_CALL
 from cagey_sessions.stores import Claim
 from support import ScriptedStore, let_time_pass, turns
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cagey_sessions import OptionError, SessionManager, UserDataWarning, dataclass_codec
-from cagey_sessions.sanitizer import ENDED_WATCHED, _difference
+from cagey_sessions.data.sanitizer import ENDED_WATCHED, _difference
 from support import ManualClock, ScriptedStore, end, turns
 
 

@@ -15,10 +15,11 @@ from zlib import crc32
 import orjson
 import pytest
 
-from cagey_sessions import ManagerClosedError, SessionManager, SnapshotError, read_snapshot, savefile, threads
+from cagey_sessions import ManagerClosedError, SessionManager, SnapshotError, read_snapshot, threads
+from cagey_sessions.files import format as savefile
+from cagey_sessions.files.format import Files, entry_line, first_line, last_line, write_whole
 from cagey_sessions.records import SnapshotEntry
-from cagey_sessions.savefile import Files, entry_line, first_line, last_line, write_whole
-from cagey_sessions.snapshot import take_snapshot
+from cagey_sessions.sessions.snapshot import take_snapshot
 from cagey_sessions.stores import MemoryStore
 from support import (
     Crash,

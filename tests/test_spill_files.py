@@ -11,10 +11,11 @@ from zlib import crc32
 
 import pytest
 
-from cagey_sessions import OptionError, SessionManager, SnapshotError, drain, read_snapshot, threads
+from cagey_sessions import OptionError, SessionManager, SnapshotError, read_snapshot, threads
 from cagey_sessions._core import Digest
-from cagey_sessions.savefile import DISK, first_line, last_line
-from cagey_sessions.spill import Spill, SpillEntry
+from cagey_sessions.files.format import DISK, first_line, last_line
+from cagey_sessions.files.spill import Spill, SpillEntry
+from cagey_sessions.sessions import draining as drain
 from cluster import Cluster, spill_gold
 from conftest import run
 from support import (

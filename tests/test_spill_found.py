@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 
 from cagey_sessions import DrainError, OptionError, SessionManager, SnapshotError, StoreContractError, read_snapshot
-from cagey_sessions.savefile import Files
-from cagey_sessions.spill import Spill, SpillEntry
+from cagey_sessions.files.format import Files
+from cagey_sessions.files.spill import Spill, SpillEntry
 from cagey_sessions.stores import CallbackStore, MemoryStore, Outcome, Verdict
 from cagey_sessions.stores.memory import Row
 from support import ScriptedStore, let_time_pass, turns
@@ -163,7 +163,7 @@ def test_two_processes_that_write_at_the_same_time_both_keep_their_users(tmp_pat
     class Disk(Files):
         def replace(self, source, target):
             """The other comes between what `one` has read and what it writes."""
-            monkeypatch.setattr("cagey_sessions.spill.LONGEST_WRITE", 0)
+            monkeypatch.setattr("cagey_sessions.files.spill.LONGEST_WRITE", 0)
             with suppress(SnapshotError):
                 other.write()
             super().replace(source, target)
@@ -187,7 +187,7 @@ def test_a_disk_without_locks_is_written_all_the_same(tmp_path, monkeypatch):
 
 
 async def test_a_row_that_is_not_taken_now_keeps_nobody_else_from_the_replay(clock, tmp_path, monkeypatch):
-    monkeypatch.setattr("cagey_sessions.replay.REPLAYED_AT_A_TIME", 2)
+    monkeypatch.setattr("cagey_sessions.sessions.spilling.REPLAYED_AT_A_TIME", 2)
     users = ["ann", "bob", "cid", "dan", "eve"]
     store = ScriptedStore(clock)
     manager = SessionManager(store=store, spill=tmp_path / "spill", clock=clock)

@@ -29,7 +29,7 @@ from cagey_sessions import (
     UserActiveError,
     UserNotFoundError,
 )
-from cagey_sessions.claims import CLAIM_CALLS
+from cagey_sessions.ownership.claims import CLAIM_CALLS
 from support import ScriptedStore, end, let_time_pass, turns
 
 

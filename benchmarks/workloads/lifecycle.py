@@ -19,7 +19,8 @@ from functools import partial
 from typing import Any
 
 import cagey_sessions
-from cagey_sessions import endings, lifecycle
+from cagey_sessions.sessions import ending as endings
+from cagey_sessions.sessions import server as lifecycle
 
 from .base import (
     HOT,

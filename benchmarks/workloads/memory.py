@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from cagey_sessions.writebehind import MOST_BYTES
+from cagey_sessions.saving.to_store import MOST_BYTES
 
 from .base import (
     STATM,

@@ -16,7 +16,6 @@ from typing import Any
 
 import orjson
 
-from ..rivals import port
 from .base import (
     SEED,
     Goal,
@@ -34,6 +33,7 @@ from .base import (
     plain,
     users_of,
 )
+from .rivals import port
 from .stored import SECOND, Server, running, tree_data
 
 INTERVAL = 30 * SECOND

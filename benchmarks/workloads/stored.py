@@ -19,7 +19,7 @@ from typing import Any
 
 import cagey_sessions
 from cagey_sessions.errors import StoreUnavailableError
-from cagey_sessions.ownership import _Loaded
+from cagey_sessions.sessions.login import _Loaded
 from cagey_sessions.stores import Claim, Outcome, Record, Store, Verdict
 
 from .base import SEED, best_loop, new_loop, users_of

@@ -30,9 +30,9 @@ from . import errors
 from ._core import SessionCall
 from ._version import __version__
 from .clock import Clock, TimerHandle
-from .codecs import Codec, dataclass_codec, msgspec_codec
+from .data.codecs import Codec, dataclass_codec, msgspec_codec
+from .data.sanitizer import UserDataWarning
 from .errors import *  # noqa: F403 - its __all__ is ours, see below
-from .manager import SessionManager, create
 from .options import Duration
 from .records import (
     DamagedEntry,
@@ -47,9 +47,9 @@ from .records import (
     Statistics,
     UnsavedUser,
 )
-from .sanitizer import UserDataWarning
-from .session import Session
-from .snapshot import read_snapshot
+from .sessions.manager import SessionManager, create
+from .sessions.session import Session
+from .sessions.snapshot import read_snapshot
 
 __all__ = [
     "Clock",

@@ -61,7 +61,7 @@ from cagey_sessions.errors import (
     UserActiveError,
     WrongLoopError,
 )
-from cagey_sessions.quoting import kind_name, quote
+from cagey_sessions.wording import kind_name, quote
 
 cdef extern from *:
     """

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, TypeAlias, TypeGuard
 
 from .errors import DurationError, OptionError, UnknownEventError
-from .quoting import MOST_SHOWN, kind_name, quote
+from .wording import MOST_SHOWN, kind_name, quote
 
 __all__ = [
     "PERSIST_EVENTS",

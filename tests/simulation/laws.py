@@ -10,8 +10,8 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from cagey_sessions import SessionEndedError
+from cagey_sessions.saving.to_store import MOST_BYTES, MOST_ROWS
 from cagey_sessions.stores import Outcome
-from cagey_sessions.writebehind import MOST_BYTES, MOST_ROWS
 
 if TYPE_CHECKING:
     from cagey_sessions.testing.world import Server

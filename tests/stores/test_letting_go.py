@@ -15,7 +15,7 @@ import redis
 
 from cagey_sessions import SessionManager
 from cagey_sessions.stores import PostgresStore, PostgresTable, RedisStore, SQLiteStore, Store
-from cagey_sessions.stores import redis as redis_store
+from cagey_sessions.stores.redis import store as redis_store
 from cagey_sessions.testing.store_conformance import opened, record
 from support import POSTGRES, REDIS, execute, needs_server
 

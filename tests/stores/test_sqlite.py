@@ -21,7 +21,8 @@ from cagey_sessions import (
     StoreUnavailableError,
     WrongLoopError,
 )
-from cagey_sessions.stores import Outcome, Record, SQLiteStore, sqlite_rows
+from cagey_sessions.stores import Outcome, Record, SQLiteStore
+from cagey_sessions.stores.sqlite import rows as sqlite_rows
 from cagey_sessions.testing.conformance.base import ALREADY, ERASED, FENCED, INVALID, MISSING, SAVED, every_call
 from cagey_sessions.testing.store_conformance import (
     StoreConformance,

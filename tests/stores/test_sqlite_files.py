@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from cagey_sessions import StoreLayoutError, StoreUnavailableError
-from cagey_sessions.stores import SQLiteStore, sqlite
+from cagey_sessions.stores import SQLiteStore
+from cagey_sessions.stores.sqlite import store as sqlite
 from cagey_sessions.testing.conformance.base import INVALID, SAVED
 from cagey_sessions.testing.store_conformance import claim, opened, record, save
 from watched_sqlite import blocking, connect_really, saved

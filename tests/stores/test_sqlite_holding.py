@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from cagey_sessions import StoreContractError, StoreInUseError, StoreLayoutError, StoreUnavailableError
-from cagey_sessions.stores import Record, SQLiteStore, sqlite
+from cagey_sessions.stores import Record, SQLiteStore
+from cagey_sessions.stores.sqlite import store as sqlite
 from cagey_sessions.testing.conformance.base import SAVED
 from cagey_sessions.testing.store_conformance import claim, opened, record, save
 from support import UNHURRIED, end_of_threads, turns

@@ -52,7 +52,7 @@ async def test_a_reader_reads_beside_the_process_that_has_the_file(path):
 
 
 async def test_a_reader_holds_up_no_save(path, monkeypatch):
-    monkeypatch.setattr("cagey_sessions.stores.sqlite.BUSY_SECONDS", 0)
+    monkeypatch.setattr("cagey_sessions.stores.sqlite.store.BUSY_SECONDS", 0)
     async with opened(SQLiteStore(path)) as server, opened(reader(path)) as store:
         for version in (1, 2):
             granted = await claim(server, version)

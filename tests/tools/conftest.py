@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cagey_sessions import cli
+from cagey_sessions.tools import cli
 from tools.running import ENGINES, Done
 
 

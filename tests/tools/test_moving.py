@@ -299,7 +299,9 @@ def test_a_body_that_the_engine_does_not_take_is_refused_alone(run, monkeypatch)
     """As PostgreSQL refuses one that is too large; the user is let go of, and leaves nothing behind."""
     for place in postgres():
         big = b'{"user_id":"big","body":"' + b"x" * (1 << 20) + b'"}\n'
-        monkeypatch.setattr("cagey_sessions.stores.postgres.text_of", lambda body: None if len(body) > 1000 else "1")
+        monkeypatch.setattr(
+            "cagey_sessions.stores.postgres.store.text_of", lambda body: None if len(body) > 1000 else "1"
+        )
         done = run("import", place, "-", stdin=line("ann", 1) + big)
         assert done.status == 1
         assert "refused: user 'big' was not taken by the store: the body is not text" in done.err

@@ -29,7 +29,7 @@ class Terminal:
 
     def __init__(self, *arguments: str, prelude: str = "") -> None:
         self._master, slave = pty.openpty()
-        code = f"import sys\n{prelude}\nfrom cagey_sessions.cli import main\nsys.exit(main())"
+        code = f"import sys\n{prelude}\nfrom cagey_sessions.tools.cli import main\nsys.exit(main())"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, "store", *arguments],
             env=ENVIRONMENT | {"TERM": "xterm", "COLUMNS": "100"},
@@ -88,7 +88,7 @@ def test_erase_asks_at_a_terminal(run, url, answer, status, left):
     assert users(run("export", url)) == left
 
 
-SLOW = "import cagey_sessions.tools as t; t.SHOW_AFTER = t.SHOW_EVERY = 0"
+SLOW = "import cagey_sessions.tools.store as t; t.SHOW_AFTER = t.SHOW_EVERY = 0"
 WITHOUT_RICH = f"{SLOW}; sys.modules['rich'] = sys.modules['rich.console'] = None"
 
 
@@ -158,7 +158,7 @@ def test_a_batch_that_is_being_written_is_finished_before_an_interrupt_ends_it(r
     (tmp_path / "players.jsonl").write_bytes(b"".join(line(number, number) for number in range(300)))
     code = f"""
 import asyncio, sys
-from cagey_sessions import cli
+from cagey_sessions.tools import cli
 from cagey_sessions.stores import SQLiteStore
 save_many = SQLiteStore.save_many
 async def slow(self, records):
@@ -188,7 +188,7 @@ def test_an_interrupted_export_leaves_no_file(run, url, tmp_path):
     put(url, ("ann", b"1"))
     code = f"""
 import asyncio, signal, sys
-from cagey_sessions import cli
+from cagey_sessions.tools import cli
 from cagey_sessions.stores import SQLiteStore
 scan = SQLiteStore.scan
 async def slow(self):

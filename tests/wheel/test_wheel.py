@@ -61,7 +61,11 @@ def test_what_type_checkers_need_is_there():
 def test_the_test_kit_and_the_demo_are_there():
     modules = {name for _, name, _ in pkgutil.walk_packages([str(PACKAGE)], "cagey_sessions.", onerror=lambda _: None)}
     assert {"cagey_sessions.testing.world", "cagey_sessions.testing.store_conformance"} <= modules
-    assert {"cagey_sessions.demo.server", "cagey_sessions.demo.bots", "cagey_sessions.demo.run"} <= modules
+    assert {
+        "cagey_sessions.tools.demo.server",
+        "cagey_sessions.tools.demo.bots",
+        "cagey_sessions.tools.demo.run",
+    } <= modules
 
 
 def test_it_needs_orjson_and_pytimeparse_and_nothing_else():
@@ -149,7 +153,7 @@ except MissingExtraError as error:
 
 
 def test_the_demo_says_what_it_needs():
-    done = python_without(EXTRAS, "from cagey_sessions.cli import main; sys.exit(main(['demo']))")
+    done = python_without(EXTRAS, "from cagey_sessions.tools.cli import main; sys.exit(main(['demo']))")
     assert done.returncode == 2
     assert ("does not run on Windows" if sys.platform == "win32" else "cagey-sessions[demo]") in done.stderr
 
@@ -162,7 +166,7 @@ def test_nothing_but_the_demo_imports_what_only_posix_has():
         for _, name, _ in pkgutil.walk_packages([str(PACKAGE)], "cagey_sessions.", onerror=lambda _: None)
         if ".demo" not in name and not name.endswith(("__main__", "._core"))
     ]
-    assert "cagey_sessions.stores.sqlite" in names
+    assert "cagey_sessions.stores.sqlite.store" in names
     code = f"""\
 import importlib, sys, types
 def import_all():

@@ -3,16 +3,16 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .base import MAX_NUMBER, Claim, Outcome, Record, Store, Verdict
+from .contract import MAX_NUMBER, Claim, Outcome, Record, Store, Verdict
 from .rows import StoredRow
 
 if TYPE_CHECKING:
     from .callback import CallbackStore
     from .memory import MemoryStore
-    from .postgres import PostgresStore
-    from .postgres_table import PostgresTable
-    from .redis import RedisStore
-    from .sqlite import SQLiteStore
+    from .postgres.own_table import PostgresTable
+    from .postgres.store import PostgresStore
+    from .redis.store import RedisStore
+    from .sqlite.store import SQLiteStore
     from .urls import open_store
 
 __all__ = [
@@ -35,10 +35,10 @@ __all__ = [
 _LAZY = {
     "CallbackStore": "callback",
     "MemoryStore": "memory",
-    "PostgresStore": "postgres",
-    "PostgresTable": "postgres_table",
-    "RedisStore": "redis",
-    "SQLiteStore": "sqlite",
+    "PostgresStore": "postgres.store",
+    "PostgresTable": "postgres.own_table",
+    "RedisStore": "redis.store",
+    "SQLiteStore": "sqlite.store",
     "open_store": "urls",
 }
 """The stores, by module; each is imported when it is first named, and its driver with it."""

@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 from .._core import encode_plain
 from ..errors import EncodingError, OptionError, StoreContractError, StoreError, StoreModeError, StoreUnavailableError
 from ..options import is_any
-from ..quoting import quote
 from ..user_code import current_task, is_for_this_task
-from .base import Claim, Outcome, Record, Store, Verdict, latest_of
+from ..wording import quote
+from .contract import Claim, Outcome, Record, Store, Verdict, latest_of
 
 __all__ = ["CallbackStore", "Erase", "Load", "SaveMany", "Saved"]
 

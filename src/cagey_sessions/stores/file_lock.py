@@ -8,7 +8,7 @@ import sys
 import weakref
 
 from ..errors import StoreInUseError, StoreLayoutError
-from ..names import RefusedNameError, open_regular
+from ..paths import RefusedNameError, open_regular
 
 __all__ = ["FileLock"]
 

@@ -12,8 +12,8 @@ from ..errors import (
     StoreError,
     StoreUnavailableError,
 )
-from ..quoting import quote
-from .base import Answers, Claim, Outcome, Record, Store, Verdict, latest_of
+from ..wording import quote
+from .contract import Answers, Claim, Outcome, Record, Store, Verdict, latest_of
 from .rows import StoredRow, verdict_of_damage
 
 __all__ = ["MemoryBacking", "MemoryStore", "Row"]

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from .._core import check_user_id
 from ..errors import CorruptRecordError, InvalidUserIdError, StoreError
-from ..quoting import quote
-from .base import MAX_NUMBER, Claim, Outcome, Record, Verdict
+from ..wording import quote
+from .contract import MAX_NUMBER, Claim, Outcome, Record, Verdict
 
 __all__ = [
     "LAST_CLAIMED",

@@ -15,8 +15,8 @@ from urllib.parse import unquote
 
 from ..errors import OptionError
 from ..options import duration_of, suggest
-from ..quoting import Hidden, quote
-from .base import Store
+from ..wording import Hidden, quote
+from .contract import Store
 
 __all__ = ["engine_of", "open_store"]
 

@@ -14,10 +14,10 @@ from random import Random
 from typing import Any, NamedTuple
 
 from ..errors import OptionError
-from ..manager import SessionManager
 from ..options import SECOND
-from ..quoting import quote
+from ..sessions.manager import SessionManager
 from ..stores import Outcome
+from ..wording import quote
 from .store import MILLISECOND
 from .universe import Universe
 from .world import LIMIT, MakeManager, World

@@ -13,7 +13,7 @@ from typing import Self
 
 from ..errors import OptionError, UsageError
 from ..options import SECOND, is_text, parse_duration, path_text
-from ..quoting import quote
+from ..wording import quote
 
 __all__ = ["FaultProxy"]
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from ..errors import StoreError, StoreUnavailableError
 from ..options import SECOND
 from ..stores import MemoryStore, Outcome, Record, Verdict
-from ..stores.base import Answers
+from ..stores.contract import Answers
 from ..stores.memory import MemoryBacking, Row
 from .universe import Universe
 

@@ -14,14 +14,14 @@ from typing import Any, Literal, TypeVar
 from .._core import check_user_id, encode_plain
 from ..clock import Clock
 from ..errors import UsageError
-from ..manager import SessionManager
 from ..options import SECOND, Duration, parse_duration
-from ..ownership import NO_DEFAULT
-from ..quoting import quote
 from ..records import DrainReport
-from ..session import Session
+from ..sessions.login import NO_DEFAULT
+from ..sessions.manager import SessionManager
+from ..sessions.session import Session
 from ..stores import Record, Store
 from ..stores.memory import Row
+from ..wording import quote
 from .store import SimulatedDatabase, SimulatedStore
 from .universe import Universe, VirtualClock, VirtualLoop
 

@@ -1,0 +1,217 @@
+"""Events and their listeners. What lives here: the names, registration, emitting. What must not: any
+knowledge of what an event is for.
+
+One emit takes the listeners as they stand, one at a time in the order they were registered, each awaited before the
+next. One that is removed meanwhile is skipped; one that is added waits for the next emit; a raising one stops no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import inspect
+from collections.abc import Callable
+from types import AsyncGeneratorType, GeneratorType
+from typing import Literal, TypeAlias, get_args
+
+from .._core import SessionCore
+from ..data.sanitizer import Sanitizer
+from ..errors import InvalidListenerError, ListenerError
+from ..options import known_event, name_of
+from ..user_code import as_exception, current_task, is_for_this_task
+from ..wording import quote
+
+__all__ = [
+    "MANAGER_EVENTS",
+    "SESSION_EVENTS",
+    "Listener",
+    "Listeners",
+    "ManagerEvent",
+    "SessionEvent",
+    "listener_error",
+]
+
+Listener = Callable[..., object]
+
+SessionEvent: TypeAlias = Literal["started", "identified", "before_destroy", "destroy"]
+ManagerEvent: TypeAlias = Literal["created", "persist_user_data", "unsavable", "error", SessionEvent]
+SESSION_EVENTS: tuple[SessionEvent, ...] = get_args(SessionEvent)
+MANAGER_EVENTS: tuple[ManagerEvent, ...] = get_args(ManagerEvent)
+
+
+class _Registration:
+    __slots__ = ("function", "once", "removed")
+
+    def __init__(self, function: Listener, once: bool) -> None:
+        self.function = function
+        self.once = once
+        self.removed = False
+
+
+class Listeners:
+    """The listeners of one manager or one session, by event."""
+
+    __slots__ = ("_by_name", "_hear", "_known", "_sanitizer")
+
+    def __init__(
+        self,
+        known: tuple[str, ...],
+        sanitizer: Sanitizer | None = None,
+        hear: Callable[[str, bool], None] = lambda name, heard: None,
+    ) -> None:
+        self._known = known
+        self._sanitizer = sanitizer
+        self._hear = hear  # is told when an event gets its first listener, and when it has lost its last
+        self._by_name: dict[str, list[_Registration]] = {}
+
+    def add(self, name: str, function: Listener, *, once: bool) -> None:
+        """Register a listener. Raises `UnknownEventError`, `InvalidListenerError`. O(1)."""
+        known_event(name, self._known)
+        if not callable(function):
+            raise InvalidListenerError(f"a listener is a function or another callable, not {quote(function)}")
+        self._by_name.setdefault(name, []).append(_Registration(function, once))
+        self._hear(name, True)
+
+    def remove(self, name: str, function: Listener) -> None:
+        """Take back one registration of a listener, the oldest; nothing happens if there is none. O(listeners)."""
+        known_event(name, self._known)
+        for registration in self._by_name.get(name, ()):
+            if _is_same(registration.function, function):
+                self._discard(name, registration)
+                return
+
+    def has(self, name: str) -> bool:
+        """Whether anybody listens. O(1)."""
+        return name in self._by_name
+
+    def clear(self) -> None:
+        """Remove everybody, also from emits under way."""
+        for registrations in self._by_name.values():
+            for registration in registrations:
+                registration.removed = True
+        for name in self._by_name:
+            self._hear(name, False)
+        self._by_name.clear()
+
+    async def call(
+        self, name: str, args: tuple[object, ...], errors: list[Exception], about: SessionCore | None = None
+    ) -> int:
+        """Call the listeners of an event and collect what they raise, a note of the listener's name on each.
+
+        Once the session it is `about` has ended, nobody else is called. Returns how many were passed over.
+        """
+        passed_over = 0
+        task = current_task()
+        for registration in tuple(self._by_name.get(name, ())):
+            if registration.removed or (about is not None and not about.alive):
+                passed_over += 1
+                continue
+            if registration.once:
+                self._discard(name, registration)
+            try:
+                if self._sanitizer is None:
+                    result = registration.function(*args)
+                else:
+                    result = self._sanitizer.call(name, registration.function, args)
+                if result is not None:
+                    await _finish(result)
+            except BaseException as error:
+                if is_for_this_task(error, task):
+                    raise
+                errors.append(_with_name(as_exception(error), name, registration))
+        return passed_over
+
+    async def emit(self, name: str, session: SessionCore, *args: object, errors: list[Exception]) -> None:
+        """Emit on the manager these are of, with the session first, then on the session itself, unless it has ended."""
+        if self.has(name):
+            await self.call(name, (session, *args), errors, session)
+        if session._listeners is not None:
+            await session._listeners.call(name, args, errors, session)
+
+    def is_heard(self, name: str, session: SessionCore) -> bool:
+        """Whether anybody would hear that: a listener of the manager these are of, or of the session."""
+        return self.has(name) or (session._listeners is not None and session._listeners.has(name))
+
+    def _discard(self, name: str, registration: _Registration) -> None:
+        registration.removed = True
+        registrations = self._by_name.get(name)
+        if registrations is not None and registration in registrations:
+            registrations.remove(registration)
+            if not registrations:
+                del self._by_name[name]
+                self._hear(name, False)
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Whether two listeners are one: a method of an object is another object each time, and equal."""
+    try:
+        return one is other or bool(one == other)
+    except Exception:  # equality of somebody's own may raise anything
+        return False
+
+
+async def _finish(result: object) -> None:
+    """Wait for what a listener returned, if there is anything to wait for."""
+    if inspect.isawaitable(result):
+        await result
+    elif isinstance(result, concurrent.futures.Future):
+        await _finish_in_thread(result)
+    elif isinstance(result, GeneratorType | AsyncGeneratorType):
+        raise InvalidListenerError("a listener with a `yield` in it does nothing when it is called")
+
+
+async def _finish_in_thread(future: concurrent.futures.Future[object]) -> None:
+    """Wait for a future of a thread, and raise what it holds. asyncio's own way to wait hangs on a `StopIteration`."""
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+
+    def wake(_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(see_done)
+
+    def see_done() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    future.add_done_callback(wake)
+    try:
+        await done
+    except asyncio.CancelledError:
+        future.cancel()
+        raise
+    if future.cancelled():
+        raise asyncio.CancelledError
+    future.result()
+
+
+RAISED_BY = "raised by listener "
+MOST_NAMED = 10
+
+
+def _with_name(error: Exception, name: str, registration: _Registration) -> Exception:
+    note = f"{RAISED_BY}{name_of(registration.function)} of event {name!r}"
+    with contextlib.suppress(Exception):  # its class may have ideas of its own about attributes
+        notes: list[str] = vars(error).setdefault("__notes__", [])
+        if note in notes:
+            notes.remove(note)  # an exception may be raised over and over: whoever raised it last comes last
+        notes.append(note)
+    return error
+
+
+def listener_error(name: str, errors: list[Exception]) -> ListenerError:
+    """One group of what listeners raised, at an event or since an earlier one: the message names them."""
+    named = list(dict.fromkeys(raiser for error in errors for raiser in _raisers(error, errors)))
+    shown = ", ".join(named[:MOST_NAMED]) + (", ..." if len(named) > MOST_NAMED else "")
+    if len(errors) == 1:
+        return ListenerError(f"listener {shown} raised" if named else f"a listener of event {name!r} raised", errors)
+    return ListenerError(f"{len(errors)} listeners raised: {shown or f'of event {name!r}'}", errors)
+
+
+def _raisers(error: Exception, errors: list[Exception]) -> list[str]:
+    """The listeners that raised an exception, as many as it is among the errors; its notes may tell of earlier ones."""
+    times = sum(other is error for other in errors)
+    with contextlib.suppress(Exception):
+        notes = [note for note in vars(error)["__notes__"] if note.startswith(RAISED_BY)]
+        return [note.removeprefix(RAISED_BY) for note in notes[-times:]]
+    return []

@@ -1,0 +1,1 @@
+"""Whose a user is. What lives here: turns with a user, claims and releases in the store. What must not: data."""

@@ -1,0 +1,255 @@
+"""Letting go of users. What lives here: the queue of those whom no save releases in the store, and what is tried again.
+What must not: the last save, which releases in the same write, or claims (`claims.py`).
+
+Whoever comes while calls are under way goes with the next one, together with all others who have come by then. A user
+is in the queue once, under the newest epoch known of their claims: under an older one the store releases nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from contextvars import Context
+from itertools import islice
+
+from ..clock import TimerHandle
+from ..errors import StoreContractError, StoreUnavailableError
+from ..options import SECOND
+from ..sessions.server import Lifecycle
+from ..stores.link import StoreGateway
+from ..wording import quote
+
+__all__ = ["FIRST_RETRY", "LONGEST_RETRY", "MOST_ATTEMPTS", "RELEASES_IN_A_CALL", "RELEASE_CALLS", "Releases", "leave"]
+
+RELEASES_IN_A_CALL = 200
+RELEASE_CALLS = 4
+MOST_ATTEMPTS = 8
+FIRST_RETRY = SECOND // 20
+LONGEST_RETRY = SECOND
+
+
+class _Release:
+    """A user who is to be let go of."""
+
+    __slots__ = ("attempts", "epoch", "rounds", "waiting")
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch: int = epoch
+        self.attempts: int = 0
+        """How often it has failed for another reason than an outage."""
+        self.rounds: int = 0
+        """How often it was put off."""
+        self.waiting: list[asyncio.Future[None]] = []
+        """Who waits for the first answer."""
+
+    def tell(self, error: Exception | None = None) -> None:
+        waiting, self.waiting = self.waiting, []
+        for future in waiting:
+            if future.done():
+                continue
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+
+class Releases:
+    """The releases of one manager. `is_wanted` tells whether anybody here has a user, or is about to."""
+
+    def __init__(self, life: Lifecycle, is_wanted: Callable[[int | str], bool]) -> None:
+        self._life = life
+        self._is_wanted = is_wanted
+        self._queue: OrderedDict[int | str, _Release] = OrderedDict()
+        self._workers: set[asyncio.Task[None]] = set()
+        self._under_way = 0
+        self._timers: set[TimerHandle] = set()
+        """Of those who were put off."""
+
+    @property
+    def _gateway(self) -> StoreGateway:
+        assert self._life.gateway is not None
+        return self._life.gateway
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody is left to let go of."""
+        return not (self._queue or self._under_way or self._timers)
+
+    def add(self, user_id: int | str, epoch: int) -> None:
+        """Let go of a user, and go on trying while this process lives."""
+        if not self._gateway.closed:
+            self._put(user_id, _Release(epoch))
+            self._hire()
+
+    async def wait(self, user_id: int | str, epoch: int) -> None:
+        """As `add`, and wait for the first answer, but not for a store that is down. Raises what the attempt raised.
+
+        Where the row has another epoch by now, that may be by a claim of ours that was given up on and came in late:
+        nobody waits until that is known.
+        """
+        if not self._gateway.closed:
+            release = _Release(epoch)
+            release.waiting.append(asyncio.get_running_loop().create_future())
+            (answer,) = release.waiting
+            self._put(user_id, release)
+            self._hire()
+            await answer
+
+    def close(self) -> None:
+        """The store is closed: nobody is let go of any more."""
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+        for task in self._workers:
+            task.cancel()
+        for release in self._queue.values():
+            release.tell()
+        self._queue.clear()
+
+    def _put(self, user_id: int | str, release: _Release) -> None:
+        other = self._queue.setdefault(user_id, release)
+        if other is not release:
+            older, newer = sorted((other, release), key=lambda each: each.epoch)
+            newer.waiting += older.waiting
+            self._queue[user_id] = newer
+
+    def _put_off(self, some: dict[int | str, _Release], delay: int) -> None:
+        """Have users in the queue again after so many nanoseconds."""
+        if self._gateway.closed:
+            for release in some.values():
+                release.tell()
+            return
+
+        def again() -> None:
+            self._timers.discard(timer)
+            for user_id, release in some.items():
+                self._put(user_id, release)
+            self._hire()
+
+        timer = self._life.clock.call_later(delay, again, Context())
+        self._timers.add(timer)
+
+    def _hire(self) -> None:
+        if self._queue and len(self._workers) < RELEASE_CALLS and not self._gateway.closed:
+            task = self._life.spawn(self._work(), "release", Context())
+            self._workers.add(task)
+            task.add_done_callback(self._see_worker_gone)
+
+    def _see_worker_gone(self, task: asyncio.Task[None]) -> None:
+        self._workers.discard(task)
+        if task.cancelled():  # by somebody else, perhaps before its first step; the loop may be about to be shut down
+            self._put_off({}, LONGEST_RETRY)
+
+    async def _work(self) -> None:
+        """Let go of whoever is in the queue, until it is empty."""
+        gateway, life = self._gateway, self._life
+        try:
+            while self._queue and not gateway.closed and not life.closed:
+                if gateway.down and (not gateway.may_call() or life.table.has_due()):  # saves come first
+                    waiting, self._queue = dict(self._queue), OrderedDict()
+                    for release in waiting.values():
+                        release.tell()
+                    self._put_off(waiting, LONGEST_RETRY)
+                    return
+                some = dict(islice(self._queue.items(), RELEASES_IN_A_CALL))
+                for user_id in some:
+                    del self._queue[user_id]
+                self._under_way += 1
+                try:
+                    await self._release(some)
+                finally:
+                    self._under_way -= 1
+        finally:
+            leave(self._workers)
+
+    async def _release(self, left: dict[int | str, _Release]) -> None:
+        """Let go of users in one call; in halves where it fails, and the cause may be one of them.
+
+        Who is not done with stays in `left`, and comes again later.
+        """
+        delay = LONGEST_RETRY
+        parts = [list(left)]
+        try:
+            while parts:
+                part = [user_id for user_id in parts.pop() if not self._is_over(user_id, left)]
+                try:
+                    answers = await self._ask(part, left)
+                except Exception as error:
+                    if len(part) > 1 and not isinstance(error, StoreUnavailableError):
+                        parts += [part[len(part) // 2 :], part[: len(part) // 2]]
+                        continue
+                    for user_id in part:
+                        self._see_failure(user_id, left, error)
+                    continue
+                for user_id, is_released in zip(part, answers, strict=True):
+                    left[user_id].tell()
+                    if is_released or not self._gateway.store.shared:
+                        del left[user_id]
+                for user_id in part:
+                    if user_id in left:
+                        await self._look_at(user_id, left)
+            delay = min(FIRST_RETRY << min((each.rounds for each in left.values()), default=0), LONGEST_RETRY)
+        finally:
+            if left:
+                for release in left.values():
+                    release.rounds = min(release.rounds + 1, MOST_ATTEMPTS)
+                self._put_off(left, delay)
+
+    def _is_over(self, user_id: int | str, left: dict[int | str, _Release]) -> bool:
+        """Whether a session has a user by this claim, or by a later one, and goes on having them."""
+        table = self._life.table
+        session = table.active_session(user_id)
+        if session is None or table.is_ending(session) or table.epoch(session) < left[user_id].epoch:
+            return False
+        left.pop(user_id).tell()
+        return True
+
+    async def _ask(self, part: list[int | str], left: dict[int | str, _Release]) -> list[bool]:
+        if not part:
+            return []
+        gateway = self._gateway
+        self._require_chance()
+        pairs = [(user_id, left[user_id].epoch) for user_id in part]
+        answers = await gateway.start(part, gateway.store.release_many, pairs, self._life.owner).answer()
+        if not isinstance(answers, list) or len(answers) != len(pairs):
+            raise StoreContractError(f"{gateway.name} did not answer for each user whether they were released")
+        return answers
+
+    def _see_failure(self, user_id: int | str, left: dict[int | str, _Release], error: Exception) -> None:
+        release = left[user_id]
+        release.tell(error)
+        release.attempts += not isinstance(error, StoreUnavailableError)
+        if release.attempts == MOST_ATTEMPTS:
+            del left[user_id]
+            self._life.reports.tell(f"user {quote(user_id)} stays with this process until it ends", error)
+
+    async def _look_at(self, user_id: int | str, left: dict[int | str, _Release]) -> None:
+        """The store did not let go of a user: see whether they are ours there by a later claim, and nobody's here."""
+        release, table = left[user_id], self._life.table
+        try:
+            self._require_chance()
+            holder, epoch = await self._gateway.ask(self._gateway.store.holder, user_id)
+        except Exception as error:
+            self._see_failure(user_id, left, error)
+            return
+        session = table.active_session(user_id)
+        if holder == self._life.owner:
+            if session is not None and table.is_ending(session) and table.epoch(session) == release.epoch:
+                return  # it is about to be over
+            if not self._is_wanted(user_id):
+                release.epoch = epoch
+                return
+        del left[user_id]
+
+    def _require_chance(self) -> None:
+        if self._gateway.closed or not self._gateway.may_call():
+            raise StoreUnavailableError(f"{self._gateway.name} has gone down")
+
+
+def leave(tasks: set[asyncio.Task[None]]) -> None:
+    """Here, and not when the task is seen to be done: whoever comes in between must find its place free."""
+    with suppress(RuntimeError):  # no loop runs when a task that was forgotten is thrown away
+        if (task := asyncio.current_task()) is not None:
+            tasks.discard(task)

@@ -1,0 +1,485 @@
+"""When to save, and how many at a time. What lives here: the one timer of a manager, when another worker is
+wanted, what is under way, retries and what is overdue. What must not: how a save is performed, or the end of a session.
+
+A save passes through four hands: the wheel in the core says who is due; `_turn` moves them into the core's lanes, in
+slices; up to `max_in_flight` workers have a `Saver` take from the lanes and save, one session at a time where a
+listener does it, a batch where a store does; the outcome goes back to the core and to whoever waits. What waits for a
+slot is a mark in a row of the core, never a task or a body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextvars import Context
+from typing import Any, Protocol
+
+from .._core import SaveBatch, SessionCore, SessionTable
+from ..clock import Clock, TimerHandle
+from ..errors import NothingSavesError, SaveOverdueError, UnsavableError
+from ..loop import TimeSlice
+from ..options import SECOND, Options
+from ..process import Identity
+from ..records import Receipt
+from .in_flight import Flight, Flights, SaveOutcome
+from .workers import Worker, WorkerPool
+
+__all__ = ["Autosave", "SaveHost", "Saver"]
+
+AVERAGE_OVER = 16
+"""The duration of a save is averaged over about so many saves."""
+LONGEST_TICK = SECOND // 100
+SHORTEST_TICK = SECOND // 1000
+ROWS_PER_STEP = 256
+
+PAUSE = SECOND
+"""How long no task is begun after somebody has cancelled one of ours."""
+
+FIRST_RETRY = 16
+"""The first retry comes after this part of the interval, each later one after twice as long, at most half of it."""
+INTERVAL_FOR_RETRIES = 16 * SECOND
+"""What retries are measured by where there is no interval."""
+LONGEST_RETRY_OF_A_STORE = 15 * SECOND
+LONGEST_RETRY_IN_DRAIN = SECOND
+LONGEST_RETRY_FOR_CALLER = SECOND
+"""While somebody waits for a save that the store did not take."""
+
+
+class SaveHost(Protocol):
+    """What autosave needs of whoever it works for."""
+
+    def report(self, error: Exception, session: SessionCore | None) -> None:
+        """Take note of an error that no caller waits for."""
+        ...
+
+    def settled(self, session: SessionCore, error: Exception | None, flight: Flight) -> None:
+        """A save of a session that is being ended has come to its end."""
+        ...
+
+
+class Saver(Protocol):
+    """How saves are performed."""
+
+    one_at_a_time: bool
+    """Whether a worker takes all there is before another is needed."""
+    patience: int | None
+    """For how many nanoseconds a caller waits while attempts fail; None if the first failure is the answer."""
+
+    def bind(self, autosave: Autosave) -> None:
+        """Save for this one from now on."""
+        ...
+
+    def can_save(self) -> bool:
+        """Whether anybody would perform a save."""
+        ...
+
+    def may_start(self) -> bool:
+        """Whether a worker may begin now; if not, `Autosave.employ` is called when it may."""
+        ...
+
+    def serves_periodic(self) -> bool:
+        """Whether those may be taken now whose time has come."""
+        ...
+
+    async def serve(self, worker: Worker) -> bool:
+        """Take a load of work and save it: False if there was none.
+
+        Between `Worker.start`, called as soon as all is taken, and the end every session taken is settled.
+        """
+        ...
+
+
+class Autosave:
+    """The saves of one manager."""
+
+    def __init__(
+        self, table: SessionTable, clock: Clock, options: Options, host: SaveHost, saver: Saver, identity: Identity
+    ) -> None:
+        self._table = table
+        self._clock = clock
+        self._host = host
+        self._saver = saver
+        self.slice: TimeSlice = TimeSlice(clock)
+        saver.bind(self)
+        self._interval = options.interval
+        self.tick: int = (
+            min(LONGEST_TICK, max(SHORTEST_TICK, options.interval // 100)) if options.interval else LONGEST_TICK
+        )
+        self._interval_ticks = options.interval // self.tick if options.interval else 0
+        # with `debug` nobody is passed over, for how else would a forgotten mark be seen
+        self._skip = self._interval_ticks if options.tracking == "marked" and not options.debug else 0
+        self._overdue_after = options.interval or 30 * SECOND
+        self._identity = identity
+        self._context = Context()  # not that of whoever happens to call first
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: TimerHandle | None = None
+        self._timer_tick = 0
+        self._timer_due = 0
+        self._watch_timer: TimerHandle | None = None
+        self._turn_is_queued = False
+        self._flights = Flights(clock, saver.patience)
+        self._batches: dict[SaveBatch, int] = {}
+        """Batches under way, and when each was begun; their sessions have a flight only if somebody asks for it."""
+        self._carried: dict[SessionCore, None] = {}
+        """Sessions of which somebody waits for the next attempt."""
+        self._workers = WorkerPool(options.max_in_flight, self._work)
+        self._draining = False
+        self._pause: TimerHandle | None = None
+        self.gave_up: Exception | None = None
+        self._closed = False
+        self.seconds_per_save: float = 0.0
+        """Of listeners, as a moving average."""
+        self.tick_lag: int = 0
+
+    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Work on this loop from now on."""
+        self._loop = loop
+        self.slice.bind(loop)
+
+    def now_tick(self) -> int:
+        return self._clock.now() // self.tick
+
+    def identify(self, session: SessionCore, user_id: int | str, user_data: object) -> None:
+        """Give a session its user and its first deadline."""
+        self._table.identify(session, user_id, user_data, self.now_tick(), self._interval_ticks)
+        if self._interval:
+            self.arm()
+
+    async def save(self, session: SessionCore, until: int | None = None) -> SaveOutcome:
+        """Have a session saved as it is now, or later: the outcome, or at the end of the caller's patience its lack.
+
+        Callers that come before the next save starts share it. Cancelling one of them stops the waiting, not the save.
+        """
+        if self.gave_up is not None:
+            return self.gave_up
+        self._table.ask(session)
+        flights = self._flights
+        outcome = flights.join(flights.ask(session), until or flights.patience_ends())
+        self.employ()
+        return await outcome
+
+    async def settle(self, session: SessionCore, until: int | None, outcome: SaveOutcome = None) -> SaveOutcome:
+        """Wait until no save of a session is under way or asked for, or patience ends.
+
+        Returns the outcome of the last one waited for, or the one given if there was none.
+        """
+        while flight := self._under_way(session) or self._flights.asked.get(session):
+            if self.gave_up is not None:
+                return self.gave_up  # the save may be under way for ever
+            if flight.is_resolved:
+                return flight.outcome  # it is known as far as it will be: it is not waited for any longer
+            outcome = await self._flights.join(flight, until)
+            if until is not None and self._clock.now() >= until:
+                break
+        return outcome
+
+    def _under_way(self, session: SessionCore) -> Flight | None:
+        flight = self._flights.under_way.get(session)
+        if flight is None and self._batches and "saving" in self._table.state(session):
+            for batch, started in self._batches.items():
+                if session in batch.under_way():
+                    return self._flights.enter(session, started)
+        return flight
+
+    def patience_ends(self) -> int | None:
+        """See `Flights.patience_ends`."""
+        return self._flights.patience_ends()
+
+    def forget(self, session: SessionCore) -> None:
+        """See `Flights.forget`."""
+        self._flights.forget(session)
+
+    def ask_later(self, session: SessionCore) -> None:
+        """Have a session saved after a pause; nobody waits for it."""
+        self._table.ask(session)
+        self.interrupt()
+
+    def hasten(self, session: SessionCore) -> None:
+        """Do not leave whoever waits for the next attempt to the timer: the session is to end."""
+        if session in self._flights.asked:
+            self._table.ask(session)
+
+    def kick(self) -> None:
+        """Look again at what is due: there may be somebody now who saves it."""
+        if self._loop is not None and not self._loop.is_closed() and not self._closed:
+            self._loop.call_soon(self._employ_unless_paused, context=self._context)
+
+    def _employ_unless_paused(self) -> None:
+        if self._pause is None:
+            self.employ()
+
+    def lend(self, slots: int) -> None:
+        """A listener waits for another save, or does no longer: meanwhile its slot may be used for that one."""
+        self._workers.free += slots
+        if slots > 0:
+            self.employ()
+
+    def drain(self, draining: bool = True) -> None:
+        """From now on serve only what is asked for; or again what is due by the timer, too."""
+        self._draining = draining
+        if not draining:
+            self.gave_up = None
+            self._watch()
+
+    def give_up(self, error: Exception) -> None:
+        """From now on let nobody wait; what is under way goes on, and no more of it is started."""
+        self.gave_up = error
+        self._flights.resolve_all(error)
+
+    def close(self) -> None:
+        """Stop all timers."""
+        self._closed = True
+        for timer in (self._timer, self._watch_timer, self._pause):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._watch_timer = self._pause = None
+        self._flights.close()
+
+    def in_flight(self) -> list[SessionCore]:
+        """The sessions whose saves are under way."""
+        return [*self._flights.under_way, *(session for batch in self._batches for session in batch.under_way())]
+
+    def age(self, tick: int) -> float:
+        """How many seconds ago a tick was."""
+        return (self.now_tick() - tick) * self.tick / SECOND
+
+    def overdue(self) -> tuple[int, int]:
+        """How many saves are under way for longer than the interval, and for how long the oldest, in nanoseconds."""
+        now = self._clock.now()
+        late = now - self._overdue_after
+        saves = {
+            session: flight.started for session, flight in self._flights.under_way.items() if flight.started <= late
+        }
+        for batch, started in self._batches.items():
+            if started <= late:
+                saves |= dict.fromkeys(batch.under_way(), started)
+        return len(saves), max((now - started for started in saves.values()), default=0)
+
+    # Time
+
+    def arm(self, *, extra: int = 0) -> None:
+        """Have the timer wake us at the next deadline, or `extra` nanoseconds after it."""
+        if self._closed or self._turn_is_queued or self._loop is None or self._loop.is_closed():
+            return
+        tick = self._table.next_deadline()
+        if tick is None or (self._timer is not None and self._timer_tick <= tick):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        now = self._clock.now()
+        self._timer_tick = tick
+        self._timer_due = max(tick * self.tick, now)
+        delay = max(0, tick * self.tick - now + extra)
+        self._timer = self._clock.call_later(delay, self._wake, self._context)
+
+    def _wake(self) -> None:
+        self._timer = None
+        lag = self._clock.now() - self._timer_due
+        if lag < 0:
+            # loops may wake us a fraction of a millisecond early; asking for that fraction would spin
+            self.arm(extra=SHORTEST_TICK)
+            return
+        self.tick_lag = lag
+        self._turn()
+
+    def _turn(self) -> None:
+        """Move what is due into the lanes, for at most one slice; the rest in the next turn of the loop."""
+        self._turn_is_queued = False
+        if self._closed:
+            return
+        while self._table.advance(self.now_tick(), ROWS_PER_STEP, self._skip) == ROWS_PER_STEP:
+            if self.slice.is_spent():
+                self._turn_is_queued = True
+                assert self._loop is not None
+                self._loop.call_soon(self._turn, context=self._context)
+                break
+        for session in list(self._carried):
+            if session not in self._flights.asked:
+                self._carried.pop(session, None)
+            elif self._table.state(session) == "due":
+                self._table.ask(session)  # somebody waits for it: not behind those whose time has come
+        self._employ_unless_paused()
+        self.arm()
+
+    def interrupt(self) -> None:
+        """Somebody has cancelled a task of ours, most likely to shut down the loop: begin no other for a while.
+
+        A task begun then would be thrown away in the middle of its save.
+        """
+        if self._pause is None and not self._closed and self._loop is not None and not self._loop.is_closed():
+            self._pause = self._clock.call_later(PAUSE, self._go_on, self._context)
+
+    def _go_on(self) -> None:
+        self._pause = None
+        self.employ()
+
+    # Work
+
+    def serves_periodic(self) -> bool:
+        """Whether those may be taken now whose time has come."""
+        return not self._draining and self._saver.serves_periodic()
+
+    def employ(self) -> None:
+        """Start workers for what is in the lanes, as far as there are free slots."""
+        if self.gave_up is not None or not self._table.has_due():
+            return
+        if self._saver.may_start() and self._table.has_due(self.serves_periodic()):
+            workers = self._workers
+            wanted = self._table.counters.due - workers.starting
+            if self._saver.one_at_a_time:
+                wanted = min(wanted, 1 - workers.starting)
+            for _ in range(min(workers.free, wanted)):
+                assert self._loop is not None
+                workers.hire(self._loop, self._context)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Look once an interval, while there is anything to do, whether it gets done."""
+        if self._watch_timer is None and not self._closed and self._loop is not None and not self._loop.is_closed():
+            self._watch_timer = self._clock.call_later(self._overdue_after, self._look, self._context)
+
+    def _look(self) -> None:
+        self._watch_timer = None
+        count, oldest = self.overdue()
+        if count:
+            self._host.report(SaveOverdueError(count, oldest / SECOND), None)
+        waiting = self._table.has_due()
+        if waiting and not self._draining and not self._saver.can_save():
+            self._host.report(
+                NothingSavesError("sessions are due to be saved, and nobody listens to 'persist_user_data'"), None
+            )
+        self.employ()  # somebody else may have cancelled a worker
+        if waiting or self._flights.under_way or self._batches:
+            self._watch()
+
+    async def _work(self, worker: Worker) -> None:
+        """Save until the lanes are empty."""
+        while True:
+            await self.slice.wait()
+            if self.gave_up is not None or self._workers.free < 0 or not self._saver.may_start():
+                break
+            if not await self._saver.serve(worker):
+                break
+        # here, and not when the task is seen to be done: whoever asks in between must find the slot free
+        self._workers.release(worker)
+
+    # For savers
+
+    def take_into(self, batch: SaveBatch, rows: int, size: int) -> int:
+        """Fill a batch with sessions whose time has come; see `SaveBatch.fill`. Their saves are under way."""
+        now = self._clock.now()
+        self._batches.setdefault(batch, now)
+        taken = batch.fill(rows, size, now // self.tick, self._interval_ticks, time.time())
+        self.arm()  # who has not changed is due again
+        return taken
+
+    def settle_batch(self, batch: SaveBatch, verdicts: list[Any]) -> bool:
+        """Settle the saves of a batch, if every verdict says that they are stored; see `SaveBatch.settle`."""
+        left = batch.settle(verdicts, self._interval_ticks, self._flights.under_way)
+        if left is None:
+            return False
+        self.arm()
+        return True
+
+    def take_odd(self, batch: SaveBatch) -> Iterator[tuple[SessionCore, int, Flight]]:
+        """Take those out of a batch whose bytes are not fixed; they are like what `take` returns."""
+        for session, version in batch.odd():
+            yield session, version, self._flights.enter(session, self._batches[batch])
+
+    def end_batch(self, batch: SaveBatch) -> Iterator[tuple[SessionCore, int, Flight, int, int]]:
+        """What is left of a batch, to be settled: session, version, flight, digest, and place in `records`."""
+        started = self._batches.pop(batch, 0)
+        for session, version, digest, place in batch.hand_over():
+            flight = self._flights.under_way.get(session) or self._flights.enter(session, started)
+            yield session, version, flight, digest, place
+
+    def take(self, *, periodic: bool = True) -> tuple[SessionCore, int, Flight] | None:
+        """The next session to save, with its version; from here on its save is under way. None if there is nobody.
+
+        Without `periodic`, those only who are asked for.
+        """
+        taken = self._table.take(periodic and self.serves_periodic())
+        if taken is None:
+            return None
+        session, version = taken
+        flight = self._flights.asked.pop(session, None) or Flight()
+        flight.started = self._clock.now()
+        self._flights.under_way[session] = flight
+        return session, version, flight
+
+    def acknowledge(self, session: SessionCore, version: int, flight: Flight, receipt: Receipt | None) -> None:
+        """A save has succeeded."""
+        del self._flights.under_way[session]
+        taken_at = flight.started // self.tick
+        deadline = self._table.due_after(session, taken_at, self._interval_ticks) if self._interval else None
+        owned = self._table.acknowledge(session, version, taken_at, deadline)
+        flight.resolve(receipt)
+        self._tell_host(session, owned, None, flight)
+
+    def note_duration(self, flight: Flight) -> None:
+        """A listener has taken until now."""
+        taken, average = (self._clock.now() - flight.started) / SECOND, self.seconds_per_save
+        self.seconds_per_save = average + (taken - average) / AVERAGE_OVER if average else taken
+
+    def fail(
+        self, session: SessionCore, version: int, flight: Flight, error: Exception, *, report: bool = True
+    ) -> None:
+        """A save has failed. Whoever waits hears of it, unless there is patience left; then the next attempt counts."""
+        del self._flights.under_way[session]
+        heard = flight.has_waiters
+        is_patient = heard and flight.is_patient and not isinstance(error, UnsavableError) and self.gave_up is None
+        owned = self._table.fail(session, version, self._retry_tick(session, is_patient, error))
+        if is_patient and owned and self._table.state(session) != "gone":
+            self._wait_on(session, flight, error)
+            if self._table.is_ending(session):
+                self._host.settled(session, error, flight)
+            return
+        flight.resolve(error)
+        self._tell_host(session, owned, error, flight)
+        if report and not heard:
+            self._host.report(error, session)
+
+    def drop(self, session: SessionCore, version: int, flight: Flight, error: Exception) -> None:
+        """A save has failed, and no other is to be tried: the store will take nothing more of this session."""
+        del self._flights.under_way[session]
+        self._table.fail(session, version, None)
+        flight.resolve(error)
+        later = self._flights.asked.pop(session, None)
+        if later is not None:
+            later.resolve(error)
+
+    def _wait_on(self, session: SessionCore, flight: Flight, error: Exception) -> None:
+        """Leave the callers of a failed attempt to the next one."""
+        flight.error = error
+        self._carried[session] = None
+        later = self._flights.asked.setdefault(session, flight)
+        if later is not flight:  # somebody has asked meanwhile; all of them wait for the same save from now on
+            later.error = error
+            later.waiters += flight.waiters
+        if not self._saver.may_start() and self._table.state(session) in ("idle", "ending"):
+            self._table.ask(session)  # nothing is tried by the clock now: be among the first when it is
+        self.arm()
+
+    def _tell_host(self, session: SessionCore, owned: bool, error: Exception | None, flight: Flight) -> None:
+        if owned and self._table.is_ending(session):
+            self._host.settled(session, error, flight)
+        self.arm()
+
+    def _retry_tick(self, session: SessionCore, is_patient: bool, error: Exception) -> int | None:
+        """When a failed save is tried again; None if only on request."""
+        if not session.alive or self._table.state(session) == "gone":
+            return None
+        if self._interval is None and not is_patient and not self._table.is_ending(session):
+            return None
+        interval = self._interval or INTERVAL_FOR_RETRIES
+        delay = min(interval // FIRST_RETRY << self._table.failures(session), interval // 2)
+        if self._saver.patience is not None:
+            delay = min(delay, LONGEST_RETRY_OF_A_STORE)
+        if isinstance(error, UnsavableError):
+            delay = interval  # not before the data has had time to change
+        if self._draining:
+            delay = min(delay, LONGEST_RETRY_IN_DRAIN)
+        if is_patient:
+            delay = min(delay, LONGEST_RETRY_FOR_CALLER)
+        return (self._clock.now() + int(delay * self._identity.random.uniform(0.5, 1.0))) // self.tick

@@ -1,0 +1,132 @@
+"""Claiming users again whose rows are gone, or fenced off, while their sessions live. What lives here: whether a
+session may go on from what the store has. What must not: the first claim of a user (`claims.py`), or the write that
+follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .._core import SessionTable
+from ..errors import StoreContractError, StoreError, StoreUnavailableError
+from ..process import Identity
+from ..stores import MAX_NUMBER, Claim, Store
+from ..stores.link import StoreGateway
+from .verdicts import Row, Settlement, StoreHost
+
+__all__ = ["Reclaiming", "claims_of"]
+
+MOST_REFUSALS = 8
+"""How many saves in a row may fail because an engine has lost our claim, and so the release before it."""
+
+
+class Reclaiming:
+    """Claims for one owner."""
+
+    def __init__(
+        self,
+        table: SessionTable,
+        gateway: StoreGateway,
+        identity: Identity,
+        host: StoreHost,
+        settlement: Settlement,
+    ) -> None:
+        self._table = table
+        self._gateway = gateway
+        self._identity = identity
+        self._host = host
+        self._settlement = settlement
+
+    async def reclaim(self, rows: list[Row]) -> list[Row]:
+        """Claim the users of these rows: those that may be written now. The others are settled."""
+        settlement = self._settlement
+        for row in list(rows):
+            row.unowned = False
+            row.claims += 1
+            if self._is_lost(row):
+                # by the same owner the claim would be granted, at the expense of a session that has the user by now
+                settlement.fence(row)
+                rows.remove(row)
+        if not rows:
+            return []
+        if not self._gateway.may_call():
+            settlement.fail_all(rows, StoreUnavailableError(f"{self._gateway.name} is down"), report=False)
+            return []
+        user_ids = [row.user_id for row in rows]
+        call = self._gateway.start(user_ids, self._gateway.store.claim_many, user_ids, self._identity.owner)
+        try:
+            answers = claims_of(self._gateway.store, await call.answer(), user_ids)
+        except BaseException as error:
+            self._host.doubt(user_ids, call.task)
+            if not isinstance(error, Exception):
+                raise
+            settlement.fail_all(rows, error)
+            return []
+        owned = []
+        for row, claim in zip(rows, answers, strict=True):
+            assert row.record is not None
+            if isinstance(claim, StoreError):
+                settlement.fail(row, claim)
+            elif not claim.granted and self._has_lost_ours(row, claim):
+                settlement.fail(row, StoreUnavailableError(f"{claim.owner} has not let go of this user again"))
+            elif not claim.granted:
+                settlement.fence(row)
+            elif self._is_lost(row) or not self._is_ours(row, claim):
+                settlement.fence(row)
+                self._host.disown(claim)
+            else:
+                self._table.own(row.session, claim.epoch)
+                row.record = row.record._replace(epoch=claim.epoch)
+                owned.append(row)
+        return owned
+
+    def _has_lost_ours(self, row: Row, claim: Claim) -> bool:
+        """Whether who has a user had them before us, in an engine that has lost our claim: they let go of them soon."""
+        return 0 < claim.epoch < self._table.epoch(row.session) and self._settlement.failures(row) < MOST_REFUSALS
+
+    def _is_lost(self, row: Row) -> bool:
+        """Whether a session is over, or has no user any more, while its save is under way."""
+        return self._table.state(row.session) == "gone" or self._host.loss_of(row.session) is not None
+
+    def _is_ours(self, row: Row, claim: Claim) -> bool:
+        """Whether what is stored is what this session has saved, or may have, so that it may go on from there."""
+        assert row.record is not None
+        stored = claim.record
+        _, acknowledged = self._table.versions(row.session)
+        if row.was_fenced and claim.epoch <= self._table.epoch(row.session):
+            # epochs never fall, but in an engine that has lost what came after: what it has now is older than ours
+            return stored is None or stored.version <= acknowledged
+        if stored is None:
+            return not (row.was_fenced and acknowledged)  # else it was erased, and is new
+        found = stored.version, self._identity.digest(stored.body)
+        return (
+            found == (row.version, self._identity.digest(row.record.body))
+            or self._table.is_stored(row.session, *found)
+            or found in self._settlement.unknown.get(row.session, ())
+        )
+
+
+def claims_of(store: Store, answers: object, user_ids: Sequence[int | str]) -> list[Claim | StoreError]:
+    """What `Store.claim_many` has answered: for each user, in their order, a claim or what is wrong with the row.
+
+    Raises `StoreContractError` if it is anything else.
+    """
+    if (
+        isinstance(answers, list | tuple)
+        and len(answers) == len(user_ids)
+        and all(_is_sound(answer, user_id) for answer, user_id in zip(answers, user_ids, strict=True))
+    ):
+        return list(answers)
+    raise StoreContractError(f"{store.name} did not answer with one claim for each user")
+
+
+def _is_sound(answer: object, user_id: int | str) -> bool:
+    if not isinstance(answer, Claim):
+        return isinstance(answer, StoreError)
+    epoch = answer.epoch
+    return (
+        type(answer.user_id) is type(user_id)
+        and answer.user_id == user_id
+        and type(epoch) is int
+        and (0 < epoch < MAX_NUMBER or not answer.granted)
+    )

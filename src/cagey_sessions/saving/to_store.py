@@ -1,0 +1,385 @@
+"""Saving to a store. What lives here: which saves go together, and the bytes of each. What must not: when a session is
+due, the calls of the store, or what it says.
+
+The bytes of a session are fixed in one synchronous step: `before_save`, the encoder, the digest, the version. If the
+digest is that of the version last acknowledged there is nothing to write. From there on only bytes, user id and version
+are in flight, in batches of at most `MOST_ROWS` rows and about `MOST_BYTES`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Callable, Collection
+from contextvars import Context
+from functools import partial
+
+from .._core import SaveBatch, SaveBatches, SessionCore, SessionTable
+from ..clock import Clock, TimerHandle
+from ..data.encoding import Encoding
+from ..data.sanitizer import Sanitizer
+from ..errors import EncodingError, ListenerCancelledError, UnsavableError
+from ..loop import TimeSlice
+from ..options import Options
+from ..process import Identity
+from ..stores import Outcome, Record, Verdict
+from ..stores.link import StoreGateway
+from ..user_code import END_OF_PROCESS
+from ..wording import quote
+from .autosave import Autosave
+from .in_flight import Flight
+from .pacing import Pacing
+from .reclaiming import Reclaiming
+from .verdicts import Row, Settlement, StoreHost
+from .workers import Worker
+from .writing import MOST_ROWS, Hanging, Writer
+
+__all__ = ["MOST_BYTES", "MOST_ROWS", "StoreSaver"]
+
+MOST_BYTES = 1024 * 1024
+ROWS_AT_ONCE = 64
+BYTES_AT_ONCE = 64 * 1024
+"""After about so much of a batch it is seen whether the loop is to have its turn."""
+ROWS_DOUBTED_AT_ONCE = 4096
+
+
+class StoreSaver:
+    """Saves to one store."""
+
+    one_at_a_time = True
+
+    def __init__(
+        self,
+        table: SessionTable,
+        gateway: StoreGateway,
+        encoding: Encoding,
+        clock: Clock,
+        options: Options,
+        host: StoreHost,
+        identity: Identity,
+        sanitizer: Sanitizer | None = None,
+    ) -> None:
+        self.patience: int | None = options.save_timeout
+        self.encoding = encoding
+        self._identity = identity
+        self.unchanged: int = 0
+        self._table = table
+        self._gateway = gateway
+        self._clock = clock
+        self._interval = options.interval
+        self._before_save: Callable[[SessionCore], object] | None = options.before_save
+        self._sanitizer = sanitizer
+        if sanitizer is not None and options.before_save is not None:
+            self._before_save = sanitizer.before_save(options.before_save)
+        self._is_marked_only = options.tracking == "marked"
+        self._host = host
+        self._batches: SaveBatches | None = None
+        self._batch_is_next = False  # else whoever is asked for
+        self._doubt_timer: TimerHandle | None = None
+        self._autosave: Autosave
+        self._slice: TimeSlice
+        self._pacing: Pacing
+        self._settlement: Settlement
+        self._writer: Writer
+
+    def bind(self, autosave: Autosave) -> None:
+        table, gateway = self._table, self._gateway
+        self._autosave = autosave
+        self._slice = autosave.slice
+        self._pacing = Pacing(self._clock, table, self._interval, autosave.kick)
+        settlement = self._settlement = Settlement(autosave, table, gateway, self._identity, self._host)
+        reclaiming = Reclaiming(table, gateway, self._identity, self._host, settlement)
+        self._writer = Writer(autosave, gateway, self._clock, settlement, reclaiming, self._identity)
+        gateway.watch(autosave.kick, self._pacing.begin, self._see_loss)
+
+    def begin(self) -> None:
+        """The process is known."""
+        self._batches = self._plan_batches()
+
+    def _plan_batches(self) -> SaveBatches | None:
+        """How most saves are made; None where there is more to each of them than its bytes."""
+        if self._interval is None or self._before_save is not None or self._sanitizer is not None:
+            return None
+        return SaveBatches(
+            self._table,
+            self._identity.digest,
+            record=Record,
+            verdict=Verdict,
+            saved=(Outcome.SAVED, Outcome.ALREADY),
+            owner=self._identity.owner,
+            schema=self.encoding.schema,
+            dump=self.encoding.dump if self.encoding.converts else None,
+            max_bytes=self.encoding.max_bytes,
+        )
+
+    def known_stored(self, session: SessionCore) -> frozenset[tuple[int, int]]:
+        """All that the store may have of a user by the work of this session: versions, with digests of the bodies."""
+        known = set(self._settlement.unknown.get(session, ()))
+        version, digest = self._table.stored(session)
+        if version:
+            known.add((version, digest))
+        if self._batches is not None:
+            fixed = self._batches.fixed(session)  # it may be under way in a batch
+            if fixed[0] != version:
+                known.add(fixed)
+        return frozenset(known)
+
+    def forget(self, session: SessionCore) -> None:
+        """A session is gone."""
+        self._settlement.forget(session)
+
+    @property
+    def fenced(self) -> int:
+        """How many sessions have lost their users to others."""
+        return self._settlement.fenced
+
+    @property
+    def unsavable(self) -> Collection[SessionCore]:
+        """Sessions whose data cannot be saved as it is."""
+        return self._settlement.unsavable
+
+    def close(self) -> None:
+        """Stop all timers."""
+        self._pacing.close()
+        if self._doubt_timer is not None:
+            self._doubt_timer.cancel()
+            self._doubt_timer = None
+
+    # What may be done now
+
+    def can_save(self) -> bool:
+        return True
+
+    def may_start(self) -> bool:
+        return self._gateway.may_call()
+
+    def _see_loss(self, place: int = 0) -> None:
+        """What was acknowledged may be gone: within one interval everybody is written again."""
+        if not place:
+            self._host.see_loss()
+        following = self._table.doubt(place, ROWS_DOUBTED_AT_ONCE)
+        if self._doubt_timer is not None:
+            self._doubt_timer.cancel()  # of an earlier loss: this walk passes there, too
+        self._doubt_timer = None
+        if following:
+            self._doubt_timer = self._clock.call_later(0, partial(self._see_loss, following), Context())
+
+    def serves_periodic(self) -> bool:
+        """After an outage everybody is due at once; they are let through at a steady rate, oldest first."""
+        return not self._pacing.is_active or self._pacing.allows()
+
+    # Batches
+
+    async def serve(self, worker: Worker) -> bool:
+        batches = self._batches
+        if batches is None or self._pacing.is_active or self._gateway.down or not self._autosave.serves_periodic():
+            return await self._serve_each(worker)
+        # the two kinds take turns, so that neither starves
+        takes_batch = batches.has_due() and (self._batch_is_next or not self._table.has_due(False))
+        self._batch_is_next = not takes_batch
+        if takes_batch:
+            return await self._serve_batch(batches.batch(), worker)
+        return await self._serve_each(worker, periodic=not batches.has_due())
+
+    async def _serve_batch(self, batch: SaveBatch, worker: Worker) -> bool:
+        """Save those whose time has come and who are nothing special, in a batch; the others as `_serve_each` does."""
+        autosave, writer = self._autosave, self._writer
+        rows: list[Row] = []
+        hanging: list[Hanging] = []
+        taken = 0
+
+        def rest() -> list[Row]:
+            handed = [self._handed_over(batch, *each) for each in autosave.end_batch(batch)]
+            rows.extend(handed)
+            return handed
+
+        try:
+            while taken < MOST_ROWS and batch.size < MOST_BYTES:
+                if taken and self._slice.is_spent():
+                    await self._slice.wait()
+                number = autosave.take_into(
+                    batch, min(ROWS_AT_ONCE, MOST_ROWS - taken), min(BYTES_AT_ONCE, MOST_BYTES - batch.size)
+                )
+                for odd in autosave.take_odd(batch):
+                    row = Row(*odd)
+                    rows.append(row)
+                    self._fix(row)
+                if not number:
+                    break
+                taken += number
+            worker.start()
+            if not taken:
+                return False
+            autosave.employ()
+            others = [row for row in rows if not row.settled]
+            if len(batch) and not writer.trouble(hanging):
+                error = await writer.call(batch.records, rest, hanging, batch)
+                if error is not None:
+                    await writer.write(rest(), hanging, tried=error)
+            await writer.write([*rest(), *others], hanging)
+            await writer.finish(rows, hanging)
+        except asyncio.CancelledError:
+            autosave.interrupt()
+            raise
+        finally:
+            self.unchanged += batch.unchanged
+            rows += (Row(*odd) for odd in autosave.take_odd(batch))
+            rest()
+            self._fail_unsettled(rows)
+        return True
+
+    def _handed_over(
+        self, batch: SaveBatch, session: SessionCore, version: int, flight: Flight, digest: int, place: int
+    ) -> Row:
+        row = Row(session, version, flight)
+        row.record = batch.records[place]
+        if self._table.state(session) != "gone":
+            self._settlement.unknown.setdefault(session, set()).add((version, digest))
+        return row
+
+    async def _serve_each(self, worker: Worker, *, periodic: bool = True) -> bool:
+        """Save whoever is due, each looked at alone; without `periodic`, those who are asked for."""
+        autosave, writer = self._autosave, self._writer
+        rows: list[Row] = []
+        try:
+            await self._fill(rows, periodic=periodic)
+            worker.start()
+            if not rows:
+                return False
+            autosave.employ()
+            open_rows = [row for row in rows if not row.settled]
+            # what failed before never shares a batch with what did not
+            suspects = [row for row in open_rows if self._settlement.failures(row)]
+            clean = [row for row in open_rows if row not in suspects] if suspects else open_rows
+            hanging: list[Hanging] = []
+            await writer.write(clean, hanging)
+            await writer.write_suspects(suspects, hanging)
+            await writer.finish(rows, hanging)
+        except asyncio.CancelledError:
+            autosave.interrupt()
+            raise
+        finally:
+            self._fail_unsettled(rows)
+        return True
+
+    def _fail_unsettled(self, rows: list[Row]) -> None:
+        for row in rows:
+            if not row.settled:
+                self._settlement.fail(row, ListenerCancelledError("the event loop was shut down during the save"))
+
+    async def _fill(self, rows: list[Row], *, periodic: bool) -> None:
+        """Take sessions and fix their bytes, until the batch is full or nobody is left."""
+        pacing = self._pacing
+        size = 0
+        most = 1 if self._gateway.down else MOST_ROWS
+        while len(rows) < most and size < MOST_BYTES:
+            if rows and self._slice.is_spent():
+                await self._slice.wait()
+            taken = self._autosave.take(periodic=periodic)
+            if taken is None:
+                if pacing.is_active and not self._table.has_due():
+                    pacing.end()
+                break
+            row = Row(*taken)
+            rows.append(row)
+            if pacing.is_active and not row.flight.has_waiters and not self._table.is_ending(row.session):
+                pacing.spend()
+            size += self._fix(row)
+
+    def _fix(self, row: Row) -> int:
+        """Fix the bytes of a session; settle it here if there is nothing to send. Returns the size of what is."""
+        session = row.session
+        user_id = session.user_id
+        assert user_id is not None
+        if (loss := self._host.loss_of(session)) is not None:
+            row.settled = True
+            self._autosave.drop(session, row.version, row.flight, loss)
+            return 0
+        try:
+            body = self.body(session)
+        except UnsavableError as error:
+            self._settlement.refuse(row, error.with_traceback(None))
+            return 0
+        fingerprint = self._identity.digest(body)
+        refused = self._settlement.refused.get(session)
+        if refused is not None and refused[0] == fingerprint:
+            self._settlement.refuse(row, refused[1])
+            return 0
+        is_ending = self._table.is_ending(session)
+        if is_ending:
+            row.flight.fingerprint = fingerprint
+        release = is_ending and self._host.is_last_save(session)
+        try:
+            version = self._table.fix(session, fingerprint)
+        except UnsavableError as error:  # no version is left
+            self._settlement.refuse(row, error.with_traceback(None))
+            return 0
+        row.changed = version > 0
+        if self._sanitizer is not None:
+            by_timer = self._is_marked_only and not row.flight.is_patient and not is_ending
+            self._sanitizer.saving(session, found_changed=by_timer and row.changed)
+        if version:
+            row.version = version
+        elif not release:
+            self.unchanged += 1
+            self._settlement.acknowledge(row, time.time())
+            return 0
+        if release:
+            row.flight.releases = True
+        row.record = Record(
+            user_id,
+            self._table.epoch(session),
+            self._identity.owner,
+            row.version,
+            self.encoding.schema,
+            body,
+            time.time(),
+            release,
+        )
+        self._settlement.unknown.setdefault(session, set()).add((row.version, fingerprint))
+        return len(body)
+
+    def body(self, session: SessionCore) -> bytes:
+        """The data of a session as it is to be stored now. Raises `UnsavableError`."""
+        assert session.user_id is not None
+        try:
+            if self._before_save is not None:
+                self._copy_live_state(self._before_save, session)
+            return self.encoding.dump(session.user_data)
+        except END_OF_PROCESS:
+            raise
+        except BaseException as error:
+            raise _unsavable(session.user_id, error) from error
+
+    def _copy_live_state(self, before_save: Callable[[SessionCore], object], session: SessionCore) -> None:
+        result = before_save(session)
+        if inspect.isawaitable(result):
+            if inspect.iscoroutine(result):
+                result.close()
+            raise EncodingError("before_save returned something to await; it has to be done when it returns")
+
+    def fingerprint(self, data: object) -> int | None:
+        """The digest of what would be saved; None if it cannot be."""
+        try:
+            return self._identity.digest(self.encoding.dump(data))
+        except Exception:
+            return None
+
+    def refusal(self, session: SessionCore) -> UnsavableError | None:
+        """Why the data of a session cannot be saved as it is, as far as can be told without the store."""
+        try:
+            body = self.body(session)
+        except UnsavableError as error:
+            return error.with_traceback(None)
+        refused = self._settlement.refused.get(session)
+        if refused is not None and refused[0] == self._identity.digest(body):
+            return refused[1]
+        return None
+
+
+def _unsavable(user_id: int | str, error: BaseException) -> UnsavableError:
+    path = error.path if isinstance(error, EncodingError) else None
+    reason = str(error) if isinstance(error, EncodingError) else f"before_save raised {type(error).__name__}"
+    message = f"the data of user {quote(user_id)} cannot be saved: {reason}"
+    return UnsavableError(message, user_id=user_id, path=path)

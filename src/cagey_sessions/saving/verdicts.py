@@ -1,0 +1,225 @@
+"""How saves to a store come to their end. What lives here: rows, what each verdict means for them, and what is kept of
+a session until the store has acknowledged it. What must not: calls of the store, or the bytes of a row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Protocol
+
+from .._core import SessionCore, SessionTable
+from ..errors import (
+    CageySessionsError,
+    FencedError,
+    LostRecordError,
+    StoreContractError,
+    StoreUnavailableError,
+    UnsavableError,
+    UserErasedError,
+)
+from ..process import Identity
+from ..records import Receipt
+from ..stores import Claim, Outcome, Record
+from ..stores.contract import Answers, verdicts_of
+from ..stores.link import StoreGateway
+from ..wording import quote
+from .autosave import Autosave, SaveHost
+from .in_flight import Flight
+
+__all__ = ["Row", "Settlement", "StoreHost"]
+
+MOST_CLAIMS = 2
+"""How often a user is claimed again for one save."""
+
+
+class StoreHost(SaveHost, Protocol):
+    """What a saver to a store needs of whoever it works for."""
+
+    def is_last_save(self, session: SessionCore) -> bool:
+        """Whether this save is to release the user."""
+        ...
+
+    def unsavable(self, session: SessionCore, error: UnsavableError) -> None:
+        """The data of a session cannot be saved as it is; told once for the same fault."""
+        ...
+
+    def lost(self, session: SessionCore, error: FencedError | UserErasedError) -> None:
+        """The store takes nothing more of a session."""
+        ...
+
+    def loss_of(self, session: SessionCore) -> Exception | None:
+        """Why nothing more of a session is to be written, if so."""
+        ...
+
+    def disown(self, claim: Claim) -> None:
+        """Let go of a claim that turned out not to be wanted."""
+        ...
+
+    def doubt(self, user_ids: list[int | str], call: asyncio.Task[Answers]) -> None:
+        """A claim of these users had no answer, and may be granted all the same."""
+        ...
+
+    def see_loss(self) -> None:
+        """What the store had acknowledged may be gone."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One save on its way to the store."""
+
+    session: SessionCore
+    version: int
+    flight: Flight
+    record: Record | None = None
+    changed: bool = True
+    settled: bool = False
+    unowned: bool = False
+    """The store says that it has to be claimed before it is written."""
+    was_fenced: bool = False
+    claims: int = 0
+
+    @property
+    def user_id(self) -> int | str:
+        assert self.record is not None
+        return self.record.user_id
+
+
+class Settlement:
+    """Settles rows: tells autosave and the host what became of each."""
+
+    def __init__(
+        self, autosave: Autosave, table: SessionTable, gateway: StoreGateway, identity: Identity, host: StoreHost
+    ) -> None:
+        self._autosave = autosave
+        self._table = table
+        self._gateway = gateway
+        self._identity = identity
+        self._host = host
+        self.fenced: int = 0
+        self.unsavable: dict[SessionCore, tuple[str, str | None]] = {}
+        """Sessions whose data cannot be saved as it is, with the fault that was last told, and where it is."""
+        self.refused: dict[SessionCore, tuple[int, UnsavableError]] = {}
+        """What the store has refused: the digest, and why."""
+        self.unknown: dict[SessionCore, set[tuple[int, int]]] = {}
+        """Writes that may be stored, or be about to, by version and digest, since the last one acknowledged."""
+
+    def failures(self, row: Row) -> int:
+        """How often in a row the saves of its session have failed."""
+        if self._table.state(row.session) == "gone":
+            return 0
+        return self._table.failures(row.session)
+
+    # Verdicts
+
+    def settle(self, rows: list[Row], verdicts: object) -> Exception | None:
+        """Settle rows as the store has answered, but for those to be claimed again. Returns what is wrong with it."""
+        try:
+            sound = verdicts_of(self._gateway.store, verdicts, len(rows))
+        except StoreContractError as error:
+            return error
+        for row, verdict in zip(rows, sound, strict=True):
+            self._settle_one(row, Outcome(verdict.outcome), verdict.detail)
+        return None
+
+    def _settle_one(self, row: Row, outcome: Outcome, detail: str) -> None:
+        session, record = row.session, row.record
+        assert record is not None
+        user_id = record.user_id
+        if outcome is Outcome.SAVED or outcome is Outcome.ALREADY:
+            self.acknowledge(row, record.saved_at)
+        elif outcome is Outcome.INVALID:
+            reason = detail or "it does not say why"
+            invalid = UnsavableError(f"the store refuses the data of user {quote(user_id)}: {reason}", user_id=user_id)
+            if session.alive:
+                self.refused[session] = (self._identity.digest(record.body), invalid)
+            self.refuse(row, invalid)
+        elif outcome is Outcome.FAILED or row.claims >= MOST_CLAIMS:
+            failed = StoreUnavailableError(
+                f"{self._gateway.name} could not save user {quote(user_id)}: {detail or outcome}"
+            )
+            self.fail(row, failed)
+        elif outcome is Outcome.MISSING:
+            row.unowned = True
+            if not self.failures(row) and not row.claims:
+                lost = f"the store no longer has the record of user {quote(user_id)}; it is claimed and saved again"
+                self._host.report(LostRecordError(lost, user_id=user_id), session)
+        elif outcome is Outcome.FENCED and not self._gateway.store.fenced:
+            self.fence(row)  # it can only know from somewhere else
+        elif outcome is Outcome.FENCED:
+            # perhaps by ourselves: a claim whose reply came too late, or a last save after which the data has changed
+            row.unowned = True
+            row.was_fenced = True
+        else:
+            self._drop(
+                row, UserErasedError(f"user {quote(user_id)} was erased while the session lived", user_id=user_id)
+            )
+
+    # Ends
+
+    def acknowledge(self, row: Row, saved_at: float) -> None:
+        """The store has it."""
+        row.settled = True
+        self.forget(row.session)
+        self._autosave.acknowledge(
+            row.session, row.version, row.flight, Receipt(row.version, saved_at, row.changed, self._gateway.name)
+        )
+
+    def fail(self, row: Row, error: Exception) -> None:
+        """It is tried again."""
+        row.settled = True
+        self._autosave.fail(row.session, row.version, row.flight, error)
+
+    def fail_all(self, rows: list[Row], error: Exception, *, report: bool = True) -> None:
+        """They are tried again, and it is told once."""
+        if not isinstance(error, CageySessionsError):
+            raised, error = error, StoreUnavailableError(f"{self._gateway.name} raised {type(error).__name__}")
+            error.__cause__ = raised
+        if report:
+            self.report(rows, error)
+        for row in rows:
+            row.settled = True
+            self._autosave.fail(row.session, row.version, row.flight, error, report=False)
+
+    def report(self, rows: list[Row], error: Exception) -> None:
+        """Tell the host what has failed for all of them."""
+        if len(rows) == 1:
+            self._host.report(error, rows[0].session)
+            return
+        failed = StoreUnavailableError(f"{len(rows)} users were not saved; they are tried again")
+        failed.__cause__ = error
+        self._host.report(failed, None)
+
+    def refuse(self, row: Row, error: UnsavableError) -> None:
+        """Its data cannot be saved as it is."""
+        row.settled = True
+        fault = str(error), error.path
+        if self.unsavable.get(row.session) != fault and row.session.alive:
+            self.unsavable[row.session] = fault
+            self._host.unsavable(row.session, error)
+        self._autosave.fail(row.session, row.version, row.flight, error, report=False)
+
+    def fence(self, row: Row) -> None:
+        """Somebody else has the user."""
+        self.fenced += 1
+        message = (
+            f"somebody else has taken over user {quote(row.user_id)}: "
+            "what this session had not saved by then is not saved"
+        )
+        self._drop(row, FencedError(message, user_id=row.user_id))
+
+    def _drop(self, row: Row, error: FencedError | UserErasedError) -> None:
+        row.settled = True
+        self.forget(row.session)
+        self._autosave.drop(row.session, row.version, row.flight, error)
+        self._host.lost(row.session, error)
+
+    def forget(self, session: SessionCore) -> None:
+        """Nothing is wrong with the data of a session any more, or the session is gone."""
+        if self.unsavable:
+            self.unsavable.pop(session, None)
+        if self.refused:
+            self.refused.pop(session, None)
+        if self.unknown:
+            self.unknown.pop(session, None)

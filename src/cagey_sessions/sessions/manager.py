@@ -1,0 +1,497 @@
+"""All sessions of one server. What lives here: `SessionManager`, the front door, and the warning about one that was
+forgotten. What must not: anything a session does by itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, cast, overload
+
+from .._core import ManagerCore, SessionCall, direct
+from ..clock import Clock, SystemClock
+from ..data.encoding import MAX_BYTES, Encoding
+from ..errors import OptionError, UnknownEventError, UnsavableError
+from ..events.listeners import MANAGER_EVENTS, Listener, ManagerEvent
+from ..files.spill import Spill
+from ..options import PERSIST_EVENTS, Duration, known_event, lacks, parse_duration, read_options, suggest, yes_or_no
+from ..ownership.claims import Claims
+from ..records import DrainReport, Health, SnapshotReport, SpillReport, Statistics
+from ..stores import Store
+from ..wording import quote
+from . import health
+from .draining import drain
+from .login import NO_DEFAULT, Ownership
+from .server import Lifecycle
+from .session import Session, T
+from .signals import run_until_signal
+from .snapshot import take_snapshot
+from .spilling import Replay
+
+__all__ = ["SessionManager", "create"]
+
+R = TypeVar("R")
+# What a decorated listener may be. It keeps its own type, so it is a variable, whose bound cannot hold the variable T.
+OfSession = TypeVar("OfSession", bound=Callable[[Session[Any]], object])
+OfIdentified = TypeVar("OfIdentified", bound=Callable[[Session[Any], int | str, Any], object])
+OfError = TypeVar("OfError", bound=Callable[[Exception, Session[Any] | None], object])
+OfUnsavable = TypeVar("OfUnsavable", bound=Callable[[Session[Any], UnsavableError], object])
+
+
+@direct
+class SessionManager(ManagerCore, Generic[T]):
+    """Everybody on this server, and the saving of their data: by a store, or by the program's own listeners.
+
+    Parameters
+    ----------
+    options
+        The settings of the Node package in snake case, as one mapping:
+        ``{"user_data": {"persistence": {"interval": "30s", "events": ["disconnect", "shutdown"]}}}``.
+        They mean the same as `interval` and `persist_on`.
+    store
+        Where user data is loaded from and saved to, such as ``SQLiteStore("players.db")``. Without one the program
+        loads, and saves in a listener of ``persist_user_data``.
+    interval
+        How old an unsaved change may become: each user is saved at least this often, at times spread evenly.
+        Seconds, a `timedelta`, or text (``"30s"``, ``"1h30m"``, ``"500ms"``); from 10 ms to 100 years. With a store
+        30 seconds by default; without one and without this nothing is saved by itself.
+    persist_on
+        When to save besides: any of ``"disconnect"`` and ``"shutdown"``; with a store both by default. Leaving
+        ``async with session`` acts on ``"disconnect"``, leaving ``async with manager`` on ``"shutdown"``; the program
+        can ask with `will_persist_user_data_on`.
+    max_in_flight
+        How many saves may be under way at a time: calls of the listener (50), or batches for the store (4). A call that
+        never returns keeps its slot; a listener that waits for the save of another session lends its slot meanwhile.
+    encode
+        With a store: a plain function from your data to a JSON value, for data that is more than JSON values.
+        `dataclass_codec` and `msgspec_codec` make it and its inverse.
+    decode
+        With a store: the inverse of `encode`. If it has a parameter ``schema`` it is told the number that the body was
+        written with.
+    schema
+        With a store: the number of the shape in which data is written now, 0 by default. A stored body with a higher
+        number is refused, and never saved over.
+    max_bytes
+        With a store: the largest size of a user's data, in bytes of JSON; 1 MiB by default.
+    before_save
+        With a store: a plain function that is called with the session right before its data is encoded, to copy live
+        state into `user_data`.
+    save_timeout
+        With a store: how long `persist_now`, `destroy`, `login`, `open`, `read`, `edit`, `erase` and a single call of
+        the store may take; 10 seconds by default.
+    tracking
+        With a store: how a change is noticed. ``"content"`` encodes each user once per interval and compares;
+        ``"marked"`` skips users for whom nobody has called `Session.mark_changed`, or assigned `user_data`, since
+        their last save. `persist_now`, `destroy` and `persist_all_user_data` compare in either case.
+    user_id
+        ``int`` or ``str`` to accept user ids of that type only.
+    spill
+        With a store: the path of a file for data that is still unsaved at the deadline of `destroy`, or when the
+        interpreter exits without `destroy`. The next start with the same path saves it, unless the user has been saved
+        since; see `spill_report`. Only one manager at a time may use the file.
+    log
+        A logger; ``logging.getLogger("cagey_sessions")`` by default. Its methods ``debug``, ``info``, ``warning`` and
+        ``error`` are called with one text, formatted already. It gets ids and counts, and of what functions of yours
+        raise the type and the lines passed; never data or keys.
+    debug
+        True to report mistakes with user data, each as a `UserDataWarning`: objects that two users share, changes after
+        the end or without a mark, values that `encode` and `decode` change, listeners that block the loop. It walks all
+        data at each save, so it is for development and tests.
+    clock
+        Where time comes from; for tests.
+
+    Notes
+    -----
+    The manager belongs to the event loop of its first awaited call, or of ``async with``. From another loop or thread,
+    or in the child of a fork, every call of the manager and of its sessions raises `WrongLoopError`, `statistics` and
+    `health` included: what they would read may be in the middle of a change. Hand the call over to the loop, with
+    `asyncio.run_coroutine_threadsafe`. What a session is (`key`, `user_id`, `alive`, `end_reason`) can be read
+    anywhere. A manager that is made before a fork and first used after it is another one in each process. Wrong
+    settings raise `OptionError`.
+
+    A manager that the program lets go of while it has users to save lives on, and saves them, until its loop ends; only
+    `destroy`, or leaving ``async with``, ends it.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, Any] | None = None,
+        /,
+        *,
+        store: Store | None = None,
+        interval: Duration | None = None,
+        persist_on: Iterable[Literal["disconnect", "shutdown"]] | None = None,
+        max_in_flight: int | None = None,
+        encode: Callable[[T], Any] | None = None,
+        decode: Callable[..., T] | None = None,
+        schema: int | None = None,
+        max_bytes: int | None = None,
+        before_save: Callable[[Session[T]], None] | None = None,
+        save_timeout: Duration | None = None,
+        tracking: Literal["content", "marked"] | None = None,
+        user_id: type[int] | type[str] | None = None,
+        spill: str | os.PathLike[str] | None = None,
+        log: Any = None,
+        debug: bool = False,
+        clock: Clock | None = None,
+    ) -> None:
+        if store is not None and not isinstance(store, Store):
+            what = f"{type(store).__name__}; open_store(url) makes one" if isinstance(store, str) else quote(store)
+            raise OptionError(f"store is a store, such as SQLiteStore('players.db'), not {what}")
+        codec = {"encode": encode, "decode": decode, "schema": schema, "max_bytes": max_bytes}
+        if store is None:
+            for name, value in codec.items():
+                if value is not None:
+                    raise OptionError(f"{name} needs a store; without one the program turns its data into bytes itself")
+        encoding = Encoding(
+            encode, decode, 0 if schema is None else schema, MAX_BYTES if max_bytes is None else max_bytes
+        )
+        if spill is not None and store is None:
+            raise OptionError("spill needs a store; without one, a listener of 'persist_user_data' does the saving")
+        checked = read_options(
+            options,
+            stored=store is not None,
+            interval=interval,
+            persist_on=persist_on,
+            max_in_flight=max_in_flight,
+            before_save=before_save,
+            save_timeout=save_timeout,
+            tracking=tracking,
+            user_id=user_id,
+            log=log,
+            debug=debug,
+        )
+        if clock is not None and (missing := lacks(clock, ("now", "call_later"))):
+            raise OptionError(f"clock has the methods now and call_later; {quote(clock)} has no {missing}")
+        spilled = None if spill is None else Spill(spill)
+        self._life = Lifecycle(Session, checked, clock or SystemClock(), store, encoding, spilled)
+        self._attend(self._life.table)
+        self._life.claims = claims = Claims(self._life)
+        self._replay = Replay(self._life, claims)
+        self._life.ownership = self._ownership = Ownership(self._life, encoding, claims, self._replay)
+        self._is_over = False
+
+    if TYPE_CHECKING:
+
+        def create(self, key: str | None = None, *, replace: bool = False) -> SessionCall[Session[T]]: ...
+        def find_by_key(self, key: str) -> Session[T] | None: ...
+
+    def open(
+        self,
+        user_id: int | str,
+        *,
+        default: T | Callable[[], T] = NO_DEFAULT,
+        when_active: Literal["join", "replace", "refuse"] = "join",
+    ) -> SessionCall[Session[T]]:
+        """The live session of a user, or a new one, without a key, with the data the store has.
+
+        Await it, or enter it: ``async with manager.open("alice") as session:`` ends the session with the block, also
+        one that was live before. Calls for a user who is being loaded share the load and get the same session.
+        ``when_active`` says what happens to a live session: ``"join"`` returns it, ``"replace"`` saves and ends it,
+        ``"refuse"`` raises `UserActiveError`. Otherwise like `create` and `Session.login`, and raises what they raise:
+        `UserNotFoundError` for a user the store does not know, if there is no `default`. Cancelling the call ends the
+        session if nobody else waits for it.
+        """
+        return self._open(user_id, default, when_active)
+
+    async def read(self, user_id: int | str) -> T:
+        """A private copy of a user's data: as it is now if they are on this server, else as it is stored.
+
+        Where servers share the store, and the user's session here is ending, the store is asked first whose they are.
+        Claims nothing, so another server may be changing the data meanwhile. Raises `InvalidUserIdError`,
+        `UserNotFoundError`, `EncodingError` for live data that cannot be saved, `CorruptRecordError`,
+        `NewerSchemaError`, `StoreUnavailableError`, `StoreModeError` without a store. O(size).
+        """
+        return cast(T, await self._ownership.read(user_id))
+
+    def edit(self, user_id: int | str, *, default: T | Callable[[], T] = NO_DEFAULT) -> AbstractAsyncContextManager[T]:
+        """Change a user's data in place, wherever they are: ``async with manager.edit("alice") as data: ...``.
+
+        For a user on this server `data` is the live object, and leaving the block saves it like `persist_now`. Anybody
+        else is claimed and loaded, and when the block is left written and released; a login of the same user waits for
+        that. If the block raises nothing is written, but its changes to live data stay. `default` is as in
+        `Session.login`. Raises what `Session.login` and `Session.persist_now` raise, and `UsageError` if the program
+        has assigned another `user_data` meanwhile: what the block changed is then no longer the user's data.
+        """
+        return self._ownership.edit(user_id, default)
+
+    async def erase(self, user_id: int | str) -> bool:
+        """Remove a user's data from the store for good, and end their session unsaved. Returns whether there was any.
+
+        A tombstone stays, so that no late write brings the data back (with `CallbackStore` only what its `erase`
+        leaves); at the next login the user is new. Raises `OwnedElsewhereError` while the user is on another server;
+        `InvalidUserIdError`, `StoreUnavailableError`, `StoreModeError` without a store, or with one that cannot erase,
+        and `WouldDeadlockError` inside a listener of the end of their session. A call of the store.
+        """
+        return await self._ownership.erase(user_id)
+
+    def find_by_user(self, user_id: int | str) -> Session[T] | None:
+        """The live session of that user, or None. Raises `InvalidUserIdError`. O(1)."""
+        return cast("Session[T] | None", self._life.table.find_by_user(user_id))
+
+    def sessions(self) -> list[Session[T]]:
+        """All sessions, ending ones included, in no order. O(n), so do not call it for every message."""
+        return cast("list[Session[T]]", self._life.table.sessions_now())
+
+    def __len__(self) -> int:
+        """How many sessions there are, those that are ending included. O(1)."""
+        self._life.table.require_thread()
+        return len(self._life.table)
+
+    def __bool__(self) -> bool:
+        """A manager is true, also while it has no session."""
+        return True
+
+    def will_persist_user_data_on(self, name: Literal["disconnect", "shutdown"]) -> bool:
+        """Whether `persist_on` has that moment: ``"disconnect"`` or ``"shutdown"``.
+
+        For a program that ends sessions or the manager itself:
+        ``await session.destroy(manager.will_persist_user_data_on("disconnect"))``. Raises `UnknownEventError`.
+        """
+        self._life.table.require_thread()
+        return known_event(name, PERSIST_EVENTS) in self._life.options.persist_on
+
+    async def persist_all_user_data(self) -> None:
+        """Save every user who is on this server now, each once, oldest save first; with a store in batches.
+
+        Users who join meanwhile are not included; users who are leaving are saved by their own `destroy`. When all
+        others are saved raises `UnsavedError` with the `user_ids` that could not be, and `NothingSavesError` without a
+        listener. O(users), in slices.
+        """
+        await self._life.persist_all()
+
+    async def snapshot(self, path: str | os.PathLike[str]) -> SnapshotReport:
+        """Write everybody on this server to a file, for a backup or for inspection; `read_snapshot` reads it.
+
+        Each user's data is of one moment, encoded as for a save; users later in the file are of a later moment. Users
+        who leave meanwhile are not in it, users who join may be. Users whose data cannot be encoded are left out and
+        named in the report. The file is readable by its owner only (mode 0600), and holds all data as JSON. It replaces
+        an earlier file as a whole, once it is safe on the disk; if that fails, the earlier file stays.
+
+        Cancelled, the call first waits for its thread, for 10 seconds at most where the disk hangs, and leaves nothing
+        but the earlier file. Only a cancellation that comes when the complete new file is already taking its place (the
+        last step, a rename) comes too late for that: then the new one is there, and the call is cancelled all the same.
+
+        `path` may be a symbolic link of this user or of root: what it leads to is replaced.
+
+        Raises `SnapshotError` if it cannot be written, and for a link that another user has made; `ManagerClosedError`
+        after the end. O(users), in slices; a thread waits for the disk.
+        """
+        return await take_snapshot(self._life, path)
+
+    @property
+    def spill_report(self) -> SpillReport | None:
+        """What has become so far of the users that an earlier process has spilled. O(those users).
+
+        None without `spill`, and before the store was opened for the first time.
+        """
+        self._life.table.require_thread()
+        spill = self._life.spill
+        return spill.report() if spill is not None and spill.is_open else None
+
+    def statistics(self) -> Statistics:
+        """What the manager is doing at this instant. O(1), plus one step for each save under way."""
+        self._life.table.require_thread()
+        return health.statistics(self._life)
+
+    def health(self) -> Health:
+        """Whether users are being saved as they should: ``"ok"``, ``"degraded"`` or ``"down"``, and why.
+
+        False in a condition when it is down. Down: the store does not answer, nobody saves, or the manager has been
+        destroyed. Degraded: something unsaved is older than two intervals, saves take longer than the interval, or some
+        data cannot be saved as it is. The reason says all that holds, and names up to ten users whose data that is, so
+        it is not for everybody to see. O(1), plus one step for each save under way.
+        """
+        self._life.table.require_thread()
+        return health.health(self._life)
+
+    async def destroy(self, persist: bool | None = None, *, deadline: Duration = "25s") -> DrainReport:
+        """End all sessions and the manager itself, and return how it went.
+
+        From now on nobody new is admitted; calls under way are awaited; with `persist` (by default True with a store,
+        False without) every user's last save is made, oldest first, and retried when it fails; then the store is
+        closed. Users who are not saved by the `deadline` are ended unsaved and named in the `DrainError` that is raised
+        then: its ``report`` is the `DrainReport`. With `spill` their data is kept in that file. Listeners of
+        ``destroy`` may run for one second more. A save that is still under way by then is abandoned.
+
+        Calls that come later join the first, and its `deadline`; one that asks for saves still gets those that are
+        possible, and raises `ManagerClosedError` if somebody had ended without one by then. Inside a listener that this
+        end waits for, or in a task that such a listener has started, the call returns at once, with the report so far.
+        Cancelling the call stops the waiting, not the end. Raises `NothingSavesError`, `OptionError` before anything
+        changes. O(users), in slices.
+        """
+        longest = parse_duration(deadline, "deadline", shortest=0)
+        persist = self._life.gateway is not None if persist is None else yes_or_no("persist", persist)
+        report = await drain(self._life, persist, longest)
+        if self._life.closed:
+            self._life.warning.detach()
+        return report
+
+    async def run_until_signal(self, *, deadline: Duration = "25s") -> int:
+        """Wait for SIGTERM or SIGINT, then `destroy` the manager: an exit status, 1 if anybody is unsaved, else 0.
+
+        Users are saved if `persist_on` has ``"shutdown"``. Returns too once somebody else has destroyed the manager.
+        The report goes to the log, and leaving ``async with`` no longer raises it:
+
+            async def main() -> int:
+                async with manager:
+                    ...
+                    return await manager.run_until_signal()
+
+            raise SystemExit(asyncio.run(main()))
+
+        The handlers are installed from the call to its return. Handlers that the program has set before, with
+        `signal.signal` or `loop.add_signal_handler`, are called as well; Python's own and `asyncio.run`'s are not, and
+        an ignored signal has none. All are restored afterwards, unless others were set meanwhile. Further signals are
+        logged, and abort nothing. Cancelling the call stops the waiting, not an end that has begun.
+
+        Raises `UsageError` outside the main thread, `DurationError`, before anything changes.
+        """
+        parse_duration(deadline, "deadline", shortest=0)
+        status = await run_until_signal(
+            self._life,
+            lambda persist: self.destroy(persist, deadline=deadline),
+            lambda: self.will_persist_user_data_on("shutdown"),
+        )
+        self._is_over = True
+        return status
+
+    def estimate_drain_seconds(self) -> float:
+        """About how many seconds `destroy(persist=True)` would take now; 0.0 with nobody to save.
+
+        It assumes full batches, `max_in_flight` of them at a time, at the average time of a call of the store (without
+        a store one save for each user, at the average time of the listeners), plus 0.1 ms of work on the event loop for
+        each user. Before anything was measured it is that work alone. It does not allow for a store that is down, large
+        data, failed attempts, or what your listeners do. O(1).
+        """
+        self._life.table.require_thread()
+        return health.drain_seconds(self._life)
+
+    async def __aenter__(self) -> Self:
+        """Bind the loop and open the store; raises what `Store.open` raises."""
+        self._life.enter()
+        if self._life.gateway is not None:
+            await self._replay.enter()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Destroy the manager; users are saved if `persist_on` has ``"shutdown"``, which with a store it has."""
+        if self._is_over:
+            return  # how it went has been told
+        begun = self._life.drain is not None  # then whoever began it has said what to save
+        await self.destroy(not begun and self.will_persist_user_data_on("shutdown"))
+
+    @overload
+    def on(
+        self,
+        name: Literal["created", "started", "persist_user_data", "before_destroy", "destroy"],
+        listener: Callable[[Session[T]], R],
+    ) -> Callable[[Session[T]], R]: ...
+    @overload
+    def on(
+        self, name: Literal["identified"], listener: Callable[[Session[T], int | str, T], R]
+    ) -> Callable[[Session[T], int | str, T], R]: ...
+    @overload
+    def on(
+        self, name: Literal["error"], listener: Callable[[Exception, Session[T] | None], R]
+    ) -> Callable[[Exception, Session[T] | None], R]: ...
+    @overload
+    def on(
+        self, name: Literal["unsavable"], listener: Callable[[Session[T], UnsavableError], R]
+    ) -> Callable[[Session[T], UnsavableError], R]: ...
+    @overload
+    def on(
+        self, name: Literal["created", "started", "persist_user_data", "before_destroy", "destroy"]
+    ) -> Callable[[OfSession], OfSession]: ...
+    @overload
+    def on(self, name: Literal["identified"]) -> Callable[[OfIdentified], OfIdentified]: ...
+    @overload
+    def on(self, name: Literal["error"]) -> Callable[[OfError], OfError]: ...
+    @overload
+    def on(self, name: Literal["unsavable"]) -> Callable[[OfUnsavable], OfUnsavable]: ...
+    def on(self, name: ManagerEvent, listener: Listener | None = None) -> object:
+        """Call a listener, sync or async, each time an event is emitted; without one, a decorator.
+
+        The events and what their listeners receive: ``created`` (session), ``started`` (session), ``identified``
+        (session, user_id, user_data), ``persist_user_data`` (session), ``before_destroy`` (session), ``destroy``
+        (session), ``error`` (error, session or None), ``unsavable`` (session, error). With a store there is no
+        ``persist_user_data``; ``before_save=`` is what comes closest. Listeners run one at a time in the order of
+        registration, each awaited before the next; one that raises stops no other.
+
+        A ``persist_user_data`` listener turns `session.user_data` into bytes first, before its first await, and then
+        writes them: the data goes on changing while the write is under way.
+
+        Raises `UnknownEventError`, `InvalidListenerError`.
+        """
+        if listener is None:
+            return lambda function: self._add(name, function, once=False)
+        return self._add(name, listener, once=False)
+
+    @overload
+    def once(
+        self,
+        name: Literal["created", "started", "persist_user_data", "before_destroy", "destroy"],
+        listener: Callable[[Session[T]], R],
+    ) -> Callable[[Session[T]], R]: ...
+    @overload
+    def once(
+        self, name: Literal["identified"], listener: Callable[[Session[T], int | str, T], R]
+    ) -> Callable[[Session[T], int | str, T], R]: ...
+    @overload
+    def once(
+        self, name: Literal["error"], listener: Callable[[Exception, Session[T] | None], R]
+    ) -> Callable[[Exception, Session[T] | None], R]: ...
+    @overload
+    def once(
+        self, name: Literal["unsavable"], listener: Callable[[Session[T], UnsavableError], R]
+    ) -> Callable[[Session[T], UnsavableError], R]: ...
+    @overload
+    def once(
+        self, name: Literal["created", "started", "persist_user_data", "before_destroy", "destroy"]
+    ) -> Callable[[OfSession], OfSession]: ...
+    @overload
+    def once(self, name: Literal["identified"]) -> Callable[[OfIdentified], OfIdentified]: ...
+    @overload
+    def once(self, name: Literal["error"]) -> Callable[[OfError], OfError]: ...
+    @overload
+    def once(self, name: Literal["unsavable"]) -> Callable[[OfUnsavable], OfUnsavable]: ...
+    def once(self, name: ManagerEvent, listener: Listener | None = None) -> object:
+        """Like `on`, for the next time only, also if the listener raises or causes the event again."""
+        if listener is None:
+            return lambda function: self._add(name, function, once=True)
+        return self._add(name, listener, once=True)
+
+    def off(self, name: ManagerEvent, listener: Listener) -> None:
+        """Take a listener back; nothing happens if it is not registered. Raises `UnknownEventError`."""
+        self._life.table.require_thread()
+        self._life.listeners.remove(name, listener)
+
+    def _add(self, name: ManagerEvent, listener: Listener, *, once: bool) -> Listener:
+        self._life.table.require_thread()
+        if known_event(name, MANAGER_EVENTS) == "persist_user_data" and self._life.gateway is not None:
+            raise UnknownEventError(
+                "a manager with a store saves by itself and emits no 'persist_user_data'; to copy live state into the "
+                "data right before it is saved, give SessionManager a function before_save="
+            )
+        self._life.listeners.add(name, listener, once=once)
+        if name == "persist_user_data":
+            self._life.intent.is_there = True
+            self._life.autosave.kick()
+        return listener
+
+
+def create(apis: Mapping[str, Any] | None = None, options: Mapping[str, Any] | None = None) -> SessionManager[Any]:
+    """Make a `SessionManager` the way the Node package does.
+
+    `apis` may hold ``"log"``, a logger; `options` is the nested mapping of `SessionManager`. Raises `OptionError`.
+    """
+    if apis is not None and not isinstance(apis, Mapping):
+        raise OptionError(f"apis is a mapping like {{'log': logger}}, not {quote(apis)}")
+    for name in apis or ():
+        if not isinstance(name, str) or name != "log":
+            raise OptionError(f"there is no api {quote(name)}{suggest(name, ('log',))}")
+    return SessionManager(options, log=(apis or {}).get("log"))

@@ -1,0 +1,416 @@
+"""The way to the store. What lives here: deadlines of calls, whether the store is up, and when to try again if it is
+not. What must not: what a call is for.
+
+A call is a task that is never cancelled here. One that has not returned at its deadline counts as of unknown outcome;
+the store is asked to `abort` it, and it keeps its place until it returns. While the store is down one call at a time is
+let through to see whether it is back: the half-open state of a circuit breaker (Nygard, "Release It!", 2007).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Callable, Coroutine, Iterable
+from contextvars import Context
+from typing import Any, Generic, TypeVar
+
+from ..clock import Clock, TimerHandle
+from ..errors import StoreContractError, StoreError, StoreUnavailableError
+from ..options import SECOND
+from ..process import Identity
+from ..user_code import END_OF_PROCESS, is_for_this_task
+from . import Record, Store, Verdict
+
+__all__ = ["Call", "CallTimedOutError", "StoreGateway"]
+
+T = TypeVar("T")
+
+FIRST_PROBE = SECOND // 10
+"""How long after the store went down it is tried for the first time; then after twice as long each time,"""
+LONGEST_PROBE = SECOND
+"""but at least this often."""
+AVERAGE_OVER = 16
+"""The latency is averaged over about so many calls."""
+MOST_FAILING = 8
+"""Of users who fail alone, how many calls may fail, each for others, with none that succeeds in between: if it is more,
+it is the store."""
+CLOSING = SECOND
+"""How long the calls under way, and then the store itself, are waited for at the end."""
+
+
+class CallTimedOutError(StoreUnavailableError):
+    """A call has not returned at its deadline."""
+
+
+class Call(Generic[T]):
+    """One call of the store, until it returns, however late that is."""
+
+    __slots__ = ("_gateway", "is_probe", "started", "task", "users")
+
+    def __init__(
+        self,
+        gateway: StoreGateway,
+        task: asyncio.Task[T],
+        started: int,
+        is_probe: bool,
+        users: frozenset[int | str],
+    ) -> None:
+        self._gateway = gateway
+        self.users: frozenset[int | str] = users
+        self.task: asyncio.Task[T] = task
+        self.started: int = started
+        self.is_probe: bool = is_probe
+
+    async def answer(self) -> T:
+        """What the call returns or raises; at its deadline raises `CallTimedOutError`."""
+        try:
+            await self._gateway.wait_for(self.task, self._left())
+        except asyncio.CancelledError:
+            self._gateway.bound(self, self._left())
+            raise
+        if not self.task.done():
+            self._gateway.give_up_on(self)
+            raise CallTimedOutError(f"{self._gateway.name} did not answer within {self._gateway.timeout / SECOND:g} s")
+        return self.result()
+
+    def _left(self) -> int:
+        return self._gateway.timeout - (self._gateway.now() - self.started)
+
+    async def end(self) -> None:
+        """Wait until the call has returned, without a deadline."""
+        await self._gateway.wait_for(self.task, None)
+
+    def result(self) -> T:
+        """What a call that has returned returned or raised."""
+        if self.task.cancelled():
+            raise StoreUnavailableError(f"a call of {self._gateway.name} was cancelled")
+        error = self.task.exception()
+        if error is None:
+            return self.task.result()
+        is_of_users = self._gateway.store.independent  # and not of what lies under all of them
+        if isinstance(error, StoreError) or is_of_users or not isinstance(error, (OSError, TimeoutError)):
+            raise error
+        raise StoreUnavailableError(f"{self._gateway.name} cannot be reached ({type(error).__name__})") from error
+
+
+class StoreGateway:
+    """All calls of one store."""
+
+    def __init__(self, store: Store, clock: Clock, timeout: int, identity: Identity, say: Callable[..., None]) -> None:
+        self.store = store
+        self.name: str = store.name
+        self.timeout = timeout
+        self.now: Callable[[], int] = clock.now
+        self._clock = clock
+        self._say = say
+        self._identity = identity
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._calls: dict[asyncio.Task[Any], None] = {}  # in the order in which they began
+        self.writes: dict[int | str, asyncio.Task[Any]] = {}
+        """The writes and erasures under way by user, where the store fences off nothing that comes late."""
+        self._last_success = -1
+        self._failing: list[frozenset[int | str]] = []
+        """Where users fail alone: the users of each call that has failed since the last one that succeeded."""
+        self._probe: Call[Any] | None = None
+        self._probe_delay = FIRST_PROBE
+        self._probe_at = 0
+        self._probe_timer: TimerHandle | None = None
+        self._on_chance: Callable[[], None] = lambda: None
+        self._on_return: Callable[[], None] = lambda: None
+        self._on_loss: Callable[[], None] = lambda: None
+        self._incarnation = ""
+        self.losses: int = 0
+        """How often the engine may have lost what it had acknowledged."""
+        self._admission: asyncio.Future[None] | None = None
+        self.down_since: int | None = None
+        self.last_error: Exception | None = None
+        self.latency: float = 0.0
+        self._closing = False
+        self.closed: bool = False
+
+    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Work on this loop from now on."""
+        self._loop = loop
+
+    def watch(self, on_chance: Callable[[], None], on_return: Callable[[], None], on_loss: Callable[[], None]) -> None:
+        """Have the first called whenever a call may begin again, the second before that when the store is back.
+
+        The third is called when the engine under the store may have lost what it had acknowledged.
+        """
+        self._on_chance = on_chance
+        self._on_return = on_return
+        self._on_loss = on_loss
+
+    # Opening and closing
+
+    async def open(self) -> None:
+        """Open the store, once; whoever comes meanwhile waits for the same. A failed attempt may be repeated.
+
+        Raises what the store raises, and `StoreContractError` while another manager has it.
+        """
+        if self._closing:
+            raise StoreUnavailableError(f"{self.name} is closed: the manager was destroyed")
+        if not self._has_store():
+            holder = None if self.store._gateway is None else self.store._gateway()
+            if holder is not None and holder._has_store():
+                raise StoreContractError(f"this {self.name} is open already; make one for each manager")
+            self.store._gateway = weakref.ref(self)
+            self._opening = self._spawn(self.store.open)
+        assert self._opening is not None
+        await self.wait_for(self._opening, self.timeout)
+        if not self._opening.done():
+            raise StoreUnavailableError(f"{self.name} could not be opened within {self.timeout / SECOND:g} s")
+        self._opening.result()
+
+    def _has_store(self) -> bool:
+        """Whether the store was opened here, or is about to be; a failed attempt leaves it to anybody."""
+        opening = self._opening
+        if opening is None or not opening.done():
+            return opening is not None
+        return not opening.cancelled() and opening.exception() is None
+
+    async def close(self) -> None:
+        """Wait a moment for what is under way, and close the store. Never raises."""
+        if self._closing:
+            return
+        self._closing = True
+        self._stop_probing()
+        self._wake()
+        until = self.now() + CLOSING
+        while self._calls and self.now() < until:
+            await self.wait_for(next(iter(self._calls)), until - self.now())
+            await asyncio.sleep(0)  # whoever waited for the call may have another to make
+            await asyncio.sleep(0)
+        self.closed = True
+        if not self._has_store():
+            return  # it may be open all the same, for somebody else
+        closing = self._spawn(self.store.close)
+        await self.wait_for(closing, CLOSING)
+        self._opening = None
+        if not closing.done():
+            self._say("error", "%s did not close within %g s", self.name, CLOSING / SECOND)
+        elif closing.cancelled() or closing.exception() is not None:
+            error = None if closing.cancelled() else closing.exception()
+            self._say("error", "%s could not be closed: %s", self.name, type(error or asyncio.CancelledError).__name__)
+
+    # Calling
+
+    def start(
+        self, users: Iterable[int | str], method: Callable[..., Coroutine[Any, Any, T]], *args: object
+    ) -> Call[T]:
+        """Begin a call for some users."""
+        call = Call(self, self._spawn(method, *args), self.now(), self.down, frozenset(users))
+        if call.is_probe:
+            self._probe = call
+        call.task.add_done_callback(lambda _: self._see_returned(call))
+        return call
+
+    async def ask(self, method: Callable[..., Coroutine[Any, Any, T]], user_id: int | str, *args: object) -> T:
+        """Begin a call for one user and wait for its answer."""
+        return await self.start((user_id,), method, user_id, *args).answer()
+
+    def _spawn(self, method: Callable[..., Coroutine[Any, Any, T]], *args: object) -> asyncio.Task[T]:
+        async def run() -> T:
+            task = asyncio.current_task()
+            try:
+                return await method(*args)  # here, so that what it raises before its first await is raised here too
+            except Exception:
+                raise
+            except BaseException as error:
+                if is_for_this_task(error, task):
+                    raise
+                raised = f"a call of {self.name} raised {type(error).__name__}; what it has done is unknown"
+                raise StoreUnavailableError(raised) from error
+
+        task = asyncio.Task(run(), loop=self._loop, name="cagey-sessions store call", context=Context())
+        self._calls[task] = None
+        task.add_done_callback(self._calls.pop)
+        task.add_done_callback(_look_at)
+        return task
+
+    async def wait_for(self, task: asyncio.Task[Any], limit: int | None) -> None:
+        """Wait until a task is done, or `limit` nanoseconds have passed; cancels nothing."""
+        if task.done():
+            return
+        assert self._loop is not None
+        done: asyncio.Future[None] = self._loop.create_future()
+
+        def wake(_: object = None) -> None:
+            if not done.done():
+                done.set_result(None)
+
+        timer = None if limit is None else self._clock.call_later(max(0, limit), wake, Context())
+        task.add_done_callback(wake)
+        try:
+            await done
+        finally:
+            task.remove_done_callback(wake)
+            if timer is not None:
+                timer.cancel()
+
+    def give_up_on(self, call: Call[Any]) -> None:
+        """The deadline of a call has passed."""
+        if self._probe is call:
+            self._probe = None  # it may never return; the next one has a place of its own
+        self._failed_call(call, CallTimedOutError(f"{self.name} does not answer"))
+        try:
+            self.store.abort(call.task)
+        except END_OF_PROCESS:
+            raise
+        except BaseException as error:
+            self._say("error", "%s could not abort a call: %s", self.name, type(error).__name__)
+
+    def bound(self, call: Call[Any], left: int) -> None:
+        """See to the deadline of a call that nobody waits for any more."""
+
+        def give_up() -> None:
+            if not call.task.done() and not self.closed:
+                self.give_up_on(call)
+
+        timer = self._clock.call_later(max(0, left), give_up, Context())
+        call.task.add_done_callback(lambda _: timer.cancel())
+
+    def write(self, records: list[Record]) -> Call[list[Verdict]]:
+        """Begin a call of `Store.save_many`, and know of it until it returns, whoever still waits for it."""
+        user_ids = [record.user_id for record in records]
+        call = self.start(user_ids, self.store.save_many, records)
+        self._remember(call.task, user_ids)
+        return call
+
+    def erase(self, user_id: int | str, owner: str) -> Call[bool]:
+        """Begin a call of `Store.erase`, and know of it as of a write."""
+        call = self.start((user_id,), self.store.erase, user_id, owner)
+        self._remember(call.task, [user_id])
+        return call
+
+    def _remember(self, task: asyncio.Task[Any], user_ids: list[int | str]) -> None:
+        if self.store.fenced:
+            return
+        for user_id in user_ids:
+            self.writes[user_id] = task
+
+        def forget(_: object) -> None:
+            for user_id in user_ids:
+                if self.writes.get(user_id) is task:
+                    del self.writes[user_id]
+
+        task.add_done_callback(forget)
+
+    def _see_returned(self, call: Call[Any]) -> None:
+        if self._probe is call:
+            self._probe = None
+        if call.task.cancelled():
+            self.failed(call.started, StoreUnavailableError("a call was cancelled"))
+            return
+        error = call.task.exception()
+        if error is None:
+            self._succeeded(call)
+        elif isinstance(error, StoreUnavailableError):
+            self.failed(call.started, error)
+        elif isinstance(error, (OSError, TimeoutError)):
+            self._failed_call(call, error)
+        elif call.is_probe and isinstance(error, Exception):
+            self.failed(call.started, error)  # whatever it says, it is not well
+        elif self.store.independent and isinstance(error, Exception) and not isinstance(error, StoreError):
+            self._failed_call(call, error)
+        else:
+            self._wake()
+
+    # Up and down
+
+    @property
+    def fails_for_several(self) -> bool:
+        """Whether calls of different users have failed one after the other, where users fail alone."""
+        return len(self._failing) > 1
+
+    @property
+    def down(self) -> bool:
+        return self.down_since is not None
+
+    def may_call(self) -> bool:
+        """Whether a call may begin now: always while the store is up; one at a time, now and then, while it is not."""
+        return not self.down or (self._probe is None and self.now() >= self._probe_at)
+
+    async def admission(self) -> None:
+        """Wait until a call may begin."""
+        while not self.may_call() and not self._closing:
+            if self._admission is None:
+                assert self._loop is not None
+                self._admission = self._loop.create_future()
+            await asyncio.shield(self._admission)
+
+    def _succeeded(self, call: Call[Any]) -> None:
+        now = self.now()
+        self._last_success = max(self._last_success, call.started)
+        self._failing.clear()
+        taken = (now - call.started) / SECOND
+        if self.store.incarnation != self._incarnation:
+            before, self._incarnation = self._incarnation, self.store.incarnation
+            if before:
+                self._say("warning", "the engine of %s was started anew; everybody is written again", self.name)
+                self.losses += 1
+                self._on_loss()
+        self.latency = taken if not self.latency else self.latency + (taken - self.latency) / AVERAGE_OVER
+        if self.down_since is not None:
+            self._say("warning", "%s is back after %.1f s", self.name, (now - self.down_since) / SECOND)
+            self.down_since = None
+            self._probe_delay = FIRST_PROBE
+            self._stop_probing()
+            self._on_return()
+            self._wake()
+
+    def _failed_call(self, call: Call[Any], error: Exception) -> None:
+        """A call has failed or hangs. Where users fail alone it takes several of them to say that the store is down."""
+        if not self.store.independent or self.down:
+            self.failed(call.started, error)
+            return
+        self.last_error = error
+        if call.started > self._last_success and all(call.users.isdisjoint(others) for others in self._failing):
+            self._failing.append(call.users)
+        if len(self._failing) > MOST_FAILING:
+            self.failed(call.started, error)
+        else:
+            self._wake()
+
+    def failed(self, started: int, error: Exception) -> None:
+        """A call begun at `started` did not reach the store, or is not known to have."""
+        self.last_error = error
+        if self._closing or started <= self._last_success:
+            return  # a later one has succeeded
+        now = self.now()
+        if self.down_since is None:
+            self.down_since = now
+            self._say(
+                "error", "%s is down: %s", self.name, error if isinstance(error, StoreError) else type(error).__name__
+            )
+        elif self._probe_timer is not None and now < self._probe_at:
+            return  # of several calls that fail at once the first has set the time
+        self._probe_at = now + int(self._probe_delay * self._identity.random.uniform(0.5, 1.0))
+        self._probe_delay = min(self._probe_delay * 2, LONGEST_PROBE)
+        self._stop_probing()
+        self._probe_timer = self._clock.call_later(self._probe_at - now, self._let_probe, Context())
+
+    def _let_probe(self) -> None:
+        self._probe_timer = None
+        if self.now() < self._probe_at:  # loops may wake us a fraction of a millisecond early
+            self._probe_timer = self._clock.call_later(SECOND // 1000, self._let_probe, Context())
+            return
+        self._wake()
+
+    def _stop_probing(self) -> None:
+        if self._probe_timer is not None:
+            self._probe_timer.cancel()
+            self._probe_timer = None
+
+    def _wake(self) -> None:
+        admission, self._admission = self._admission, None
+        if admission is not None and not admission.done():
+            admission.set_result(None)
+        self._on_chance()
+
+
+def _look_at(task: asyncio.Task[Any]) -> None:
+    """Whoever waited may be gone; an error that nobody looks at is noise on stderr."""
+    if not task.cancelled():
+        task.exception()

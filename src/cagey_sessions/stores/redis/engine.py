@@ -1,0 +1,506 @@
+"""The engine under `RedisStore`. What lives here: the scripts, where the engine is, what a connection is at, and what
+each error means. What must not: a pool, and what a script is run for.
+
+The driver's client and pool are not used, only its connections, and these only from here. One has a single call at a
+time; whatever happens before its reply has been read whole, it is closed: on a connection that is a reply behind,
+everybody would get the answer meant for the one before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from hashlib import sha1
+from typing import Any
+from urllib.parse import urlsplit
+
+from ...errors import (
+    CageySessionsError,
+    MissingExtraError,
+    OptionError,
+    StoreError,
+    StoreLayoutError,
+    StoreUnavailableError,
+)
+from ..contract import MAX_NUMBER
+from ..reasons import SettingsError, certificate_fault, reason_of
+from ..rows import LAST_CLAIMED
+
+try:
+    from hiredis import pack_command
+    from redis import exceptions as errors
+    from redis.asyncio import ConnectionPool
+    from redis.asyncio.retry import Retry
+    from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
+    from redis.backoff import NoBackoff
+except ImportError as _error:
+    raise MissingExtraError(
+        'RedisStore needs redis-py and hiredis: pip install "cagey-sessions[redis]"', extra="redis"
+    ) from _error
+
+__all__ = [
+    "CLAIM",
+    "ERASE",
+    "FIELDS",
+    "LOAD",
+    "NAMES",
+    "RELEASE",
+    "RENEW",
+    "SAVE",
+    "Address",
+    "Script",
+    "append_fsync",
+    "ask",
+    "cut",
+    "explained",
+    "finish",
+    "is_live",
+    "loss_class",
+    "parse_info",
+    "run_script",
+    "text_at",
+]
+
+SENTINEL_PORT = 26379
+FORGET_NODES = 7 * 24 * 3600
+"""After how many seconds without renewal a node is no longer known; its users then count as those of one in doubt."""
+
+# Scripts
+
+
+FIELDS = ("epoch", "owner", "released", "version", "schema", "body", "saved_at", "erased")
+
+
+class Script:
+    """A script, by the name that the engine gives it; ``{fields}`` in it are the names of `FIELDS`."""
+
+    def __init__(self, text: str) -> None:
+        text = text.replace("{fields}", ", ".join(f"'{field}'" for field in FIELDS))
+        self.text = text
+        self.sha: str = sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+_READ = """
+local function read(key, ...)
+    local row = redis.pcall('HMGET', key, ...)
+    if row['err'] and not string.find(row['err'], 'WRONGTYPE', 1, true) then return redis.call('HMGET', key, ...) end
+    return row
+end
+"""
+# A hash can be written by anybody, field by field; `StoredRow` says the same of what was read.
+_IS_SOUND = (
+    _READ
+    + """
+local function whole(text, least, most)
+    if not text or #text > 16 or not (text == '0' or string.match(text, '^[1-9]%d*$')) then return false end
+    return tonumber(text) >= least and tonumber(text) <= most
+end
+local function is_fence_sound(row, erased)
+    local epoch, owner, released, version = row[1], row[2], row[3], row[4]
+    if row['err'] or not whole(epoch, 1, {most}) or not whole(version, 0, {most}) then return false end
+    if released == '1' then return not erased or erased == '1' end
+    return released == '0' and owner and owner ~= '' and not erased
+end
+local function is_sound(row)
+    if not is_fence_sound(row, row[8]) then return false end
+    local version, schema, body, saved_at, erased = row[4], row[5], row[6], row[7], row[8]
+    if not body then return version == '0' end
+    return version ~= '0' and not erased and whole(schema, 0, {most}) and saved_at and #saved_at <= 32
+        and (string.match(saved_at, '^%-?%d+%.?%d*$') or string.match(saved_at, '^%-?%d+%.?%d*e[-+]?%d+$'))
+        and math.abs(tonumber(saved_at)) < math.huge
+end
+""".replace("{most}", f"{MAX_NUMBER - 1}")
+)
+
+# An expired lease alone takes no users from anybody: after an outage all of them have expired. Whoever asks for such a
+# user first puts the owner in doubt, for a part of a lease; only one that has not renewed by then is dead.
+_IS_DEAD = """
+local now = redis.call('TIME')
+local micros = now[1] * 1000000 + now[2]
+local judged = {}
+local function is_dead(owner, nodes, doubt)
+    if judged[owner] ~= nil then return judged[owner] end
+    local key = nodes .. owner
+    local node = redis.call('HMGET', key, 'alive_until', 'doubted')
+    local ended = (tonumber(node[1] or '') or 0) < micros
+    local dead = ended and node[2] == '1'
+    if ended and not dead then
+        redis.call('HSET', key, 'alive_until', string.format('%.0f', micros + doubt * 1000000), 'doubted', '1')
+        redis.call('EXPIRE', key, {forget})
+    end
+    judged[owner] = dead
+    return dead
+end
+""".replace("{forget}", str(FORGET_NODES))
+
+RENEW = Script(
+    """
+local now = redis.call('TIME')
+local until_when = now[1] * 1000000 + now[2] + ARGV[1] * 1000000
+redis.call('HSET', KEYS[1], 'alive_until', string.format('%.0f', until_when), 'doubted', ARGV[2])
+redis.call('EXPIRE', KEYS[1], {forget})
+""".replace("{forget}", str(FORGET_NODES))
+)
+
+# A new row begins above any epoch there ever was: at the clock, in microseconds. The answer for a row that may not be
+# claimed by anybody is nil.
+CLAIM = Script(
+    _IS_SOUND
+    + _IS_DEAD
+    + """
+local owner, nodes, doubt = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local answers = {}
+for place, key in ipairs(KEYS) do
+    local row = read(key, {fields})
+    if not row['err'] and not row[1] and redis.call('EXISTS', key) == 0 then
+        local epoch = string.format('%.0f', micros)
+        redis.call('HSET', key, 'epoch', epoch, 'owner', owner, 'released', '0', 'version', '0')
+        answers[place] = {'', epoch}
+    elseif not is_sound(row) or tonumber(row[1]) > {last} or tonumber(row[4]) > {last} then
+        answers[place] = false
+    elseif row[3] == '1' or row[2] == owner or is_dead(row[2], nodes, doubt) then
+        local epoch = redis.call('HINCRBY', key, 'epoch', 1)
+        redis.call('HSET', key, 'owner', owner, 'released', '0')
+        redis.call('HDEL', key, 'erased')
+        answers[place] = {'', epoch, row[4], row[5], row[6], row[7]}
+    else
+        answers[place] = {row[2], row[1]}
+    end
+end
+return answers
+""".replace("{last}", str(LAST_CLAIMED))
+)
+
+# Each row is one argument of numbers and one of the body, for arguments are what a call costs here. The answer is one
+# letter for each row.
+SAVE = Script(
+    _IS_SOUND
+    + """
+local owner = ARGV[1]
+local answers = {}
+for place, key in ipairs(KEYS) do
+    local epoch, version, schema, saved_at, release = string.match(ARGV[2 * place], '^(%S+) (%S+) (%S+) (%S+) (%S+)$')
+    local row = read(key, 'epoch', 'owner', 'released', 'version', 'erased')
+    local answer = 'A'
+    if row['err'] then
+        answer = 'W'
+    elseif not row[1] and redis.call('EXISTS', key) == 0 then
+        answer = 'M'
+    elseif not is_fence_sound(row, row[5]) then
+        answer = 'D'
+    elseif row[5] then
+        answer = 'E'
+    elseif row[1] ~= epoch or row[2] ~= owner then
+        answer = 'F'
+    else
+        local kept, new = tonumber(row[4]), tonumber(version)
+        if new > kept and row[3] == '1' then
+            answer = 'F'
+        elseif new > kept then
+            redis.call('HSET', key, 'version', version, 'schema', schema, 'body', ARGV[2 * place + 1],
+                       'saved_at', saved_at, 'released', release)
+            answer = 'S'
+        elseif new == kept and release == '1' then
+            redis.call('HSET', key, 'released', '1')
+        end
+    end
+    answers[place] = answer
+end
+return table.concat(answers)
+"""
+)
+
+# A row that was never saved is nothing to keep, unless it says that somebody was erased.
+RELEASE = Script(
+    _IS_SOUND
+    + """
+local owner = ARGV[1]
+local answers = {}
+for place, key in ipairs(KEYS) do
+    local row = read(key, {fields})
+    answers[place] = 0
+    if is_fence_sound(row, row[8]) and row[1] == ARGV[place + 1] and row[2] == owner and row[3] == '0' then
+        if row[4] ~= '0' or row[6] or row[7] then
+            redis.call('HSET', key, 'released', '1')
+        else
+            redis.call('DEL', key)
+        end
+        answers[place] = 1
+    end
+end
+return answers
+"""
+)
+
+# Who has a row that is damaged may not be told by it; it is made anew, with the epoch of a new row where it has none.
+ERASE = Script(
+    _IS_SOUND
+    + _IS_DEAD
+    + """
+local key = KEYS[1]
+if redis.call('EXISTS', key) == 0 then return {'', 0} end
+local row = read(key, {fields})
+local epoch = string.format('%.0f', micros)
+local had_data = row[6] or not is_sound(row)
+if is_fence_sound(row, row[8]) then
+    if row[3] ~= '1' and row[2] ~= ARGV[1] and not is_dead(row[2], ARGV[2], tonumber(ARGV[3])) then
+        return {row[2], 0}
+    end
+    if tonumber(row[1]) <= {last} then epoch = redis.call('HINCRBY', key, 'epoch', 1) end
+end
+local owner = not row['err'] and row[2] or ''
+redis.call('DEL', key)
+redis.call('HSET', key, 'epoch', epoch, 'owner', owner, 'released', '1', 'version', '0', 'erased', '1',
+           'saved_at', string.format('%.6f', micros / 1000000))
+return {'', had_data and 1 or 0}
+""".replace("{last}", str(LAST_CLAIMED - 1))
+)
+
+# As scripts that might write these are refused by a replica: one that has nothing of a user would make them new, and
+# one that is behind would leave some out.
+LOAD = Script(
+    "#!lua flags=allow-oom\n"
+    + _READ
+    + """
+local rows = {}
+for place, key in ipairs(KEYS) do
+    local row = read(key, {fields})
+    if row['err'] then
+        row = row['err']
+    elseif not row[1] and redis.call('EXISTS', key) == 0 then
+        row = false
+    end
+    rows[place] = row
+end
+return rows
+"""
+)
+NAMES = Script("#!lua flags=allow-oom\nreturn redis.call('SCAN', ARGV[1], 'MATCH', ARGV[2], 'COUNT', ARGV[3])")
+
+
+# Connections
+
+
+class Address:
+    """Where the engine is, and how one connects to it."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        scheme, sentinel, rest = url.partition("+sentinel://")
+        self._timeout = timeout
+        self._sentinels: list[tuple[str, int]] = []
+        self._service = ""
+        try:
+            if sentinel:
+                path = rest.partition("?")[0]
+                place, _, path = path.partition("/")
+                user, at, hosts = place.rpartition("@")
+                self._service, _, database = path.partition("/")
+                self._sentinels = [_host_and_port(host) for host in hosts.split(",")]
+                if not self._service:
+                    raise ValueError("no service")
+                url = f"{scheme}://{user}{at}primary/{database or 0}{rest[len(rest.partition('?')[0]) :]}"
+            if not url.startswith("unix:") and not re.fullmatch(r"/?\d*", urlsplit(url).path):
+                raise ValueError("no number of a database")  # the driver would take 0
+            self._pool = ConnectionPool.from_url(url)
+        except ValueError as error:
+            known = _IMPOSSIBLE.match(str(error))
+            raise OptionError(f"the URL has an impossible value of {known[1]}" if known else _NO_URL) from None
+        self._pool.connection_kwargs.update(
+            socket_timeout=None,
+            socket_connect_timeout=timeout,
+            retry=Retry(NoBackoff(), 0),
+            decode_responses=False,
+            protocol=2,
+            health_check_interval=0,
+            client_name="cagey-sessions",
+        )
+        try:
+            self._pool.make_connection()  # type: ignore[no-untyped-call]
+        except TypeError:
+            raise OptionError("the URL has a setting that redis-py does not know") from None
+        except (errors.RedisError, ValueError):
+            raise OptionError(
+                "the URL has an impossible value of a setting; ssl_cert_reqs is none, optional or required"
+            ) from None
+
+    async def make_connection(self) -> Any:
+        """A connection to the primary, not connected yet."""
+        if self._sentinels:
+            patience = {"socket_timeout": self._timeout / 3, "socket_connect_timeout": self._timeout / 3}
+            sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]
+                self._sentinels, sentinel_kwargs=patience | {"retry": Retry(NoBackoff(), 0)}
+            )
+            try:
+                host, port = await sentinel.discover_master(self._service)
+            finally:
+                for each in sentinel.sentinels:
+                    await each.aclose()
+            self._pool.connection_kwargs.update(host=host, port=port)
+        connection: Any = self._pool.make_connection()  # type: ignore[no-untyped-call]
+        if hasattr(connection, "ssl_context"):
+            try:
+                connection.ssl_context.get()
+            except (OSError, ValueError, TypeError):
+                raise SettingsError(self._tls_fault()) from None
+        return connection
+
+    def _tls_fault(self) -> str:
+        """What is wrong with what TLS is to be done by."""
+        given = {name: self._pool.connection_kwargs.get(name) for name in _TLS_SETTINGS}
+        authorities = {"ssl_ca_certs": path} if (path := given["ssl_ca_certs"]) else {}
+        certificate, key = ((name, path) if (path := given[name]) else None for name in ("ssl_certfile", "ssl_keyfile"))
+        if key is not None and certificate is None:
+            return "ssl_keyfile needs ssl_certfile"
+        return certificate_fault(authorities, certificate, key, given["ssl_password"] or "") or (
+            f"one of {', '.join(_TLS_SETTINGS)} cannot be used"
+        )
+
+
+_NO_URL = (
+    "the URL cannot be understood: the port and the database are numbers, and in a password what is not a letter or a "
+    "digit is percent-encoded. With Sentinel it is redis+sentinel://host:port,host:port/service/database"
+)
+_IMPOSSIBLE = re.compile(r"Invalid value for '(\w+)'")
+_TLS_SETTINGS = tuple(
+    f"ssl_{name}"
+    for name in ("ca_certs", "ca_path", "ca_data", "certfile", "keyfile", "password", "ciphers", "min_version")
+)
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    return (host.strip("[]"), int(port)) if colon and not text.endswith("]") else (text.strip("[]"), SENTINEL_PORT)
+
+
+def is_live(connection: Any) -> bool:
+    """Whether a connection can take a call: connected, with nothing in it that nobody has read."""
+    reader, writer = connection._reader, connection._writer
+    if reader is None or writer is None or writer.is_closing():
+        return False
+    if reader.at_eof() or reader.exception() is not None:
+        return False
+    return not reader._buffer and not connection._parser._reader.has_data()  # what came with the last reply is in there
+
+
+def cut(connection: Any) -> None:
+    """Close a connection at once: without it what has not been sent yet would be waited for."""
+    if connection is not None and connection._writer is not None:
+        connection._writer.transport.abort()
+        connection._reader = connection._writer = None
+
+
+async def finish(connection: Any) -> None:
+    """Close a connection on which nothing is under way."""
+    cut(connection)
+
+
+async def ask(connection: Any, *command: Any) -> Any:
+    """Send a command and read its reply; raises the driver's error if it is one."""
+    try:
+        await connection.send_packed_command([pack_command(command)], check_health=False)
+        return await connection.read_response(disable_decoding=True)
+    except errors.ResponseError as error:
+        if isinstance(error, _GONE):
+            cut(connection)
+        raise
+    except BaseException:
+        cut(connection)  # a reply may be under way that nobody would read
+        raise
+
+
+async def run_script(connection: Any, script: Script, keys: Sequence[str | bytes], *arguments: Any) -> Any:
+    try:
+        return await ask(connection, "EVALSHA", script.sha, len(keys), *keys, *arguments)
+    except errors.NoScriptError:  # nothing has been done; the text in the same call, for scripts may be flushed again
+        return await ask(connection, "EVAL", script.text, len(keys), *keys, *arguments)
+
+
+# What the engine says
+
+_GONE = (errors.ReadOnlyError, errors.MasterDownError)
+"""Replies of an engine that is no primary, or cannot be one now: another connection may reach another one."""
+_FOR_NOW = (*_GONE, errors.OutOfMemoryError, errors.ClusterDownError, errors.TryAgainError)
+"""Replies that say nothing about what was asked for."""
+_BEGINNINGS = ("MISCONF", "NOREPLICAS", "BUSY", "UNKILLABLE")
+"""Of more such replies, for which the driver has no class; where it has one, it takes the beginning away."""
+
+
+def explained(error: BaseException) -> BaseException:
+    """What an error of the driver means for whoever has made the call.
+
+    The driver's own error goes no further: what it says of a connection is of the URL.
+    """
+    if isinstance(error, (CageySessionsError, asyncio.CancelledError)):
+        return error
+    if isinstance(error, SettingsError):
+        return StoreUnavailableError(str(error))
+    text = str(error).partition(", with args beginning with")[0]  # of a command it does not know: AUTH, or a script
+    text = _USER.sub("this user has", text)
+    if isinstance(error, (errors.AuthenticationError, errors.AuthorizationError)) or text.startswith("NOAUTH"):
+        return StoreUnavailableError(f"Redis refuses the connection: {text}; check the user and password")
+    if isinstance(error, errors.NoPermissionError):
+        return StoreLayoutError(f"Redis: this user may not do what a RedisStore does: {text}")
+    if isinstance(error, errors.ResponseError) and not isinstance(error, _FOR_NOW) and not text.startswith(_BEGINNINGS):
+        return StoreError(f"Redis: {text}")
+    if isinstance(error, (errors.RedisError, OSError, TimeoutError)):
+        reason = _reason(error, text)
+        return StoreUnavailableError(f"Redis cannot be reached ({f'{type(error).__name__}: {reason}'.rstrip(': ')})")
+    return error
+
+
+_USER = re.compile(r"\b(User|user) \S+ has\b")
+_REPLIES = (errors.ResponseError, errors.BusyLoadingError)
+"""What the engine itself has said."""
+
+
+def _reason(error: BaseException, text: str) -> str:
+    """Why it cannot be reached, without where that is."""
+    if isinstance(error, _REPLIES):
+        return text
+    if isinstance(error, MasterNotFoundError):
+        return "no Sentinel that answers knows a primary of that name"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return reason_of(cause)
+    return _PLACE.split(text)[0] if error.__cause__ is None else type(error.__cause__).__name__
+
+
+_PLACE = re.compile(r"\.? (?:connecting to|reading from|writing to|while reading|while writing)\b")
+
+
+def parse_info(reply: bytes) -> dict[str, str]:
+    pairs = (line.partition(":") for line in reply.decode(errors="replace").splitlines())
+    return {name: value for name, colon, value in pairs if colon}
+
+
+async def text_at(connection: Any, key: str) -> str:
+    """The text under a key; empty if there is none, or something else."""
+    try:
+        return (await ask(connection, "GET", key) or b"").decode(errors="replace")
+    except errors.ResponseError as error:
+        if "WRONGTYPE" in str(error):
+            return ""
+        raise
+
+
+async def append_fsync(connection: Any) -> str:
+    try:
+        reply = await ask(connection, "CONFIG", "GET", "appendfsync")
+    except errors.ResponseError:
+        return "unknown"  # hosted engines forbid it
+    return reply[1].decode() if len(reply) == 2 else "unknown"
+
+
+def loss_class(info: dict[str, str], fsync: str) -> str:
+    failover = "; a failover loses what had not reached the replica"
+    if info.get("aof_enabled") != "1":
+        return f"appendonly=no: a crash of Redis loses everything since its last snapshot{failover}"
+    lost = {
+        "always": "nothing acknowledged is lost when Redis or its machine dies",
+        "everysec": "when its machine dies, about the last second is lost",
+        "no": "when its machine dies, about the last half minute is lost",
+    }.get(fsync, "when its machine dies, what was not yet on the disk is lost")
+    return f"appendonly=yes, appendfsync={fsync}: {lost}{failover}"
