@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 import cagey_sessions
 
-from .rivals import port
+from ..rivals import port
 
 SEED = 20_240_607
 HOT = 1_000

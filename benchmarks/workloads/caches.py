@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+from ..rivals.caches import RIVALS
 from .base import SEED, Figure, Goal, Pair, Sizes, Workload, clock, keys_of, make_ours, plain, users_of
-from .rivals.caches import RIVALS
 
 
 async def session_costs(keys: list[str], shuffled: list[str], users: list[int]) -> tuple[float, float, float]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from ..rivals import port
 from .base import (
     SEED,
     Goal,
@@ -33,7 +34,6 @@ from .base import (
     plain,
     users_of,
 )
-from .rivals import port
 from .stored import SECOND, Server, running, tree_data
 
 INTERVAL = 30 * SECOND

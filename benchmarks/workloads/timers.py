@@ -33,9 +33,9 @@ from unittest import mock
 
 from cagey_sessions._core import TimingWheel
 
+from ..rivals.heap import HeapTimers
 from .base import SEED, Figure, Goal, Pair, Sizes, Workload, both_at_a_time, clock, deadlines_between, new_loop, plain
 from .memory import grown_since, resident
-from .rivals.heap import HeapTimers
 
 FIRST, LAST = 1_000, 31_000
 """Milliseconds."""
