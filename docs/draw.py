@@ -189,16 +189,8 @@ def life_of_a_session() -> str:
 NAMES_ONLY = {"__init__", "__main__", "_version"}
 
 
-OPEN = {"ownership", "saving", "sessions"}
-"""Packages whose modules are drawn one by one, because they import each other."""
-
-
 def room_of(path: Path) -> str:
-    return room_named(path.relative_to(PACKAGE).with_suffix("").parts)
-
-
-def room_named(parts: tuple[str, ...]) -> str:
-    return "/".join(parts[:2]) if parts[0] in OPEN else parts[0]
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imported(path: Path) -> set[str]:
@@ -215,23 +207,21 @@ def imported(path: Path) -> set[str]:
             module = here[: len(here) - node.level + 1] + module
         else:
             continue
-        for alias in node.names:
-            is_file = (PACKAGE / Path(*module, alias.name)).with_suffix(".py").exists()
-            rooms.add(room_named((*module, alias.name) if is_file else module or (home_of(alias.name),)))
+        rooms |= {module[0]} if module else {home_of(alias.name) for alias in node.names}
     return rooms
 
 
 def home_of(name: str) -> str:
     """The room of what is imported from the package itself: a room, or a public name of one."""
     there = getattr(getattr(cagey_sessions, name, None), "__module__", "")
-    return room_named(tuple(there.split(".")[1:])) if there.startswith("cagey_sessions.") else name
+    return there.split(".")[1] if there.startswith("cagey_sessions.") else name
 
 
 def imports() -> dict[str, set[str]]:
     """Each room, and the rooms that it imports."""
     found: dict[str, set[str]] = {"_core": set()}
     for path in sorted(PACKAGE.rglob("*.py")):
-        if room_of(path).rpartition("/")[2] not in NAMES_ONLY:
+        if room_of(path) not in NAMES_ONLY:
             found.setdefault(room_of(path), set()).update(imported(path))
     found["_core"] = {
         name
@@ -351,18 +341,16 @@ def rooms_table() -> str:
 
 
 def told(room: str) -> tuple[str, str]:
-    """What the docstring of a room says; of a folder, what it is."""
+    """What the docstring of a room says: what lives there and what must not, or else its first sentence."""
     if room == "_core":
         text = (PACKAGE / "_core.pyx").read_text(encoding="utf-8").split('"""')[1]
     else:
         path = PACKAGE / room / "__init__.py" if is_folder(room) else PACKAGE / f"{room}.py"
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     text = " ".join(text.split())
-    if is_folder(room) and "What lives here" not in text:
-        return f"{text.partition('. ')[0].partition(': ')[0]}.", "-"
     found = re.search(r"What lives here: (.*?)\.? What must not: (.*?)\.(?: |$)", text)
     if found is None:
-        raise ValueError(f"{room} does not say what lives there and what must not")
+        return f"{re.split(r'[.:] ', text)[0].rstrip('.')}.", "-"
     return sentence(found[1]), sentence(found[2])
 
 

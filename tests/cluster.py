@@ -38,7 +38,7 @@ class Cluster:
 
     async def fail(self, manager: SessionManager[Any]) -> DrainError:
         """The process ends, and the store is down."""
-        manager._life.gateway.store.down = True
+        manager._server.link.store.down = True
         with pytest.raises(DrainError) as raised:
             await let_time_pass(self.clock, manager.destroy(deadline="1s"))
         return raised.value

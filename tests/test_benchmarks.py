@@ -89,15 +89,15 @@ def test_the_events_that_a_row_takes_out_are_those_of_the_cycle_it_runs():
 
 async def test_a_session_without_events_lives_and_ends_like_any_other():
     manager = cagey_sessions.SessionManager()
-    life = manager._life
-    life.__class__, life.endings.__class__, _ = lifecycle.kinds_of(muted=True)
+    beginnings, endings = manager._beginnings, manager._endings
+    beginnings.__class__, endings.__class__, _ = lifecycle.kinds_of(muted=True)
     heard = []
     manager.on("created", heard.append)
-    session = await life.create("k", False)
-    await life.start(session)
-    await life.set_user(session, 1, {})
+    session = await beginnings.create("k", False)
+    await beginnings.start(session)
+    await beginnings.set_user(session, 1, {})
     assert manager.find_by_key("k") is session
-    await life.end(session, None)
+    await endings.end(session, None)
     assert not session.alive
     assert heard == []
     await manager.destroy()
@@ -129,7 +129,7 @@ def test_what_is_saved_in_a_save_row_is_a_change_each_time():
     with running(lambda: Server(60 * SECOND, store=store), 300, small_data) as (server, runner):
         runner.run(server.save_all())
         assert len(written) == 300
-        tick = server.life.autosave.now_tick() + 1
+        tick = server.parts.autosave.now_tick() + 1
         server.arm([tick] * 300, 1)
         runner.run(server.save_all())
         assert len(written) == 600

@@ -287,7 +287,7 @@ async def test_case_47_a_destroyed_session_lets_go_of_its_data_at_once(make_mana
         del data
         await session.destroy()
         assert references[-1]() is None
-    assert manager._life.table.armed == 0
+    assert manager._server.table.armed == 0
     assert clock.pending <= 1, "one timer for a manager, not one for a session"
     await manager.destroy()
 

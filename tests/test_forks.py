@@ -46,7 +46,7 @@ async def play(has, done):
     except (OwnedElsewhereError, StoreInUseError) as refused:
         told["refused"] = type(refused).__name__
         os.write(has, b"x")
-    told["owner"] = manager._life.owner
+    told["owner"] = manager._server.owner
     return told
 
 def work(name, has, done):

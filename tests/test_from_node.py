@@ -19,8 +19,8 @@ async def test_create():
         {"user_data": {"persistence": {"interval": "30s", "events": ["disconnect", "shutdown"]}}},
     )
     assert isinstance(manager, SessionManager)
-    assert manager._life.options.interval == 30 * 10**9
-    assert manager._life.options.log.name == "game"
+    assert manager._server.options.interval == 30 * 10**9
+    assert manager._server.options.log.name == "game"
 
 
 async def test_manager_create():

@@ -328,7 +328,7 @@ async def test_an_end_after_the_deadline_does_not_wait_for_a_save_that_hangs(clo
     slow = await add_user(manager, "slow")
     slow.on("before_destroy", lambda: clock.sleep("25500ms"))
     hangs = await add_user(manager, "hangs")
-    while not manager._life.autosave.in_flight():
+    while not manager._server.autosave.in_flight():
         await clock.advance("100ms")
     hangs.on("before_destroy", lambda: clock.sleep("25500ms"))
     with pytest.raises(DrainError) as caught:

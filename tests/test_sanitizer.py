@@ -31,9 +31,9 @@ def test_it_is_on_or_off(store, debug):
 
 def test_off_there_is_none(store):
     manager = SessionManager(store=store)
-    assert manager._life.sanitizer is None
-    assert manager._life.listeners._sanitizer is None
-    assert manager._life.store_saver._sanitizer is None
+    assert manager._server.sanitizer is None
+    assert manager._server.listeners._sanitizer is None
+    assert manager._server.store_saver._sanitizer is None
 
 
 async def test_a_program_without_mistakes_hears_nothing(clock, store, make, said):
@@ -206,7 +206,7 @@ async def test_many_ended_sessions_are_looked_at_in_turn_and_the_oldest_forgotte
         session = await manager.open(user_id, default={"gold": 0})
         kept.append(session.user_data)
         await session.destroy()
-    assert len(manager._life.sanitizer._ended) == ENDED_WATCHED
+    assert len(manager._server.sanitizer._ended) == ENDED_WATCHED
     for data in kept:
         data["gold"] = 1
     last = await manager.open("last", default={})

@@ -231,7 +231,7 @@ async def test_all_threads_of_the_loop_may_be_taken(cluster):
 async def test_what_is_remembered_of_the_store_is_what_the_core_remembers(cluster):
     ScriptedStore(cluster.clock, backing=cluster.backing).put("ann", b'{ "gold" : 1 }', version=5)
     manager = await cluster.start()
-    table, saver = manager._life.table, manager._life.store_saver
+    table, saver = manager._server.table, manager._server.store_saver
     ann, new = await manager.open("ann"), await manager.open("new", default={"gold": 0})
 
     def check(session, versions):
@@ -305,7 +305,9 @@ async def test_a_manager_without_async_with_replays_at_the_first_call_that_needs
     assert manager.spill_report is None
     assert (await manager.open("ann")).user_data == {"gold": 2}
     await cluster.clock.advance("1s")
-    await manager._replay.enter()
+    await manager._server.link.open()
+    manager._spilling.begin()
+    await manager._spilling.wait()
     assert not cluster.path.exists()
     assert set(manager.spill_report.replayed) == {"ann", "bob"}
     with pytest.raises(UserNotFoundError):

@@ -146,7 +146,7 @@ def test_a_process_that_ends_as_it_should_spills_nothing(tmp_path):
 
 async def test_a_manager_that_has_closed_is_not_kept_for_the_exit(cluster):
     manager = await cluster.start()
-    life = weakref.ref(manager._life)
+    life = weakref.ref(manager._server)
     await manager.open("ann", default={})
     await manager.destroy()
     del manager

@@ -178,13 +178,13 @@ async def test_a_full_disk_is_reported_and_everybody_is_named(cluster):
     manager = await cluster.start()
     for user_id in ("ann", "bob"):
         await manager.open(user_id, default={})
-    manager._life.spill._files = FaultyDisk(fail={"write": errno.ENOSPC})
+    manager._server.spill._files = FaultyDisk(fail={"write": errno.ENOSPC})
     error = await cluster.fail(manager)
     assert set(error.user_ids) == {"ann", "bob"} and not any(user.spilled for user in error.report.unsaved)
     assert isinstance(error.exceptions[-1], SnapshotError) and "free some space" in str(error.exceptions[-1])
     assert [path.name for path in cluster.path.parent.iterdir()] == ["spill.lock"]
-    manager._life.spill._files = DISK
-    manager._life._spill_at_exit()  # which tries once more
+    manager._server.spill._files = DISK
+    manager._spilling._spill_at_exit()  # which tries once more
     assert {entry.user_id for entry in read_snapshot(cluster.path).entries} == {"ann", "bob"}
 
 
@@ -197,7 +197,7 @@ async def a_start_that_is_held(cluster: Cluster, step: str) -> tuple[SessionMana
     cluster.errors.clear()
     cluster.backing.dead |= {row.owner for row in cluster.backing.rows.values()}
     manager = cluster.manager()
-    disk = manager._life.spill._files = HeldDisk(step)
+    disk = manager._server.spill._files = HeldDisk(step)
     starting = asyncio.create_task(manager.__aenter__())
     await disk.is_reached(step)
     return manager, disk, starting
@@ -244,7 +244,7 @@ async def test_a_drain_does_not_wait_for_ever_for_a_disk_that_hangs_and_nor_does
     monkeypatch.setattr(drain, "SECONDS_TO_SPILL", 0)
     manager = await cluster.start()
     await manager.open("ann", default={"gold": 1})
-    disk = manager._life.spill._files = HeldDisk("sync")
+    disk = manager._server.spill._files = HeldDisk("sync")
     error = await cluster.fail(manager)
     assert not error.report.unsaved[0].spilled
     assert isinstance(error.exceptions[-1], SnapshotError) and "the disk hangs" in str(error.exceptions[-1])
@@ -253,7 +253,7 @@ async def test_a_drain_does_not_wait_for_ever_for_a_disk_that_hangs_and_nor_does
     disk.let_go("sync")
     end_of_threads()
     assert cluster.spilled() == {"ann": b'{"gold":1}'}, "it goes on alone when the disk answers"
-    manager._life._spill_at_exit()
+    manager._spilling._spill_at_exit()
 
 
 # Names that lead elsewhere
@@ -319,7 +319,7 @@ async def test_a_crash_at_any_step_of_a_replay_loses_nothing_and_makes_no_confli
         spill = Spill(cluster.path)
         spill._files = disk
         manager = cluster.manager()
-        manager._life.spill = spill
+        manager._server.spill = spill
         cluster.backing.dead |= {row.owner for row in cluster.backing.rows.values()}
         try:
             await manager.__aenter__()
@@ -327,7 +327,7 @@ async def test_a_crash_at_any_step_of_a_replay_loses_nothing_and_makes_no_confli
             number += 1
         else:
             done = True
-        manager._life.spill = None
+        manager._server.spill = None
         await manager.destroy()
 
         manager = await cluster.start()

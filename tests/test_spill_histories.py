@@ -88,13 +88,13 @@ class Node:
 
     @property
     def is_up(self) -> bool:
-        return self.manager is not None and not self.manager._life.closed
+        return self.manager is not None and not self.manager._server.closed
 
     async def step(self) -> None:
         world, manager = self.world, self.manager
         if manager is None or not self.is_up:
             if manager is not None and world.random.random() < 0.6:
-                world.backing.dead.add(manager._life.owner)  # its lease is over
+                world.backing.dead.add(manager._server.owner)  # its lease is over
             if manager is None or world.random.random() < 0.5:
                 await self.start()
             return
@@ -120,7 +120,7 @@ class Node:
             self.store.down = True
             await self.attempt(manager.destroy(False))
         elif what == "lose the lease":
-            world.backing.dead.add(manager._life.owner)
+            world.backing.dead.add(manager._server.owner)
         elif what == "erase" and await self.attempt(manager.erase(user_id)):
             world.erase(user_id)
 

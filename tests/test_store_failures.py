@@ -170,7 +170,7 @@ async def test_who_was_taken_over_ends_unsaved_and_says_so(clock, store, manager
     events = []
     session.on("before_destroy", lambda: events.append("before_destroy"))
     session.on("destroy", lambda: events.append("destroy"))
-    store.bury(manager._life.owner)
+    store.bury(manager._server.owner)
     other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
     theirs = await other.open(1)
     assert theirs.user_data == {"n": 0}
@@ -181,7 +181,7 @@ async def test_who_was_taken_over_ends_unsaved_and_says_so(clock, store, manager
     assert events == ["before_destroy", "destroy"]
     assert [(type(error), about) for error, about in heard] == [(FencedError, session)]
     assert manager.statistics().fenced == 1
-    assert store.owner_of(1) == other._life.owner, "not let go of by who no longer has it"
+    assert store.owner_of(1) == other._server.owner, "not let go of by who no longer has it"
     theirs.user_data["n"] = 5
     await end(clock, other, manager)
     assert store.stored(1) == {"n": 5}
@@ -190,7 +190,7 @@ async def test_who_was_taken_over_ends_unsaved_and_says_so(clock, store, manager
 @pytest.mark.parametrize("when", ["destroy", "drain"])
 async def test_who_was_taken_over_hears_it_at_the_end_at_the_latest(clock, store, manager, when):
     session = await changed(manager)
-    store.bury(manager._life.owner)
+    store.bury(manager._server.owner)
     other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
     await other.open(1)
     if when == "destroy":
@@ -209,7 +209,7 @@ async def test_who_was_taken_over_hears_it_at_the_end_at_the_latest(clock, store
 
 async def test_an_erased_user_is_never_written_again(clock, store, manager):
     session = await changed(manager)
-    store.bury(manager._life.owner)
+    store.bury(manager._server.owner)
     await ScriptedStore.erase(store, 1)
     with pytest.raises(UserErasedError):
         await let_time_pass(clock, session.persist_now())

@@ -63,8 +63,8 @@ async def test_f5c_destroy_does_not_hang_with_a_call_of_others(clock, store, man
     bad, good = await one_that_failed(clock, store, manager)
     store.lose(1)
     for session in (bad, good):
-        manager._life.autosave._table.ask(session)  # nobody waits
-    manager._life.autosave.employ()
+        manager._server.autosave._table.ask(session)  # nobody waits
+    manager._server.autosave.employ()
     await turns()
     assert store.count == 1
     task = asyncio.ensure_future(bad.destroy())
@@ -108,7 +108,7 @@ async def test_f6b_a_release_that_never_returns_does_not_keep_the_store_down(clo
     task = asyncio.ensure_future(session.persist_now())
     await turns()
     assert not manager.statistics().store_up
-    manager._life.claims.let_go(9, 1)  # as after a cancelled login
+    manager._server.claims.let_go(9, 1)  # as after a cancelled login
     await clock.advance("5s")
     assert (await task).changed, "saves come before releases"
     assert store.stored(1) == {"n": 1}
@@ -148,7 +148,7 @@ async def test_f6d_two_poison_rows_are_not_an_outage(clock, store, manager):
     store.delay = "5ms"
     await clock.advance("31s")
     said = []
-    manager._life.gateway._say = lambda level, message, *args: said.append(message % args)
+    manager._server.link._say = lambda level, message, *args: said.append(message % args)
     for _ in range(5):
         for session in sessions:
             session.user_data["n"] += 1
@@ -170,7 +170,7 @@ async def test_f7a_who_waits_is_retried_before_those_whose_time_has_come(clock, 
     await clock.advance("40s")
     store.down = False
     await clock.advance("1500ms")
-    last = sessions[list(manager._life.table.oldest_first())[-1].user_id]
+    last = sessions[list(manager._server.table.oldest_first())[-1].user_id]
     last.user_data["n"] = 9
     store.verdict_of[last.user_id] = Verdict(Outcome.FAILED, "locked for a moment")
     task = asyncio.ensure_future(last.persist_now())
@@ -204,7 +204,7 @@ async def test_f7c_a_login_tries_the_last_save_of_the_earlier_session_at_once(cl
     with pytest.raises(StoreUnavailableError):
         await let_time_pass(clock, session.destroy())
     await clock.advance("40s")
-    while manager._life.table.state(session) != "ending":  # a retry has just failed
+    while manager._server.table.state(session) != "ending":  # a retry has just failed
         await clock.advance("10ms")
     store.down = False
     again = await let_time_pass(clock, manager.open(1), "1s")
@@ -334,7 +334,7 @@ async def test_f15_a_session_that_has_lost_its_user_is_told_once_and_writes_noth
     session = await changed(manager)
     gate = asyncio.Event()
     session.on("before_destroy", gate.wait)
-    store.bury(manager._life.owner)
+    store.bury(manager._server.owner)
     other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
     await other.open(1)
     store.script = ["50ms"]
@@ -391,8 +391,8 @@ async def test_f22_destroy_raises_after_the_save_timeout_also_when_a_save_hangs(
     """Not after what is left of the one under way, and then `save_timeout` once more."""
     session = await changed(manager)
     store.lose(1)
-    manager._life.autosave._table.ask(session)
-    manager._life.autosave.employ()
+    manager._server.autosave._table.ask(session)
+    manager._server.autosave.employ()
     await turns()
     store.down = True
     task = asyncio.ensure_future(session.destroy())
@@ -423,7 +423,7 @@ def test_f23_a_loop_that_ends_in_the_middle_of_anything_is_quiet(capfd, clock, c
                 store.script = ["hang"]
 
             work = {
-                "login": lambda: manager._life.ownership.login(manager._life.table.create(), 2, {"n": 0}, "replace"),
+                "login": lambda: manager._logins.login(manager._server.table.create(), 2, {"n": 0}, "replace"),
                 "open": lambda: manager.open(2, default={"n": 0}),
                 "edit": lambda: edit(manager, 2),
                 "erase": lambda: manager.erase(1),

@@ -29,8 +29,8 @@ async def test_a_late_answer_for_a_session_that_is_gone_touches_nothing_of_the_n
     newer = await manager.open(1)
     await clock.advance("5s")
     assert newer.alive
-    assert store.owner_of(1) == manager._life.owner
-    assert store.backing.rows[1].epoch == manager._life.table.epoch(newer)
+    assert store.owner_of(1) == manager._server.owner
+    assert store.backing.rows[1].epoch == manager._server.table.epoch(newer)
     store.delay = 0
     await end(clock, manager)
 
@@ -61,7 +61,7 @@ async def test_who_was_erased_and_made_anew_elsewhere_is_not_written_over(clock,
         await session.persist_now()
     other_store = ScriptedStore(clock, backing=store.backing)
     other = SessionManager(store=other_store, clock=clock)
-    store.bury(manager._life.owner)
+    store.bury(manager._server.owner)
     await other.erase(1)
     theirs = await other.open(1, default={"made": "anew"})
     await theirs.destroy()
@@ -114,7 +114,7 @@ async def test_a_takeover_is_told_once_and_nothing_is_sent_after_it(clock, store
     manager.on("error", lambda error, session: heard.append(type(error)))
     session = await changed(manager)
     other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
-    store.bury(manager._life.owner)
+    store.bury(manager._server.owner)
     theirs = await other.open(1)
     store.backing.dead.clear()
     store.script = ["50ms"]
@@ -137,7 +137,7 @@ async def test_a_session_that_was_taken_over_does_not_take_its_user_back(clock, 
     """Nothing more is written in its name, and no claim is left behind that nobody lets go of."""
     session = await changed(manager)
     other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
-    store.bury(manager._life.owner)
+    store.bury(manager._server.owner)
     theirs = await other.open(1)
     store.backing.dead.clear()
 
@@ -190,7 +190,7 @@ async def test_a_user_claimed_again_for_a_last_save_is_let_go_of_without_it(cloc
         await let_time_pass(clock, task)
     store.claim_many = original
     store.down = False
-    assert store.owner_of(1) == manager._life.owner
+    assert store.owner_of(1) == manager._server.owner
     await let_time_pass(clock, session.destroy(persist=False))
     await clock.advance("1s")
     assert store.owner_of(1) == ""

@@ -41,9 +41,9 @@ async def test_a_save_that_is_not_in_a_hanging_call_does_not_wait_for_its_end(cl
         return await original(records)
 
     store.save_many = save_many
-    manager._life.table.ask(first)
-    manager._life.table.ask(second)
-    manager._life.autosave.employ()
+    manager._server.table.ask(first)
+    manager._server.table.ask(second)
+    manager._server.autosave.employ()
     await turns()
     assert hung.is_set()
     await clock.advance("1s")  # for a patience that does not end at the very moment at which the call is given up
@@ -228,8 +228,8 @@ def test_a_loop_that_ends_in_the_middle_of_a_save_is_quiet_also_with_a_listener_
         manager.on("error", tell)
         session = await changed(manager)
         store.script = ["hang"]
-        manager._life.table.ask(session)
-        manager._life.autosave.employ()
+        manager._server.table.ask(session)
+        manager._server.autosave.employ()
         await turns()
         assert store.open_calls == 1
 
@@ -313,8 +313,8 @@ async def test_an_end_in_a_hanging_store_is_told_within_the_save_timeout(clock, 
     """A periodic save hangs when `destroy` is called: not first ten seconds for that, and then ten for its own."""
     session = await changed(manager)
     store.script = ["hang", "hang", "hang"]
-    manager._life.table.ask(session)
-    manager._life.autosave.employ()
+    manager._server.table.ask(session)
+    manager._server.autosave.employ()
     await clock.advance("1ms")
     assert store.open_calls == 1
     before = clock.now()
@@ -333,8 +333,8 @@ async def test_an_end_behind_an_unfenced_call_that_nobody_waited_for_is_told_wit
     manager = SessionManager(store=store, clock=clock)
     session = await changed(manager)
     store.script = ["hang"]
-    manager._life.table.ask(session)
-    manager._life.autosave.employ()
+    manager._server.table.ask(session)
+    manager._server.autosave.employ()
     await clock.advance("60s")
     assert store.open_calls == 1
     before = clock.now()
@@ -372,7 +372,7 @@ async def test_who_waits_for_the_next_attempt_hears_of_an_end_at_once(clock, sto
     store.verdict_of[1] = Verdict(Outcome.FAILED, "for now")
     task = asyncio.ensure_future(session.persist_now())
     await turns()
-    assert manager._life.table.state(session) in ("idle", "due")
+    assert manager._server.table.state(session) in ("idle", "due")
     await session.destroy(persist=False)
     with pytest.raises(SessionEndedError):
         await task

@@ -192,7 +192,7 @@ async def test_f4b_a_node_taken_over_never_overwrites_who_was_made_new(clock, st
         session.user_data["n"] = number
         await session.persist_now()
     session.user_data["n"] = 6
-    store.bury(manager._life.owner)
+    store.bury(manager._server.owner)
     other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
     await other.erase(1)
     theirs = await other.open(1, default={"theirs": True})
@@ -218,7 +218,7 @@ async def test_f4c_a_stray_claim_does_not_make_a_stale_session_the_owner(clock, 
     session = await let_time_pass(clock, manager.open(1))
     session.user_data["n"] = 1
     await let_time_pass(clock, session.persist_now())
-    store.bury(manager._life.owner)
+    store.bury(manager._server.owner)
     other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
     theirs = await other.open(1)
     theirs.user_data["n"] = 50
@@ -449,7 +449,7 @@ async def test_f20b_an_edit_that_was_written_is_saved_whatever_claim_of_ours_com
     """The reply to the write is lost, and before the repeat a claim is granted that we had given up."""
 
     async def claim_late(_: Any) -> None:
-        await MemoryStore.claim_many(store, [1], manager._life.owner)
+        await MemoryStore.claim_many(store, [1], manager._server.owner)
 
     store.put(1, b'{"n":0}')
     store.script = ["lose", claim_late]
@@ -473,7 +473,7 @@ async def test_f20c_an_edit_writes_over_nobody_who_has_taken_over_and_saved_mean
 
     async def edit() -> None:
         async with manager.edit(1) as data:
-            store.bury(manager._life.owner)
+            store.bury(manager._server.owner)
             (claim,) = await other.claim_many([1], "b")
             await other.save_many([claim.record._replace(version=2, body=b'{"n":7}', release=True)])
             data["n"] = 1
@@ -488,7 +488,7 @@ async def test_f20c_an_edit_writes_over_nobody_who_has_taken_over_and_saved_mean
 
 async def test_f20d_an_edit_that_is_refused_after_a_claim_made_again_lets_go_of_that(clock, store, manager):
     async def claim_late(_: Any) -> None:
-        await MemoryStore.claim_many(store, [1], manager._life.owner)
+        await MemoryStore.claim_many(store, [1], manager._server.owner)
 
     async def refuse(_: Any) -> None:
         store.verdict_of[1] = Verdict(Outcome.INVALID, "too odd")
@@ -538,7 +538,7 @@ async def test_f20f_an_edit_that_cannot_be_written_says_so(clock, store, manager
 
     async def edit() -> None:
         async with manager.edit(1) as data:
-            store.bury(manager._life.owner)
+            store.bury(manager._server.owner)
             await other.claim_many([1], "b")
             data["n"] = 1
 

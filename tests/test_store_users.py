@@ -44,7 +44,7 @@ async def test_login_owns_loads_and_identifies(clock, store, manager):
     assert (session.user_id, session.user_data) == ("alice", {"gold": 7})
     assert heard == [(session, "alice", {"gold": 7})]
     assert manager.find_by_user("alice") is session
-    assert store.owner_of("alice") == manager._life.owner
+    assert store.owner_of("alice") == manager._server.owner
     session.user_data["gold"] += 1
     receipt = await session.persist_now()
     assert (receipt.version, receipt.changed, receipt.store) == (42, True, "ScriptedStore")
@@ -88,7 +88,7 @@ async def test_who_is_live_on_another_node_stays_there(clock, store, manager):
     here = await manager.create()
     with pytest.raises(OwnedElsewhereError) as refused:
         await here.login(1, default={})
-    assert refused.value.owner == other._life.owner
+    assert refused.value.owner == other._server.owner
     assert here.user_id is None
     await there.destroy()
     await here.login(1)

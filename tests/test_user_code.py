@@ -314,7 +314,7 @@ async def test_a_listener_of_reports_that_raises_is_logged(event, kind, raised, 
     if event == "unsavable":
         (await manager.open(1, default={})).user_data = {"a set": {1}}
     else:
-        manager._life.reports.error(OSError("told"), None)
+        manager._server.reports.error(OSError("told"), None)
     other = await manager.open(2, default={})
     other.user_data["gold"] = 1
     await clock.advance("1s")

@@ -362,7 +362,7 @@ def store_lag(kind: type[P], rate: int, sizes: Sizes) -> Iterator[Pair]:
 
     with frozen(lambda: Server(count * SECOND // rate, store=place.store), count) as (server, runner):
         try:
-            runner.run(place.put_rows([session.user_id for session in server.sessions], server.life.owner))
+            runner.run(place.put_rows([session.user_id for session in server.sessions], server.parts.owner))
             yield Pair(
                 lambda: runner.run(load(server)),
                 lambda: (*percentiles(runner.run(idle(seconds)))[1::-1], rate),

@@ -89,8 +89,8 @@ def lag(sizes: Sizes) -> Iterator[Pair]:
 
 async def time_cascade(server: Server, seed: int, seconds: float) -> tuple[float, int]:
     """The longest lag while everybody, in one bucket of level 2, moves down; and the tick at which all will be due."""
-    tick = server.life.autosave.tick
-    crossing = (server.life.autosave.now_tick() + AHEAD) // LEVEL * LEVEL + LEVEL
+    tick = server.parts.autosave.tick
+    crossing = (server.parts.autosave.now_tick() + AHEAD) // LEVEL * LEVEL + LEVEL
     instant = crossing + LEVEL // 2
     server.arm([instant] * len(server.sessions), seed)
     gc.collect()
@@ -105,7 +105,7 @@ async def time_cascade(server: Server, seed: int, seconds: float) -> tuple[float
 
 async def time_herd(server: Server, instant: int) -> tuple[float, float]:
     """The longest lag while everybody is saved, and the seconds that it took."""
-    tick = server.life.autosave.tick
+    tick = server.parts.autosave.tick
     until = server.table.counters.saved + len(server.sessions)
     server.clock.go_on(instant * tick - LEAD_IN)
     lags = await watch(lambda _: server.table.counters.saved >= until)

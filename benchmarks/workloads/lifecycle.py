@@ -19,8 +19,7 @@ from functools import partial
 from typing import Any
 
 import cagey_sessions
-from cagey_sessions.sessions import ending as endings
-from cagey_sessions.sessions import server as lifecycle
+from cagey_sessions.sessions import beginning, ending
 
 from .base import (
     HOT,
@@ -214,8 +213,8 @@ def bag_set(sizes: Sizes) -> Iterator[Pair]:
 # Events
 
 EMITTERS = (
-    (lifecycle, lifecycle.Lifecycle, ("create", "start", "set_user")),
-    (endings, endings.Endings, ("end_at_once",)),
+    (beginning, beginning.Beginnings, ("create", "start", "set_user")),
+    (ending, ending.Endings, ("end_at_once",)),
 )
 """The methods that create + start + set_user + destroy are where somebody listens, and that look for who does."""
 LOOKS, EMITS = ("has", "is_heard"), ("emit", "emit_identified")
@@ -251,7 +250,7 @@ class _Mute(ast.NodeTransformer):
         return ast.Pass() if ast.unparse(node.test) == "False" else node
 
 
-def kinds_of(*, muted: bool) -> tuple[type[lifecycle.Lifecycle], type[endings.Endings], int]:
+def kinds_of(*, muted: bool) -> tuple[type[beginning.Beginnings], type[ending.Endings], int]:
     """The classes of those methods with them compiled anew from their source, without their events if `muted`; and how
     many looks and emits were taken out."""
     found = 0
@@ -286,16 +285,16 @@ async def time_life(keys: Sequence[str]) -> float:
 async def time_coroutines(keys: Sequence[str], *, muted: bool) -> float:
     """What those calls are where somebody listens, or there is a store; if `muted`, made to emit nothing."""
     manager = make_ours()
-    life = manager._life
-    life.__class__, life.endings.__class__, found = kinds_of(muted=muted)
+    beginnings, endings = manager._beginnings, manager._endings
+    beginnings.__class__, endings.__class__, found = kinds_of(muted=muted)
     assert found == 5 * muted, "these methods no longer look for listeners where this row thinks they do"
     data = {"gold": 0}
     start = clock()
     for user, key in enumerate(keys):
-        session = await life.create(key, False)
-        await life.start(session)
-        await life.set_user(session, user, data)
-        await life.end(session, None)
+        session = await beginnings.create(key, False)
+        await beginnings.start(session)
+        await beginnings.set_user(session, user, data)
+        await endings.end(session, None)
     elapsed = clock() - start
     await manager.destroy()
     return elapsed / len(keys)

@@ -19,7 +19,7 @@ from typing import Any
 
 import cagey_sessions
 from cagey_sessions.errors import StoreUnavailableError
-from cagey_sessions.sessions.login import _Loaded
+from cagey_sessions.sessions.loading import Loaded
 from cagey_sessions.stores import Claim, Outcome, Record, Store, Verdict
 
 from .base import SEED, best_loop, new_loop, users_of
@@ -167,18 +167,18 @@ class Server:
             store=store or NoStore(), interval=interval / SECOND, clock=self.clock, log=SILENT, **settings
         )
         self.interval = interval
-        self.life = self.manager._life
-        self.table = self.life.table
+        self.parts = self.manager._server
+        self.table = self.parts.table
         self.sessions: list[Any] = []
 
     async def fill(self, count: int, data_of: Callable[[int], Any]) -> None:
-        assert self.life.gateway is not None
+        assert self.parts.link is not None
         await self.manager.create()  # binds the loop
-        await self.life.gateway.open()
-        identify, create = self.manager._ownership._identify, self.manager.create
+        await self.parts.link.open()
+        identify, create = self.manager._logins._identify, self.manager.create
         for number, user in enumerate(users_of(count)):
             session = await create()
-            identify(session, _Loaded(user, EPOCH, 0, 0, 0, data_of(number), losses=0))
+            identify(session, Loaded(user, EPOCH, 0, 0, 0, data_of(number), losses=0))
             self.sessions.append(session)
 
     def arm(self, ticks: Sequence[int], seed: int) -> None:
@@ -186,7 +186,7 @@ class Server:
 
         It fixes bytes with a digest that no data has, so what is saved next is a change.
         """
-        table, now = self.table, self.life.autosave.now_tick()
+        table, now = self.table, self.parts.autosave.now_tick()
         shuffled = self.sessions.copy()
         random.Random(seed).shuffle(shuffled)
         for session, tick in zip(shuffled, ticks, strict=True):
@@ -195,7 +195,7 @@ class Server:
             assert taken is not None
             assert taken[0] is session
             table.acknowledge(session, table.fix(session, tick), now, tick)
-        self.life.autosave.arm()
+        self.parts.autosave.arm()
 
     async def save_all(self) -> None:
         """Set the clock forward by an interval, have everybody saved who is due by then, and stop the clock."""
@@ -209,9 +209,9 @@ class Server:
     def abandon(self) -> None:
         """Let go of a million users without their last saves."""
         self.clock.stop()
-        self.life.autosave.close()
-        self.life.warning.detach()
-        self.life.listeners.clear()
+        self.parts.autosave.close()
+        self.parts.warning.detach()
+        self.parts.listeners.clear()
         self.sessions.clear()
 
 

@@ -143,6 +143,7 @@ cdef struct Row:
     uint8_t state
     uint8_t failures        # saves failed since the last acknowledged one, at most 255
     uint8_t marks           # MARKED, MARKED_BEFORE: changes that are not known to be stored
+    uint8_t flags           # FLAG_LOST, FLAG_FINAL, FLAG_RELEASED: what the host has said of the saves
 
 
 include "core/values.pxi"

@@ -1,54 +1,125 @@
-"""Taking turns with the rest of the program. What lives here: the share that our work has of one turn of the event
-loop. What must not: the work.
+"""All that the library does with asyncio itself: its own tasks, waiting until a time, and its share of each turn.
+
+Time is that of the manager's clock, so that tests can move it. Tasks are made without the loop's task factory, which
+may run them at once (eager tasks), and in a context of their own where they do not belong to the caller.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from contextvars import Context
+from typing import Any, TypeVar
 
 from .clock import Clock
 from .options import SECOND
 
-__all__ = ["TimeSlice"]
+__all__ = ["Loop", "leave"]
+
+T = TypeVar("T")
 
 SLICE = SECOND // 2000
-"""How long our work may hold the loop before others get a turn."""
+"""For how many nanoseconds the library may hold the event loop before others get a turn."""
 
 
-class TimeSlice:
-    """What is left of our share of this turn, for all who work for one manager."""
+class Loop:
+    """The event loop of one manager."""
 
-    __slots__ = ("_clock", "_ends", "_is_overrun", "_loop", "overruns")
+    __slots__ = ("_clock", "_is_overrun", "_slice_ends", "_tasks", "overruns", "running")
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._ends = 0
+        self.running: asyncio.AbstractEventLoop | None = None
+        """The loop of asyncio, from the first awaited call on."""
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._slice_ends = 0
         self._is_overrun = False
         self.overruns: int = 0
+        """How many turns took more than twice the time that the library may take."""
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether timers can be set."""
+        return self.running is not None and not self.running.is_closed()
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Share the turns of this loop from now on."""
-        self._loop = loop
+        """Work on this loop from now on."""
+        self.running = loop
 
-    async def wait(self) -> None:
-        """Return in a turn of the loop that has time left for our work."""
-        while self.is_spent():  # noqa: ASYNC110 - there is no event: other callbacks are to have their turn
+    def call_soon(self, callback: Callable[[], object], context: Context) -> None:
+        """Call a function in the next turn of the loop."""
+        assert self.running is not None
+        self.running.call_soon(callback, context=context)
+
+    # Tasks
+
+    def spawn(self, work: Coroutine[Any, Any, T], name: str, context: Context | None = None) -> asyncio.Task[T]:
+        """Start a task, and keep it from being collected until it is done."""
+        task = asyncio.Task(work, loop=self.running, name=f"cagey-sessions {name}", context=context)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # Waiting
+
+    async def wait(self, future: asyncio.Future[Any], limit: int | None) -> bool:
+        """Wait until a future is done, or `limit` nanoseconds have passed; cancels nothing. Whether it is done."""
+        if future.done():
+            return True
+        assert self.running is not None
+        done: asyncio.Future[None] = self.running.create_future()
+
+        def wake(_: object = None) -> None:
+            if not done.done():
+                done.set_result(None)
+
+        timer = None if limit is None else self._clock.call_later(max(0, limit), wake, Context())
+        future.add_done_callback(wake)
+        try:
+            await done
+        finally:
+            future.remove_done_callback(wake)
+            if timer is not None:
+                timer.cancel()
+        return future.done()
+
+    async def sleep(self, delay: int) -> None:
+        """Wait for so many nanoseconds of the clock."""
+        assert self.running is not None
+        await self.wait(self.running.create_future(), delay)
+
+    # Turns
+
+    async def take_turn(self) -> None:
+        """Return in a turn of the loop that has time left for the library's work."""
+        while self.is_turn_over():  # noqa: ASYNC110 - there is no event: other callbacks are to have their turn
             await asyncio.sleep(0)
 
-    def is_spent(self) -> bool:
-        """Whether this turn of the loop has had its share of our work. The first question of a turn is answered no."""
+    def is_turn_over(self) -> bool:
+        """Whether the library has had its share of this turn of the loop. The first question of a turn is answered
+        no."""
         now = self._clock.now()
-        if self._ends == 0:
-            self._ends = now + SLICE
-            assert self._loop is not None
-            self._loop.call_soon(self._end_turn)
+        if self._slice_ends == 0:
+            self._slice_ends = now + SLICE
+            assert self.running is not None
+            self.running.call_soon(self._end_turn)
             return False
-        if now > self._ends + SLICE and not self._is_overrun:
+        if now > self._slice_ends + SLICE and not self._is_overrun:
             self._is_overrun = True
             self.overruns += 1
-        return now > self._ends
+        return now > self._slice_ends
 
     def _end_turn(self) -> None:
-        self._ends = 0
+        self._slice_ends = 0
         self._is_overrun = False
+
+
+def leave(tasks: set[asyncio.Task[None]]) -> None:
+    """Take the current task out of a set of workers when it ends.
+
+    Not in a callback of the task: whoever looks between its last step and that callback must find its place free.
+    """
+    with suppress(RuntimeError):  # no loop runs when a task that was forgotten is thrown away
+        if (task := asyncio.current_task()) is not None:
+            tasks.discard(task)

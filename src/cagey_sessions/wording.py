@@ -9,10 +9,12 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-__all__ = ["MOST_SHOWN", "Hidden", "kind_name", "quote"]
+__all__ = ["MOST_NAMED", "MOST_SHOWN", "Hidden", "kind_name", "name_some", "quote"]
 
 MOST_SHOWN = 80
 """Characters of a value that is shown."""
+MOST_NAMED = 10
+"""How many users a message names."""
 WIDEST = 256
 """Bits of an int that is shown: its digits fit."""
 
@@ -48,6 +50,11 @@ def quote(value: Any) -> str:
     else:
         text = kind_name(value)
     return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 1] + "…"
+
+
+def name_some(user_ids: list[int | str]) -> str:
+    """The first few ids, for a message."""
+    return ", ".join(map(quote, user_ids[:MOST_NAMED])) + (", ..." if len(user_ids) > MOST_NAMED else "")
 
 
 def kind_name(value: object) -> str:

@@ -152,25 +152,25 @@ FAULTS = [
     Fault(
         "the release is not part of the last save",
         "saving/to_store.py",
-        "        release = is_ending and self._host.is_last_save(session)\n",
+        "        release = is_ending and self._link.store.shared and self._table.is_final(session)\n",
         "        release = False\n",
         USERS,
     ),
     Fault(
         "every save releases",
         "saving/to_store.py",
-        "        release = is_ending and self._host.is_last_save(session)\n",
+        "        release = is_ending and self._link.store.shared and self._table.is_final(session)\n",
         "        release = True\n",
         USERS,
     ),
     Fault(
         "live data goes to the store",
         "saving/writing.py",
-        "        call = self._gateway.write(records)\n",
+        "        call = self._link.write(records)\n",
         "        import asyncio as later; await later.sleep(0)\n"
         "        import orjson; live = self._settlement._table.active_session\n"
         "        records = [record._replace(body=orjson.dumps(live(record.user_id).user_data))\n"
-        "                   for record in records]\n        call = self._gateway.write(records)\n",
+        "                   for record in records]\n        call = self._link.write(records)\n",
         SAVING,
     ),
     Fault(
@@ -364,8 +364,8 @@ FAULTS = [
     Fault(
         "what a last listener changes is not saved",
         "sessions/ending.py",
-        "ending.saved == self._host.fingerprint(session)",
-        "True",
+        "if not self._is_to_be_released(session) and self._saver.is_saved(session):",
+        "if ending.last_error is None and not self._is_to_be_released(session):",
         ENDING,
     ),
     Fault(
@@ -377,9 +377,9 @@ FAULTS = [
     ),
     Fault(
         "a manager that is being destroyed admits users",
-        "sessions/server.py",
-        "        if self.drain is not None:\n            raise ManagerClosedError(",
-        "        if self.closed:\n            raise ManagerClosedError(",
+        "sessions/beginning.py",
+        "        if self._endings.drain is not None:\n            raise ManagerClosedError(",
+        "        if self._server.closed:\n            raise ManagerClosedError(",
         ENDING,
     ),
     Fault(
@@ -407,7 +407,7 @@ FAULTS = [
     Fault(
         "a release that was refused is believed",
         "ownership/releases.py",
-        "                    if is_released or not self._gateway.store.shared:\n",
+        "                    if is_released or not self._link.store.shared:\n",
         "                    if True:\n",
         ("tests/simulation/test_found.py",),
     ),
@@ -428,8 +428,8 @@ FAULTS = [
     # users
     Fault(
         "a default is shared between users",
-        "sessions/login.py",
-        "data = _made(default) if callable(default) else self._encoding.copy(default)",
+        "sessions/loading.py",
+        "data = _made(default) if callable(default) else self._server.encoding.copy(default)",
         "data = _made(default) if callable(default) else default",
         USERS,
     ),
@@ -442,16 +442,16 @@ FAULTS = [
     ),
     Fault(
         "a load that fails keeps the claim",
-        "sessions/login.py",
-        "        except BaseException:\n            self._claims.let_go(user_id, claim.epoch)\n            raise\n\n    def _dump",
+        "sessions/loading.py",
+        "        except BaseException:\n            claims.let_go(user_id, claim.epoch)\n            raise\n\n    def _dump",
         "        except BaseException:\n            raise\n\n    def _dump",
         USERS,
     ),
     Fault(
         "two at work on one user",
-        "ownership/claims.py",
-        "        if not self.is_taken:\n            self.is_taken = True\n",
-        "        if True:\n            self.is_taken = True\n",
+        "ownership/turns.py",
+        "        if not turn.is_taken:\n            turn.is_taken = True\n",
+        "        if True:\n            turn.is_taken = True\n",
         USERS,
     ),
     Fault(
@@ -477,24 +477,24 @@ FAULTS = [
     ),
     Fault(
         "a turn with a user is waited for without looking who waits for whom",
-        "ownership/claims.py",
+        "ownership/turns.py",
         "        if would_deadlock(target):\n",
         "        if False:\n",
         ("tests/test_turns.py",),
     ),
     Fault(
         "an edit of a live session takes no turn",
-        "sessions/login.py",
+        "sessions/users.py",
         "                frame.confine()\n                async with self._edit_live(live) as data:\n",
-        "                self._claims._turns[user_id].give()\n                async with self._edit_live(live) as data:\n",
+        "                self._loading.claims.turns._turns[user_id].give()\n                async with self._edit_live(live) as data:\n",
         ("tests/test_turns.py",),
     ),
     Fault(
         "a login does not wait for the older session's last save",
-        "sessions/login.py",
-        "                if not await self._within_patience(life.replace(older), 2 * self._gateway.timeout + SECOND):\n",
-        "                life.endings.begin_end(older, True, EndReason.REPLACED)\n"
-        "                life.table.forget(older)\n                if False:\n",
+        "sessions/loading.py",
+        "                if not await self._within(replaced, 2 * server.options.save_timeout + SECOND):\n",
+        '                endings.begin_end(older, True, "replaced")\n'
+        "                server.table.forget(older)\n                if False:\n",
         USERS,
     ),
     Fault(
@@ -506,7 +506,7 @@ FAULTS = [
     ),
     Fault(
         "an edit that may be written says that it is not",
-        "sessions/login.py",
+        "sessions/users.py",
         "                may_be_written = True\n",
         "                pass\n",
         ("tests/test_store_regressions_users.py",),
@@ -530,15 +530,15 @@ FAULTS = [
     ),
     Fault(
         "erasing leaves the session live",
-        "sessions/login.py",
-        "            await self._end_erased(user_id)\n            if life.spill",
-        "            if life.spill",
+        "sessions/users.py",
+        "            await self._end_erased(user_id)\n            if server.spill",
+        "            if server.spill",
         USERS,
     ),
     Fault(
         "a claim that had no answer is forgotten",
         "ownership/claims.py",
-        "        if self._gateway.store.shared:\n            self._look_after(user_ids)\n",
+        "        if self._link.store.shared:\n            self._look_after(user_ids)\n",
         "",
         USERS,
     ),
@@ -553,7 +553,7 @@ FAULTS = [
     Fault(
         "a call nobody waits for has no deadline",
         "stores/link.py",
-        "            self._gateway.bound(self, self._left())\n",
+        "            self._link.bound(self, self._left())\n",
         "            pass\n",
         SAVING,
     ),
@@ -574,14 +574,14 @@ FAULTS = [
     Fault(
         "backlog dropped: nobody begins again when the store is back",
         "stores/link.py",
-        "            admission.set_result(None)\n        self._on_chance()\n",
+        "            admission.set_result(None)\n        self._on_change()\n",
         "            admission.set_result(None)\n",
         SAVING,
     ),
     Fault(
         "work goes on at a store that has gone down meanwhile",
         "saving/writing.py",
-        'return "" if self._gateway.may_call() else "is down"',
+        'return "" if self._link.may_call() else "is down"',
         'return ""',
         ("tests/simulation/test_found.py",),
     ),
@@ -697,7 +697,7 @@ FAULTS = [
     Fault(
         "one spilled user who is not taken now stops the replay",
         "sessions/spilling.py",
-        "        return not self._gateway.down\n",
+        "        return not self._link.down\n",
         "        return not any(plan.error for plan in plans)\n",
         ("tests/test_spill_found.py",),
     ),

@@ -56,7 +56,7 @@ class Laws:
     def watch(self, server: Server) -> None:
         """Look at each call a server makes."""
         store = server.store
-        life = server.manager._life
+        life = server.manager._server
         save_many, abort = store.save_many, store.abort
         in_flight: dict[int | str, Any] = {}
         users_of: dict[Any, list[int | str]] = {}
@@ -93,7 +93,7 @@ class Laws:
                     in_flight.pop(user_id, None)
             abort(call)
 
-        ownership = server.manager._ownership
+        ownership = server.manager._logins
         identify = ownership._identify
 
         def identified(session: Any, loaded: Any) -> None:
@@ -115,22 +115,22 @@ class Laws:
         store.release_many = released  # type: ignore[method-assign]
         store.abort = given_up  # type: ignore[method-assign]
         store.save_many = checked  # type: ignore[method-assign]
-        gateway = life.gateway
-        start = gateway.start
+        link = life.link
+        start = link.start
         probes: list[Any] = []
 
         def probe(method: Any, *arguments: Any) -> Any:
-            was_down = gateway.down
+            was_down = link.down
             call = start(method, *arguments)
             if was_down:
                 probes[:] = [other for other in probes if not other.task.done()]
                 probes.append(call)
-                patient = [other for other in probes if self.run.universe.now < other.started + gateway.timeout]
+                patient = [other for other in probes if self.run.universe.now < other.started + link.timeout]
                 if len(patient) > 1:
                     self.broken.append("I32: more than one probe at a time")
             return call
 
-        gateway.start = probe
+        link.start = probe
 
     def see_identified(self, owner: str, loaded: Any) -> None:
         """A session gets its user, by a claim that may have been granted when the row was still there."""
@@ -174,9 +174,9 @@ class Laws:
     def has_vanished(self, server: Server, user_id: int | str, since: float) -> bool:
         """Whether a server cannot know of what was acknowledged of a user: it is cut off, or the row was removed."""
         self.look_at_losses()
-        session = server.manager._life.table.active_session(user_id)
+        session = server.manager._server.table.active_session(user_id)
         row = self.database.backing.rows.get(user_id)
-        if session is not None and (row is None or row.epoch != server.manager._life.table.epoch(session)):
+        if session is not None and (row is None or row.epoch != server.manager._server.table.epoch(session)):
             return True  # taken over, and nobody has told it yet
         return (server.store.owner, user_id) in self.unaware or self.vanished.get(user_id, -1.0) >= since
 
@@ -216,7 +216,7 @@ class Laws:
 
     def see_end(self, session: Any) -> None:
         for server in self.run.servers:
-            if server is not None and server.manager._life is session._host:
+            if server is not None and server.manager._server is session._host:
                 self.dead.setdefault(server, []).append(session)
 
     # After each step
@@ -244,12 +244,12 @@ class Laws:
 
     def has_session(self, owner: str, user_id: int | str) -> bool:
         """Whether a server that is there has a session of a user."""
-        lives = [server.manager._life for server in self.run.servers if server is not None]
+        lives = [server.manager._server for server in self.run.servers if server is not None]
         return any(life.owner == owner and life.table.active_session(user_id) is not None for life in lives)
 
     def check_server(self, server: Server) -> None:
         manager = server.manager
-        table = manager._life.table
+        table = manager._server.table
         statistics = manager.statistics()
         there = manager.sessions()
         assert statistics.created == statistics.live + statistics.ended, "I29"

@@ -331,4 +331,4 @@ def test_what_is_left_of_a_batch_waits_when_the_store_has_gone_down_meanwhile():
 
 
 async def store_asked_once(here):
-    await here.manager._life.gateway.ask(here.server.store.load, "eve")
+    await here.manager._server.link.ask(here.server.store.load, "eve")

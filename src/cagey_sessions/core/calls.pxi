@@ -241,27 +241,27 @@ cdef object call_act(SessionCall call):
         if (not table.loud & (LOUD_CREATED | LOUD_CLOSED | LOUD_UNATTENDED) and call.second is False
                 and table.is_on_its_loop()):
             return table.add(call.first)
-        call.delegate = table.host.create(call.first, call.second)
+        call.delegate = table.host._beginnings.create(call.first, call.second)
         return call
     if act == ACT_OPEN:
-        call.delegate = (<ManagerCore> call.owner).table.host.ownership.open(*call.first)
+        call.delegate = (<ManagerCore> call.owner).table.host._logins.open(*call.first)
         return call
     session = <SessionCore> call.owner
     table = session.table
     if act == ACT_START:
         if is_quiet(session, LOUD_STARTED) and session.slot and not is_ending(table.rows[session.slot].state):
             return None
-        call.delegate = table.host.start(session)
+        call.delegate = table.host._beginnings.start(session)
     elif act == ACT_SET_USER:
         if (is_quiet(session, LOUD_IDENTIFIED | LOUD_CLOSED | LOUD_STORED)
                 and session.slot and not is_ending(table.rows[session.slot].state)):
             set_user(table, session, call.first, call.second)
             return None
-        call.delegate = table.host.set_user(session, call.first, call.second)
+        call.delegate = table.host._beginnings.set_user(session, call.first, call.second)
     else:
         if is_quiet(session, LOUD_ENDING | LOUD_ENDED | LOUD_WATCHED) and end(table, session, call.first):
             return None
-        call.delegate = table.host.end(session, call.first)
+        call.delegate = table.host._endings.end(session, call.first)
     return call
 
 

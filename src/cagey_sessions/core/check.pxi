@@ -87,6 +87,7 @@ cdef int check_everything(SessionTable table) except -1:
             keyed += not is_ending(table.rows[slot].state)
         assert table.rows[slot].acknowledged <= table.rows[slot].version
         assert not table.rows[slot].marks & MARKED_BEFORE or has_save_in_flight(table.rows[slot].state)
+        assert not table.rows[slot].flags & FLAG_FINAL or is_ending(table.rows[slot].state), f"slot {slot} lives"
     assert table.by_key.used == keyed
     assert table.by_user.used == identified == table.counters.identified
     assert live == table.counters.created - table.counters.ended

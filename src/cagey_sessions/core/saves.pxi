@@ -18,6 +18,11 @@ cdef enum:
     MARKED_BEFORE = 2       # before that: the save in flight holds the change
 
 cdef enum:
+    FLAG_LOST = 1                # the session has lost its user: no save of it is to be written any more
+    FLAG_FINAL = 2               # the next save of an ending session is its last one, and releases the user
+    FLAG_RELEASED = 4            # the save last acknowledged has released the user
+
+cdef enum:
     NONE                    # no user, nothing to save
     IDLE                    # saved or not yet due; in the wheel if there is an interval
     DUE                     # the timer wants a save; in the periodic lane

@@ -134,7 +134,7 @@ cdef class SessionCore:
         """
         cdef SessionTable table = require_made(self)
         if table.loud & LOUD_STARTED or (self.listeners is not None and not self.ended):
-            return table.host.start(self)
+            return table.host._beginnings.start(self)
         return new_call(ACT_START, self, None, None)
 
     def set_user(self, user_id, user_data):
@@ -152,7 +152,7 @@ cdef class SessionCore:
         """
         cdef SessionTable table = require_made(self)
         if table.loud & (LOUD_IDENTIFIED | LOUD_STORED) or (self.listeners is not None and not self.ended):
-            return table.host.set_user(self, user_id, user_data)
+            return table.host._beginnings.set_user(self, user_id, user_data)
         return new_call(ACT_SET_USER, self, user_id, user_data)
 
     def destroy(self, persist=None):
@@ -177,7 +177,7 @@ cdef class SessionCore:
         """
         cdef SessionTable table = require_made(self)
         if table.loud & (LOUD_ENDING | LOUD_ENDED) or (self.listeners is not None and not self.ended):
-            return table.host.end(self, persist)
+            return table.host._endings.end(self, persist)
         prefetch(&table.rows[self.slot])
         prefetch(<PyObject*> self.key)
         prefetch(<PyObject*> self.user_id)

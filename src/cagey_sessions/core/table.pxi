@@ -184,7 +184,7 @@ cdef class SessionTable(SessionLanes):
         put_item(self.sessions, slot, session)
         cdef Row* row = &self.rows[slot]
         row.state = NONE
-        row.failures = row.marks = 0
+        row.failures = row.marks = row.flags = 0
         row.version = row.acknowledged = row.saved_at = 0
         if self.copies is not NULL:
             memset(&self.copies[slot], 0, sizeof(Copy))
@@ -246,6 +246,37 @@ cdef class SessionTable(SessionLanes):
         """Whether a session is being ended, or has been forgotten. O(1)."""
         self.refuse_stranger(session)
         return session.slot == 0 or is_ending(self.rows[session.slot].state)
+
+    def lose(self, SessionCore session not None):
+        """Say that a session has lost its user: from now on `is_lost` tells so. O(1)."""
+        self.rows[self.slot_of(session)].flags |= FLAG_LOST
+
+    def is_lost(self, SessionCore session not None):
+        """Whether no save of a session is to be written any more: it has lost its user, or was forgotten. O(1)."""
+        self.refuse_stranger(session)
+        return session.slot == 0 or (self.rows[session.slot].flags & FLAG_LOST) != 0
+
+    def set_final(self, SessionCore session not None, bint final):
+        """Say whether the next save of an ending session is its last one, which releases the user. O(1)."""
+        cdef Row* row = &self.rows[self.slot_of(session)]
+        if final and not is_ending(row.state):
+            raise UsageError("only a session that is being ended has a last save")
+        row.flags = row.flags | FLAG_FINAL if final else row.flags & ~FLAG_FINAL
+
+    def set_released(self, SessionCore session not None, bint released):
+        """Say whether the save last written has released the user in the store. O(1)."""
+        cdef Row* row = &self.rows[self.slot_of(session)]
+        row.flags = row.flags | FLAG_RELEASED if released else row.flags & ~FLAG_RELEASED
+
+    def is_released(self, SessionCore session not None):
+        """Whether the save last acknowledged has released the user in the store, or the session was forgotten. O(1)."""
+        self.refuse_stranger(session)
+        return session.slot == 0 or (self.rows[session.slot].flags & FLAG_RELEASED) != 0
+
+    def is_final(self, SessionCore session not None):
+        """Whether the next save of a session is its last one, which releases the user. O(1)."""
+        self.refuse_stranger(session)
+        return session.slot != 0 and (self.rows[session.slot].flags & FLAG_FINAL) != 0
 
     def identify(self, SessionCore session not None, user_id, user_data, uint64_t now, uint64_t interval=0):
         """Give a session its user and, with an interval in ticks, a first deadline at its place in it.

@@ -83,6 +83,13 @@ class Encoding:
         """Whether a program's own functions have a part in it."""
         return self._encode is not None or self._decode is not None
 
+    def try_dump(self, value: object) -> bytes | None:
+        """The body of a value as it is now; None if it cannot be saved. O(size)."""
+        try:
+            return self.dump(value)
+        except EncodingError:
+            return None
+
     def dump(self, value: object) -> bytes:
         """The body of a value as it is now.
 

@@ -10,32 +10,30 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from contextvars import Context
 from itertools import islice
 from typing import TypeVar
 
-from .._core import SessionCore
+from .._core import SessionCore, SessionTable
 from ..clock import Clock
 from ..errors import (
-    CageySessionsError,
     CorruptRecordError,
     OwnedElsewhereError,
     StoreError,
     StoreUnavailableError,
-    WouldDeadlockError,
 )
-from ..events.deadlocks import Frame, Kind, Wait, listening, waiting_for, would_deadlock
+from ..loop import Loop, leave
 from ..options import SECOND
-from ..saving.reclaiming import claims_of
-from ..sessions.server import Lifecycle
+from ..process import Identity
 from ..stores import Claim, Record
-from ..stores.contract import Answers
-from ..stores.link import StoreGateway
+from ..stores.contract import Answers, claims_of
+from ..stores.link import StoreLink
 from ..stores.rows import check_claim
 from ..wording import quote
-from .releases import FIRST_RETRY, LONGEST_RETRY, Releases, leave
+from .releases import Releases
+from .turns import Turns
 
 __all__ = ["CLAIMS_IN_A_CALL", "CLAIM_CALLS", "Claims"]
 
@@ -50,59 +48,27 @@ ENDED_REMEMBERED = 10_000
 """Of how many sessions that are over it is seen whether an engine that has lost something still has them as ours."""
 
 
-class _Turn:
-    """The turn with one user: one call in this process has it, others wait in the order in which they came."""
-
-    def __init__(self) -> None:
-        self.is_taken = False
-        self.calls = 0
-        """That have the turn or wait for it."""
-        self._waiting: deque[asyncio.Future[None]] = deque()
-
-    async def take(self, clock: Clock, until: int | None) -> None:
-        """Wait for the turn, no longer than until then. Raises `TimeoutError`."""
-        if not self.is_taken:
-            self.is_taken = True
-            return
-        called: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def lose_patience() -> None:
-            if not called.done():
-                called.set_exception(TimeoutError())
-
-        self._waiting.append(called)
-        timer = None if until is None else clock.call_later(max(0, until - clock.now()), lose_patience, Context())
-        try:
-            await called
-        except asyncio.CancelledError:
-            if called.done() and not called.cancelled() and called.exception() is None:
-                self.give()  # the turn and the cancellation came at the same time
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
-
-    def give(self) -> None:
-        """It is the turn of the next call that still waits."""
-        while self._waiting:
-            called = self._waiting.popleft()
-            if not called.done():
-                called.set_result(None)
-                return
-        self.is_taken = False
-
-
 class Claims:
-    """The claims of one manager."""
+    """The claims of one manager, and the turns and releases that go with them."""
 
-    def __init__(self, life: Lifecycle) -> None:
-        self._life = life
-        self.open_store: Callable[[], Awaitable[None]] = self._open
-        """How the store is opened; a spill has to be known before anybody is claimed."""
-        self._turns: dict[int | str, _Turn] = {}
+    def __init__(
+        self,
+        link: StoreLink,
+        loop: Loop,
+        clock: Clock,
+        table: SessionTable,
+        identity: Identity,
+        tell: Callable[[str, Exception], None],
+    ) -> None:
+        self._link = link
+        self._loop = loop
+        self._clock = clock
+        self._table = table
+        self._identity = identity
+        self.turns: Turns = Turns(loop, clock)
+        self.releases: Releases = Releases(link, loop, clock, table, identity, tell, self._is_wanted)
         self._wanted: dict[int | str, asyncio.Future[Claim]] = {}
         self._claimers: set[asyncio.Task[None]] = set()
-        self.releases: Releases = Releases(life, self._is_wanted)
         self._unsure: set[int | str] = set()
         """Users who may be claimed once more by us than their sessions know."""
         self._doubtful: dict[int | str, list[int]] = {}
@@ -110,62 +76,12 @@ class Claims:
         self._looker: asyncio.Task[None] | None = None
         self._ended: deque[int | str] = deque(maxlen=ENDED_REMEMBERED)
         """Users whose sessions are over; the engine may lose that they were released."""
-
-    @property
-    def _gateway(self) -> StoreGateway:
-        assert self._life.gateway is not None
-        return self._life.gateway
-
-    async def _open(self) -> None:
-        await self._gateway.open()
-
-    # Turns
-
-    @asynccontextmanager
-    async def turn(self, user_id: int | str, until: int | None = None) -> AsyncIterator[Frame]:
-        """Within this block no other call in this process loads, edits or erases the same user.
-
-        Waits until then, in nanoseconds of the clock, or without end. Raises `WouldDeadlockError` where the call that
-        has the turn waits for this very code, over however many steps, and `StoreUnavailableError`.
-        """
-        turn = self._turns.setdefault(user_id, _Turn())
-        target = Wait(turn, Kind.TURN)
-        if would_deadlock(target):
-            raise WouldDeadlockError(
-                f"a call that is at work on user {quote(user_id)} waits for this very code, which would wait for that "
-                "call; do it outside of that listener or edit block"
-            )
-        turn.calls += 1
-        try:
-            await self._take(turn, target, user_id, until)
-            try:
-                with listening(target, None) as frame:
-                    yield frame
-            finally:
-                turn.give()
-        finally:
-            turn.calls -= 1
-            if not turn.calls:
-                del self._turns[user_id]
-
-    async def _take(self, turn: _Turn, target: Wait, user_id: int | str, until: int | None) -> None:
-        try:
-            with waiting_for(target):
-                await turn.take(self._life.clock, until)
-        except TimeoutError:
-            raise StoreUnavailableError(
-                f"another call is at work on user {quote(user_id)} and has not come to its end; try again later"
-            ) from None
-
-    def is_at_work(self, user_id: int | str) -> bool:
-        """Whether anybody in this process has the turn, or waits for it."""
-        return user_id in self._turns
+        self._draining = False
 
     async def outlast(self, user_id: int | str) -> None:
         """Where nothing fences off a late write, wait for the end of any before the user is read."""
-        while (write := self._gateway.writes.get(user_id)) is not None and not write.done():
-            await self._gateway.wait_for(write, self._gateway.timeout)
-            if not write.done():
+        while (write := self._link.writes.get(user_id)) is not None and not write.done():
+            if not await self._loop.wait(write, self._link.timeout):
                 raise StoreUnavailableError(
                     f"an earlier write of user {quote(user_id)} has not returned, and would land on top of what follows"
                 )
@@ -176,7 +92,7 @@ class Claims:
         Raises `OwnedElsewhereError` and `CorruptRecordError`, and `StoreUnavailableError` after as long as callers are
         made to wait.
         """
-        claim = await self.persistently(lambda until: self._wait_for_claim(user_id, until))
+        claim = await self._link.persistently(lambda until: self._wait_for_claim(user_id, until))
         if not claim.granted:
             raise OwnedElsewhereError(
                 f"user {quote(user_id)} is on another server ({claim.owner})", user_id=user_id, owner=claim.owner
@@ -191,24 +107,21 @@ class Claims:
     async def _wait_for_claim(self, user_id: int | str, until: int) -> Claim:
         future: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
         self._wanted[user_id] = future
-        if len(self._claimers) < (CLAIMS_IN_A_CALL if self._gateway.store.independent else CLAIM_CALLS):
-            task = self._life.spawn(self._claim_all(), "claims", Context())
+        if len(self._claimers) < (CLAIMS_IN_A_CALL if self._link.store.independent else CLAIM_CALLS):
+            task = self._loop.spawn(self._claim_all(), "claims", Context())
             self._claimers.add(task)
             task.add_done_callback(self._see_claimer_gone)
 
-        def lose_patience() -> None:
-            _refuse(future, StoreUnavailableError(f"{self._gateway.name} has not answered to the claim of this user"))
-
-        clock = self._life.clock
-        timer = clock.call_later(max(0, until - clock.now()), lose_patience, Context())
         try:
-            return await future
+            if not await self._loop.wait(future, until - self._clock.now()):
+                raise StoreUnavailableError(f"{self._link.name} has not answered to the claim of this user")
+            return future.result()
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None and future.result().granted:
+            if not future.cancel() and future.exception() is None and future.result().granted:
                 self.disown(future.result())  # the answer and the cancellation came in the same turn of the loop
             raise
         finally:
-            timer.cancel()
+            future.cancel()
             if self._wanted.get(user_id) is future:
                 del self._wanted[user_id]  # nobody waits any more, and nothing has been asked
 
@@ -216,7 +129,7 @@ class Claims:
         self._claimers.discard(task)
         if task.cancelled():
             for future in self._wanted.values():
-                _refuse(future, _cancelled(self._gateway.name))
+                _refuse(future, _cancelled(self._link.name))
             self._wanted.clear()
 
     async def _claim_all(self) -> None:
@@ -229,13 +142,13 @@ class Claims:
 
     async def _claim_next(self) -> None:
         """Claim those who have waited longest, in one call; each alone if it fails and it may be the fault of one."""
-        await self._gateway.admission()
-        if not self._gateway.may_call():  # the store is to be closed
+        await self._link.admission()
+        if not self._link.may_call():  # the store is to be closed
             for future in self._wanted.values():
-                _refuse(future, StoreUnavailableError(f"{self._gateway.name} is down"))
+                _refuse(future, StoreUnavailableError(f"{self._link.name} is down"))
             self._wanted.clear()
             return
-        most = 1 if self._gateway.store.independent else CLAIMS_IN_A_CALL
+        most = 1 if self._link.store.independent else CLAIMS_IN_A_CALL
         wanted = {user_id: self._wanted.pop(user_id) for user_id in list(islice(self._wanted, most))}
         try:
             error = await self._claim_some(wanted) if wanted else None
@@ -250,17 +163,17 @@ class Claims:
                     _refuse(future, error)
         except asyncio.CancelledError:
             for future in wanted.values():
-                _refuse(future, _cancelled(self._gateway.name))
+                _refuse(future, _cancelled(self._link.name))
             raise
 
     async def _claim_some(self, wanted: dict[int | str, asyncio.Future[Claim]]) -> Exception | None:
-        gateway = self._gateway
-        if gateway.closed:
-            return StoreUnavailableError(f"{gateway.name} is closed: the manager was destroyed")
+        link = self._link
+        if link.closed:
+            return StoreUnavailableError(f"{link.name} is closed: the manager was destroyed")
         user_ids = list(wanted)
-        call = gateway.start(user_ids, gateway.store.claim_many, user_ids, self._life.owner)
+        call = link.start(user_ids, link.store.claim_many, user_ids, self._identity.owner)
         try:
-            claims = claims_of(gateway.store, await call.answer(), user_ids)
+            claims = claims_of(link.store, await call.answer(), user_ids)
         except asyncio.CancelledError:
             self.doubt(wanted, call.task)
             raise
@@ -268,7 +181,7 @@ class Claims:
             self.doubt(wanted, call.task)
             if isinstance(error, StoreError):
                 return error
-            unavailable = StoreUnavailableError(f"{gateway.name} could not load: {type(error).__name__}")
+            unavailable = StoreUnavailableError(f"{link.name} could not load: {type(error).__name__}")
             unavailable.__cause__ = error
             return error if len(wanted) > 1 else unavailable
         for future, claim in zip(wanted.values(), claims, strict=True):
@@ -282,7 +195,7 @@ class Claims:
 
     def _see_late(self, task: asyncio.Task[Answers]) -> None:
         """A claim was given up on, and has been granted after all."""
-        if task.cancelled() or task.exception() is not None or self._gateway.closed:
+        if task.cancelled() or task.exception() is not None or self._link.closed:
             return
         for claim in task.result():
             if isinstance(claim, StoreError):
@@ -295,26 +208,26 @@ class Claims:
         """A claim of these users had no answer, and may be granted all the same: see that nobody is kept by nobody."""
         if not call.done():
             call.add_done_callback(self._see_late)
-        if self._gateway.store.shared:
+        if self._link.store.shared:
             self._look_after(user_ids)
 
     def _look_after(self, user_ids: Iterable[int | str]) -> None:
-        now = self._life.clock.now()
+        now = self._clock.now()
         for user_id in user_ids:
             self._doubtful[user_id] = [now + delay for delay in LOOKS_AT_DOUBTFUL]
         if self._looker is None or self._looker.done():
-            self._looker = self._life.spawn(self._look_at_doubtful(), "doubtful claims", Context())
+            self._looker = self._loop.spawn(self._look_at_doubtful(), "doubtful claims", Context())
 
     async def _look_at_doubtful(self) -> None:
         """Look after users several times, for a request may arrive long after its connection was closed."""
-        while self._doubtful and not self._life.closed:
-            await self._pause(LOOKS_AT_DOUBTFUL[0])
+        while self._doubtful and not self._link.closed:
+            await self._loop.sleep(LOOKS_AT_DOUBTFUL[0])
             for user_id, looks in list(self._doubtful.items()):
-                if not self._gateway.may_call() or self._life.drain is not None:
+                if not self._link.may_call() or self._draining:
                     break
-                if self.is_at_work(user_id):
+                if self.turns.is_taken(user_id):
                     continue  # a load, or the replay, will claim them
-                if looks[0] <= self._life.clock.now():
+                if looks[0] <= self._clock.now():
                     with suppress(Exception):
                         await self._look_at(user_id)
                         looks.pop(0)
@@ -324,8 +237,8 @@ class Claims:
     async def _look_at(self, user_id: int | str) -> None:
         """Let go of a user who is ours in the store, and whom nobody here has."""
         self._require_chance()
-        holder, epoch = await self._gateway.ask(self._gateway.store.holder, user_id)
-        if holder == self._life.owner and not self._is_wanted(user_id):
+        holder, epoch = await self._link.ask(self._link.store.holder, user_id)
+        if holder == self._identity.owner and not self._is_wanted(user_id):
             self.let_go(user_id, epoch)
 
     def _is_wanted(self, user_id: int | str) -> bool:
@@ -335,11 +248,15 @@ class Claims:
 
         What was read before this was asked may be released without a lock: every claim from now on raises the epoch.
         """
-        session = self._life.table.active_session(user_id)
-        if session is not None and self._life.loss_of(session) is None:
+        session = self._table.active_session(user_id)
+        if session is not None and not self._table.is_lost(session):
             self._unsure.add(user_id)
             return True
-        return self.is_at_work(user_id)
+        return self.turns.is_taken(user_id)
+
+    def drain(self, draining: bool) -> None:
+        """The manager is being destroyed, or is not after all: meanwhile no claim without an answer is looked after."""
+        self._draining = draining
 
     def see_end(self, user_id: int | str) -> None:
         """A session of this user is over."""
@@ -350,31 +267,31 @@ class Claims:
 
     def see_loss(self) -> None:
         """The engine has lost what it had acknowledged, perhaps releases: then it takes users for ours who are not."""
-        if self._gateway.store.shared:
+        if self._link.store.shared:
             self._look_after(dict.fromkeys(self._ended))
 
     def _require_chance(self) -> None:
-        if self._gateway.closed or not self._gateway.may_call():
-            raise StoreUnavailableError(f"{self._gateway.name} has gone down")
+        if self._link.closed or not self._link.may_call():
+            raise StoreUnavailableError(f"{self._link.name} has gone down")
 
     def disown(self, claim: Claim) -> None:
         """Nobody waits for a claim any more."""
-        self._life.spawn(self._settle_stray(claim), "stray claim", Context())
+        self._loop.spawn(self._settle_stray(claim), "stray claim", Context())
 
     async def _settle_stray(self, claim: Claim) -> None:
         """Let go of a claim, unless a session has the user by another one meanwhile."""
-        table = self._life.table
-        async with self.turn(claim.user_id):
+        table = self._table
+        async with self.turns.take(claim.user_id):
             session = table.active_session(claim.user_id)
-            if session is None or self._life.loss_of(session) is not None:
+            if session is None or table.is_lost(session):
                 self.let_go(claim.user_id, claim.epoch)
             elif claim.epoch > table.epoch(session) and self._is_known(session, claim.record):
                 table.own(session, claim.epoch)  # else the fence finds out that the session is stale
 
     def _is_known(self, session: SessionCore, stored: Record | None) -> bool:
         if stored is None:
-            return self._life.table.versions(session)[1] == 0
-        return self._life.table.is_stored(session, stored.version, self._life.identity.digest(stored.body))
+            return self._table.versions(session)[1] == 0
+        return self._table.is_stored(session, stored.version, self._identity.digest(stored.body))
 
     def let_go(self, user_id: int | str, epoch: int) -> None:
         """Release a claim that no session has taken over; nobody waits for that."""
@@ -388,54 +305,14 @@ class Claims:
         """Wait until nobody is at work on a user any more, at most until then; the end."""
         if self._looker is not None:
             self._looker.cancel()
-        while (self._turns or not self.releases.is_idle) and self._life.clock.now() < until:
-            await self._pause(SECOND // 200)
+        while (self.turns or not self.releases.is_idle) and self._clock.now() < until:
+            await self._loop.sleep(SECOND // 200)
 
     def close(self) -> None:
         """The store is closed: nobody is let go of or looked after any more."""
         self.releases.close()
         if self._looker is not None:
             self._looker.cancel()
-
-    async def persistently(self, work: Callable[[int], Awaitable[T]]) -> T:
-        """Do something with the store, again while it is unavailable, for as long as callers are made to wait.
-
-        `work` is told until when that is, in nanoseconds of the clock.
-        """
-        life = self._life
-        until = life.clock.now() + life.options.save_timeout
-        delay = FIRST_RETRY
-        while True:
-            while not self._gateway.may_call() and life.clock.now() < until and not life.closed:
-                await self._pause(FIRST_RETRY)
-            if not self._gateway.may_call():
-                raise StoreUnavailableError(f"{self._gateway.name} is down")
-            try:
-                await self.open_store()
-                return await work(until)
-            except Exception as error:
-                if isinstance(error, CageySessionsError) and not isinstance(error, StoreUnavailableError):
-                    raise
-                if life.clock.now() + delay >= until or life.closed:
-                    if isinstance(error, StoreUnavailableError):
-                        raise
-                    raise StoreUnavailableError(f"{self._gateway.name} raised {type(error).__name__}") from error
-            await self._pause(delay)
-            delay = min(2 * delay, LONGEST_RETRY)
-
-    async def _pause(self, delay: int) -> None:
-        """Wait for so many nanoseconds of the clock."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def wake() -> None:
-            if not future.done():
-                future.set_result(None)
-
-        timer = self._life.clock.call_later(delay, wake, Context())
-        try:
-            await future
-        finally:
-            timer.cancel()
 
 
 def _refuse(future: asyncio.Future[Claim], error: Exception) -> None:

@@ -10,24 +10,22 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import suppress
 from contextvars import Context
 from itertools import islice
 
-from ..clock import TimerHandle
+from .._core import SessionTable
+from ..clock import Clock, TimerHandle
 from ..errors import StoreContractError, StoreUnavailableError
-from ..options import SECOND
-from ..sessions.server import Lifecycle
-from ..stores.link import StoreGateway
+from ..loop import Loop, leave
+from ..process import Identity
+from ..stores.link import FIRST_RETRY, LONGEST_RETRY, StoreLink
 from ..wording import quote
 
-__all__ = ["FIRST_RETRY", "LONGEST_RETRY", "MOST_ATTEMPTS", "RELEASES_IN_A_CALL", "RELEASE_CALLS", "Releases", "leave"]
+__all__ = ["MOST_ATTEMPTS", "RELEASES_IN_A_CALL", "RELEASE_CALLS", "Releases"]
 
 RELEASES_IN_A_CALL = 200
 RELEASE_CALLS = 4
 MOST_ATTEMPTS = 8
-FIRST_RETRY = SECOND // 20
-LONGEST_RETRY = SECOND
 
 
 class _Release:
@@ -58,8 +56,22 @@ class _Release:
 class Releases:
     """The releases of one manager. `is_wanted` tells whether anybody here has a user, or is about to."""
 
-    def __init__(self, life: Lifecycle, is_wanted: Callable[[int | str], bool]) -> None:
-        self._life = life
+    def __init__(
+        self,
+        link: StoreLink,
+        loop: Loop,
+        clock: Clock,
+        table: SessionTable,
+        identity: Identity,
+        tell: Callable[[str, Exception], None],
+        is_wanted: Callable[[int | str], bool],
+    ) -> None:
+        self._link = link
+        self._loop = loop
+        self._clock = clock
+        self._table = table
+        self._identity = identity
+        self._tell = tell
         self._is_wanted = is_wanted
         self._queue: OrderedDict[int | str, _Release] = OrderedDict()
         self._workers: set[asyncio.Task[None]] = set()
@@ -68,18 +80,13 @@ class Releases:
         """Of those who were put off."""
 
     @property
-    def _gateway(self) -> StoreGateway:
-        assert self._life.gateway is not None
-        return self._life.gateway
-
-    @property
     def is_idle(self) -> bool:
         """Whether nobody is left to let go of."""
         return not (self._queue or self._under_way or self._timers)
 
     def add(self, user_id: int | str, epoch: int) -> None:
         """Let go of a user, and go on trying while this process lives."""
-        if not self._gateway.closed:
+        if not self._link.closed:
             self._put(user_id, _Release(epoch))
             self._hire()
 
@@ -89,7 +96,7 @@ class Releases:
         Where the row has another epoch by now, that may be by a claim of ours that was given up on and came in late:
         nobody waits until that is known.
         """
-        if not self._gateway.closed:
+        if not self._link.closed:
             release = _Release(epoch)
             release.waiting.append(asyncio.get_running_loop().create_future())
             (answer,) = release.waiting
@@ -117,7 +124,7 @@ class Releases:
 
     def _put_off(self, some: dict[int | str, _Release], delay: int) -> None:
         """Have users in the queue again after so many nanoseconds."""
-        if self._gateway.closed:
+        if self._link.closed:
             for release in some.values():
                 release.tell()
             return
@@ -128,12 +135,12 @@ class Releases:
                 self._put(user_id, release)
             self._hire()
 
-        timer = self._life.clock.call_later(delay, again, Context())
+        timer = self._clock.call_later(delay, again, Context())
         self._timers.add(timer)
 
     def _hire(self) -> None:
-        if self._queue and len(self._workers) < RELEASE_CALLS and not self._gateway.closed:
-            task = self._life.spawn(self._work(), "release", Context())
+        if self._queue and len(self._workers) < RELEASE_CALLS and not self._link.closed:
+            task = self._loop.spawn(self._work(), "release", Context())
             self._workers.add(task)
             task.add_done_callback(self._see_worker_gone)
 
@@ -144,10 +151,10 @@ class Releases:
 
     async def _work(self) -> None:
         """Let go of whoever is in the queue, until it is empty."""
-        gateway, life = self._gateway, self._life
+        link = self._link
         try:
-            while self._queue and not gateway.closed and not life.closed:
-                if gateway.down and (not gateway.may_call() or life.table.has_due()):  # saves come first
+            while self._queue and not link.closed:
+                if link.down and (not link.may_call() or self._table.has_due()):  # saves come first
                     waiting, self._queue = dict(self._queue), OrderedDict()
                     for release in waiting.values():
                         release.tell()
@@ -185,7 +192,7 @@ class Releases:
                     continue
                 for user_id, is_released in zip(part, answers, strict=True):
                     left[user_id].tell()
-                    if is_released or not self._gateway.store.shared:
+                    if is_released or not self._link.store.shared:
                         del left[user_id]
                 for user_id in part:
                     if user_id in left:
@@ -199,7 +206,7 @@ class Releases:
 
     def _is_over(self, user_id: int | str, left: dict[int | str, _Release]) -> bool:
         """Whether a session has a user by this claim, or by a later one, and goes on having them."""
-        table = self._life.table
+        table = self._table
         session = table.active_session(user_id)
         if session is None or table.is_ending(session) or table.epoch(session) < left[user_id].epoch:
             return False
@@ -209,12 +216,12 @@ class Releases:
     async def _ask(self, part: list[int | str], left: dict[int | str, _Release]) -> list[bool]:
         if not part:
             return []
-        gateway = self._gateway
+        link = self._link
         self._require_chance()
         pairs = [(user_id, left[user_id].epoch) for user_id in part]
-        answers = await gateway.start(part, gateway.store.release_many, pairs, self._life.owner).answer()
+        answers = await link.start(part, link.store.release_many, pairs, self._identity.owner).answer()
         if not isinstance(answers, list) or len(answers) != len(pairs):
-            raise StoreContractError(f"{gateway.name} did not answer for each user whether they were released")
+            raise StoreContractError(f"{link.name} did not answer for each user whether they were released")
         return answers
 
     def _see_failure(self, user_id: int | str, left: dict[int | str, _Release], error: Exception) -> None:
@@ -223,19 +230,19 @@ class Releases:
         release.attempts += not isinstance(error, StoreUnavailableError)
         if release.attempts == MOST_ATTEMPTS:
             del left[user_id]
-            self._life.reports.tell(f"user {quote(user_id)} stays with this process until it ends", error)
+            self._tell(f"user {quote(user_id)} stays with this process until it ends", error)
 
     async def _look_at(self, user_id: int | str, left: dict[int | str, _Release]) -> None:
         """The store did not let go of a user: see whether they are ours there by a later claim, and nobody's here."""
-        release, table = left[user_id], self._life.table
+        release, table = left[user_id], self._table
         try:
             self._require_chance()
-            holder, epoch = await self._gateway.ask(self._gateway.store.holder, user_id)
+            holder, epoch = await self._link.ask(self._link.store.holder, user_id)
         except Exception as error:
             self._see_failure(user_id, left, error)
             return
         session = table.active_session(user_id)
-        if holder == self._life.owner:
+        if holder == self._identity.owner:
             if session is not None and table.is_ending(session) and table.epoch(session) == release.epoch:
                 return  # it is about to be over
             if not self._is_wanted(user_id):
@@ -244,12 +251,5 @@ class Releases:
         del left[user_id]
 
     def _require_chance(self) -> None:
-        if self._gateway.closed or not self._gateway.may_call():
-            raise StoreUnavailableError(f"{self._gateway.name} has gone down")
-
-
-def leave(tasks: set[asyncio.Task[None]]) -> None:
-    """Here, and not when the task is seen to be done: whoever comes in between must find its place free."""
-    with suppress(RuntimeError):  # no loop runs when a task that was forgotten is thrown away
-        if (task := asyncio.current_task()) is not None:
-            tasks.discard(task)
+        if self._link.closed or not self._link.may_call():
+            raise StoreUnavailableError(f"{self._link.name} has gone down")

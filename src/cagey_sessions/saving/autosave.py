@@ -9,23 +9,23 @@ slot is a mark in a row of the core, never a task or a body.
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import Context
 from typing import Any, Protocol
 
 from .._core import SaveBatch, SessionCore, SessionTable
 from ..clock import Clock, TimerHandle
 from ..errors import NothingSavesError, SaveOverdueError, UnsavableError
-from ..loop import TimeSlice
+from ..events.reports import Reports
+from ..loop import Loop
 from ..options import SECOND, Options
 from ..process import Identity
 from ..records import Receipt
 from .in_flight import Flight, Flights, SaveOutcome
 from .workers import Worker, WorkerPool
 
-__all__ = ["Autosave", "SaveHost", "Saver"]
+__all__ = ["Autosave", "Saver", "Settled"]
 
 AVERAGE_OVER = 16
 """The duration of a save is averaged over about so many saves."""
@@ -46,16 +46,8 @@ LONGEST_RETRY_FOR_CALLER = SECOND
 """While somebody waits for a save that the store did not take."""
 
 
-class SaveHost(Protocol):
-    """What autosave needs of whoever it works for."""
-
-    def report(self, error: Exception, session: SessionCore | None) -> None:
-        """Take note of an error that no caller waits for."""
-        ...
-
-    def settled(self, session: SessionCore, error: Exception | None, flight: Flight) -> None:
-        """A save of a session that is being ended has come to its end."""
-        ...
+Settled = Callable[[SessionCore, Exception | None], None]
+"""Is told that a save of a session that is being ended has come to its end."""
 
 
 class Saver(Protocol):
@@ -63,6 +55,14 @@ class Saver(Protocol):
 
     one_at_a_time: bool
     """Whether a worker takes all there is before another is needed."""
+    unchanged: int
+    """How many saves found the data as it was stored already."""
+
+    @property
+    def fenced(self) -> int:
+        """How many sessions have lost their users to others."""
+        ...
+
     patience: int | None
     """For how many nanoseconds a caller waits while attempts fail; None if the first failure is the answer."""
 
@@ -72,6 +72,34 @@ class Saver(Protocol):
 
     def can_save(self) -> bool:
         """Whether anybody would perform a save."""
+        ...
+
+    def require(self) -> None:
+        """Raise `NothingSavesError` unless anybody would perform a save."""
+        ...
+
+    def outage(self) -> Exception | None:
+        """Why no save can be made at the moment, if so."""
+        ...
+
+    def refusal(self, session: SessionCore) -> UnsavableError | None:
+        """Why the data of a session cannot be saved as it is, as far as can be told without saving it."""
+        ...
+
+    def is_saved(self, session: SessionCore) -> bool:
+        """Whether the data of a session that is being ended is known to be saved as it is now."""
+        ...
+
+    def forget_unseen(self, session: SessionCore) -> None:
+        """Do not count a save of data whose changes since cannot be seen."""
+        ...
+
+    def forget(self, session: SessionCore) -> None:
+        """A session has ended: nothing is kept of it."""
+        ...
+
+    def close(self) -> None:
+        """Stop all timers."""
         ...
 
     def may_start(self) -> bool:
@@ -94,13 +122,24 @@ class Autosave:
     """The saves of one manager."""
 
     def __init__(
-        self, table: SessionTable, clock: Clock, options: Options, host: SaveHost, saver: Saver, identity: Identity
+        self,
+        table: SessionTable,
+        loop: Loop,
+        clock: Clock,
+        options: Options,
+        reports: Reports,
+        saver: Saver,
+        identity: Identity,
+        on_settled: Settled,
     ) -> None:
         self._table = table
+        self._loop = loop
         self._clock = clock
-        self._host = host
+        self._reports = reports
         self._saver = saver
-        self.slice: TimeSlice = TimeSlice(clock)
+        self._on_settled = on_settled
+        self._stopped: dict[SessionCore, Exception] = {}
+        """Sessions that are not saved any more, and why."""
         saver.bind(self)
         self._interval = options.interval
         self.tick: int = (
@@ -112,7 +151,6 @@ class Autosave:
         self._overdue_after = options.interval or 30 * SECOND
         self._identity = identity
         self._context = Context()  # not that of whoever happens to call first
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: TimerHandle | None = None
         self._timer_tick = 0
         self._timer_due = 0
@@ -131,11 +169,6 @@ class Autosave:
         self.seconds_per_save: float = 0.0
         """Of listeners, as a moving average."""
         self.tick_lag: int = 0
-
-    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Work on this loop from now on."""
-        self._loop = loop
-        self.slice.bind(loop)
 
     def now_tick(self) -> int:
         return self._clock.now() // self.tick
@@ -187,8 +220,22 @@ class Autosave:
         return self._flights.patience_ends()
 
     def forget(self, session: SessionCore) -> None:
-        """See `Flights.forget`."""
+        """A session is past its last save; see `Flights.forget`."""
         self._flights.forget(session)
+
+    def stop(self, session: SessionCore, error: Exception) -> None:
+        """Begin no save of a session any more: it has lost its user. The error is kept for whoever asks for one."""
+        if self._table.state(session) != "gone":
+            self._table.lose(session)
+            self._stopped[session] = error
+
+    def loss_of(self, session: SessionCore) -> Exception | None:
+        """Why no save of a session begins any more, if so."""
+        return self._stopped.get(session)
+
+    def end(self, session: SessionCore) -> None:
+        """The handle of a session is dead: nothing is kept of it."""
+        self._stopped.pop(session, None)
 
     def ask_later(self, session: SessionCore) -> None:
         """Have a session saved after a pause; nobody waits for it."""
@@ -202,7 +249,7 @@ class Autosave:
 
     def kick(self) -> None:
         """Look again at what is due: there may be somebody now who saves it."""
-        if self._loop is not None and not self._loop.is_closed() and not self._closed:
+        if self._loop.is_usable and not self._closed:
             self._loop.call_soon(self._employ_unless_paused, context=self._context)
 
     def _employ_unless_paused(self) -> None:
@@ -260,7 +307,7 @@ class Autosave:
 
     def arm(self, *, extra: int = 0) -> None:
         """Have the timer wake us at the next deadline, or `extra` nanoseconds after it."""
-        if self._closed or self._turn_is_queued or self._loop is None or self._loop.is_closed():
+        if self._closed or self._turn_is_queued or not self._loop.is_usable:
             return
         tick = self._table.next_deadline()
         if tick is None or (self._timer is not None and self._timer_tick <= tick):
@@ -289,9 +336,8 @@ class Autosave:
         if self._closed:
             return
         while self._table.advance(self.now_tick(), ROWS_PER_STEP, self._skip) == ROWS_PER_STEP:
-            if self.slice.is_spent():
+            if self._loop.is_turn_over():
                 self._turn_is_queued = True
-                assert self._loop is not None
                 self._loop.call_soon(self._turn, context=self._context)
                 break
         for session in list(self._carried):
@@ -307,7 +353,7 @@ class Autosave:
 
         A task begun then would be thrown away in the middle of its save.
         """
-        if self._pause is None and not self._closed and self._loop is not None and not self._loop.is_closed():
+        if self._pause is None and not self._closed and self._loop.is_usable:
             self._pause = self._clock.call_later(PAUSE, self._go_on, self._context)
 
     def _go_on(self) -> None:
@@ -330,23 +376,22 @@ class Autosave:
             if self._saver.one_at_a_time:
                 wanted = min(wanted, 1 - workers.starting)
             for _ in range(min(workers.free, wanted)):
-                assert self._loop is not None
                 workers.hire(self._loop, self._context)
         self._watch()
 
     def _watch(self) -> None:
         """Look once an interval, while there is anything to do, whether it gets done."""
-        if self._watch_timer is None and not self._closed and self._loop is not None and not self._loop.is_closed():
+        if self._watch_timer is None and not self._closed and self._loop.is_usable:
             self._watch_timer = self._clock.call_later(self._overdue_after, self._look, self._context)
 
     def _look(self) -> None:
         self._watch_timer = None
         count, oldest = self.overdue()
         if count:
-            self._host.report(SaveOverdueError(count, oldest / SECOND), None)
+            self._reports.error(SaveOverdueError(count, oldest / SECOND), None)
         waiting = self._table.has_due()
         if waiting and not self._draining and not self._saver.can_save():
-            self._host.report(
+            self._reports.error(
                 NothingSavesError("sessions are due to be saved, and nobody listens to 'persist_user_data'"), None
             )
         self.employ()  # somebody else may have cancelled a worker
@@ -356,7 +401,7 @@ class Autosave:
     async def _work(self, worker: Worker) -> None:
         """Save until the lanes are empty."""
         while True:
-            await self.slice.wait()
+            await self._loop.take_turn()
             if self.gave_up is not None or self._workers.free < 0 or not self._saver.may_start():
                 break
             if not await self._saver.serve(worker):
@@ -415,7 +460,7 @@ class Autosave:
         deadline = self._table.due_after(session, taken_at, self._interval_ticks) if self._interval else None
         owned = self._table.acknowledge(session, version, taken_at, deadline)
         flight.resolve(receipt)
-        self._tell_host(session, owned, None, flight)
+        self._tell_of_end(session, owned, None)
 
     def note_duration(self, flight: Flight) -> None:
         """A listener has taken until now."""
@@ -433,12 +478,12 @@ class Autosave:
         if is_patient and owned and self._table.state(session) != "gone":
             self._wait_on(session, flight, error)
             if self._table.is_ending(session):
-                self._host.settled(session, error, flight)
+                self._on_settled(session, error)
             return
         flight.resolve(error)
-        self._tell_host(session, owned, error, flight)
+        self._tell_of_end(session, owned, error)
         if report and not heard:
-            self._host.report(error, session)
+            self._reports.error(error, session)
 
     def drop(self, session: SessionCore, version: int, flight: Flight, error: Exception) -> None:
         """A save has failed, and no other is to be tried: the store will take nothing more of this session."""
@@ -461,9 +506,9 @@ class Autosave:
             self._table.ask(session)  # nothing is tried by the clock now: be among the first when it is
         self.arm()
 
-    def _tell_host(self, session: SessionCore, owned: bool, error: Exception | None, flight: Flight) -> None:
+    def _tell_of_end(self, session: SessionCore, owned: bool, error: Exception | None) -> None:
         if owned and self._table.is_ending(session):
-            self._host.settled(session, error, flight)
+            self._on_settled(session, error)
         self.arm()
 
     def _retry_tick(self, session: SessionCore, is_patient: bool, error: Exception) -> int | None:

@@ -26,7 +26,7 @@ SHORTEST_DELAY = SECOND // 1000
 class Flight:
     """A save that is asked for or under way, and who waits for it."""
 
-    __slots__ = ("error", "fingerprint", "is_patient", "is_resolved", "outcome", "releases", "started", "waiters")
+    __slots__ = ("error", "is_patient", "is_resolved", "outcome", "started", "waiters")
 
     def __init__(self, *, is_patient: bool = False) -> None:
         self.is_patient: bool = is_patient
@@ -39,10 +39,6 @@ class Flight:
         """Each with the end of their patience."""
         self.error: Exception | None = None
         """Of the last attempt."""
-        self.fingerprint: object = None
-        """Of what is being saved, if the session was ending when it was fixed."""
-        self.releases: bool = False
-        """The store lets go of the user with this save."""
 
     @property
     def has_waiters(self) -> bool:

@@ -5,16 +5,16 @@ follows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from .._core import SessionTable
-from ..errors import StoreContractError, StoreError, StoreUnavailableError
+from ..errors import StoreError, StoreUnavailableError
+from ..ownership.claims import Claims
 from ..process import Identity
-from ..stores import MAX_NUMBER, Claim, Store
-from ..stores.link import StoreGateway
-from .verdicts import Row, Settlement, StoreHost
+from ..stores import Claim
+from ..stores.contract import claims_of
+from ..stores.link import StoreLink
+from .verdicts import Row, Settlement
 
-__all__ = ["Reclaiming", "claims_of"]
+__all__ = ["Reclaiming"]
 
 MOST_REFUSALS = 8
 """How many saves in a row may fail because an engine has lost our claim, and so the release before it."""
@@ -26,15 +26,15 @@ class Reclaiming:
     def __init__(
         self,
         table: SessionTable,
-        gateway: StoreGateway,
+        link: StoreLink,
         identity: Identity,
-        host: StoreHost,
+        claims: Claims,
         settlement: Settlement,
     ) -> None:
         self._table = table
-        self._gateway = gateway
+        self._link = link
         self._identity = identity
-        self._host = host
+        self._claims = claims
         self._settlement = settlement
 
     async def reclaim(self, rows: list[Row]) -> list[Row]:
@@ -49,15 +49,15 @@ class Reclaiming:
                 rows.remove(row)
         if not rows:
             return []
-        if not self._gateway.may_call():
-            settlement.fail_all(rows, StoreUnavailableError(f"{self._gateway.name} is down"), report=False)
+        if not self._link.may_call():
+            settlement.fail_all(rows, StoreUnavailableError(f"{self._link.name} is down"), report=False)
             return []
         user_ids = [row.user_id for row in rows]
-        call = self._gateway.start(user_ids, self._gateway.store.claim_many, user_ids, self._identity.owner)
+        call = self._link.start(user_ids, self._link.store.claim_many, user_ids, self._identity.owner)
         try:
-            answers = claims_of(self._gateway.store, await call.answer(), user_ids)
+            answers = claims_of(self._link.store, await call.answer(), user_ids)
         except BaseException as error:
-            self._host.doubt(user_ids, call.task)
+            self._claims.doubt(user_ids, call.task)
             if not isinstance(error, Exception):
                 raise
             settlement.fail_all(rows, error)
@@ -73,7 +73,7 @@ class Reclaiming:
                 settlement.fence(row)
             elif self._is_lost(row) or not self._is_ours(row, claim):
                 settlement.fence(row)
-                self._host.disown(claim)
+                self._claims.disown(claim)
             else:
                 self._table.own(row.session, claim.epoch)
                 row.record = row.record._replace(epoch=claim.epoch)
@@ -86,7 +86,7 @@ class Reclaiming:
 
     def _is_lost(self, row: Row) -> bool:
         """Whether a session is over, or has no user any more, while its save is under way."""
-        return self._table.state(row.session) == "gone" or self._host.loss_of(row.session) is not None
+        return self._table.is_lost(row.session)
 
     def _is_ours(self, row: Row, claim: Claim) -> bool:
         """Whether what is stored is what this session has saved, or may have, so that it may go on from there."""
@@ -104,29 +104,3 @@ class Reclaiming:
             or self._table.is_stored(row.session, *found)
             or found in self._settlement.unknown.get(row.session, ())
         )
-
-
-def claims_of(store: Store, answers: object, user_ids: Sequence[int | str]) -> list[Claim | StoreError]:
-    """What `Store.claim_many` has answered: for each user, in their order, a claim or what is wrong with the row.
-
-    Raises `StoreContractError` if it is anything else.
-    """
-    if (
-        isinstance(answers, list | tuple)
-        and len(answers) == len(user_ids)
-        and all(_is_sound(answer, user_id) for answer, user_id in zip(answers, user_ids, strict=True))
-    ):
-        return list(answers)
-    raise StoreContractError(f"{store.name} did not answer with one claim for each user")
-
-
-def _is_sound(answer: object, user_id: int | str) -> bool:
-    if not isinstance(answer, Claim):
-        return isinstance(answer, StoreError)
-    epoch = answer.epoch
-    return (
-        type(answer.user_id) is type(user_id)
-        and answer.user_id == user_id
-        and type(epoch) is int
-        and (0 < epoch < MAX_NUMBER or not answer.granted)
-    )

@@ -1,35 +1,24 @@
-"""Saving by the program itself. What lives here: one save by the listeners of ``persist_user_data``. What must not:
-when a session is due, or how listeners are called.
+"""Saves by the program itself: one session at a time is handed to the listeners of ``persist_user_data``.
+
+For a session that is being ended the data is kept as it was when the listeners were called, as bytes: the end asks
+whether it has changed since. Of data that is not plain JSON nothing can be kept to compare.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
 
-from .._core import SessionCore, SessionTable
-from ..errors import ListenerCancelledError
+import orjson
+
+from .._core import SessionCore, SessionTable, is_plain
+from ..data.sanitizer import Sanitizer
+from ..errors import ListenerCancelledError, NothingSavesError, UnsavableError
 from ..events.deadlocks import Kind, Wait, listening
-from .autosave import Autosave, SaveHost
+from ..events.listeners import Listeners, listener_error
+from .autosave import Autosave
 from .workers import Worker
 
-__all__ = ["ListenerHost", "ListenerSaver"]
-
-
-class ListenerHost(SaveHost, Protocol):
-    """What a saver by listeners needs of whoever it works for."""
-
-    def can_save(self) -> bool:
-        """Whether there is such a listener."""
-        ...
-
-    async def perform(self, session: SessionCore) -> None:
-        """Have the listeners save one session; raises if that failed."""
-        ...
-
-    def fingerprint(self, session: SessionCore) -> object:
-        """Something that changes when the session's data does, and is not None."""
-        ...
+__all__ = ["ListenerSaver", "plain_bytes"]
 
 
 class ListenerSaver:
@@ -37,23 +26,58 @@ class ListenerSaver:
 
     one_at_a_time = False
     patience: int | None = None
+    unchanged = 0
+    fenced = 0
 
-    def __init__(self, table: SessionTable, host: ListenerHost) -> None:
+    def __init__(self, table: SessionTable, listeners: Listeners, sanitizer: Sanitizer | None) -> None:
         self._table = table
-        self._host = host
+        self._listeners = listeners
+        self._sanitizer = sanitizer
+        self._saved: dict[SessionCore, bytes | None] = {}
+        """Sessions that were saved while they were being ended: the data, or None where changes cannot be seen."""
         self._autosave: Autosave
 
     def bind(self, autosave: Autosave) -> None:
         self._autosave = autosave
 
     def can_save(self) -> bool:
-        return self._host.can_save()
+        return self._listeners.has("persist_user_data")
+
+    def require(self) -> None:
+        if not self.can_save():
+            raise NothingSavesError(
+                "nobody would perform this save: register a listener with manager.on('persist_user_data', ...) "
+                "that writes session.user_data to your database"
+            )
 
     def may_start(self) -> bool:
         return True
 
+    def outage(self) -> None:
+        return None
+
     def serves_periodic(self) -> bool:
-        return self._host.can_save()
+        return self.can_save()
+
+    def refusal(self, session: SessionCore) -> UnsavableError | None:
+        return None  # only the listeners know
+
+    def is_saved(self, session: SessionCore) -> bool:
+        """Whether a session was saved since its end began, and its data has not changed since."""
+        if session not in self._saved:
+            return False
+        saved = self._saved[session]
+        return saved is None or saved == plain_bytes(session.user_data)
+
+    def forget_unseen(self, session: SessionCore) -> None:
+        if self._saved.get(session) is None:
+            self._saved.pop(session, None)
+
+    def forget(self, session: SessionCore) -> None:
+        self._saved.pop(session, None)
+
+    def close(self) -> None:
+        pass
 
     async def serve(self, worker: Worker) -> bool:
         autosave = self._autosave
@@ -62,12 +86,13 @@ class ListenerSaver:
         if taken is None:
             return False
         session, version, flight = taken
+        is_ending = self._table.is_ending(session)
+        data = plain_bytes(session.user_data) if is_ending else None
+        self._saved.pop(session, None)
         error: Exception | None = ListenerCancelledError("the event loop was shut down during the save")
         try:
-            if self._table.is_ending(session):
-                flight.fingerprint = self._host.fingerprint(session)
-            with listening(Wait(session, Kind.SAVE), self._host, autosave.lend):
-                await self._host.perform(session)
+            with listening(Wait(session, Kind.SAVE), self._table, autosave.lend):
+                await self._call_listeners(session)
             error = None
         except asyncio.CancelledError:
             autosave.interrupt()
@@ -76,8 +101,30 @@ class ListenerSaver:
             error = raised
         finally:
             if error is None:
+                if is_ending and self._table.state(session) != "gone":
+                    self._saved[session] = data
                 autosave.note_duration(flight)
                 autosave.acknowledge(session, version, flight, None)
             else:
                 autosave.fail(session, version, flight, error)
         return True
+
+    async def _call_listeners(self, session: SessionCore) -> None:
+        self.require()
+        if self._sanitizer is not None:
+            self._sanitizer.saving(session)
+        errors: list[Exception] = []
+        if await self._listeners.call("persist_user_data", (session,), errors):
+            errors.append(ListenerCancelledError("a listener was removed while the save was under way"))
+        if errors:
+            raise listener_error("persist_user_data", errors)
+
+
+def plain_bytes(data: object) -> bytes | None:
+    """Bytes that change when the data does; None for data that is not JSON, whose changes cannot be seen."""
+    if not is_plain(data):
+        return None  # a serialiser may call different values equal, or crash on them
+    try:
+        return orjson.dumps(data)
+    except TypeError:  # a lone surrogate, or an int of more than 64 bits
+        return None

@@ -19,19 +19,21 @@ from .._core import SaveBatch, SaveBatches, SessionCore, SessionTable
 from ..clock import Clock, TimerHandle
 from ..data.encoding import Encoding
 from ..data.sanitizer import Sanitizer
-from ..errors import EncodingError, ListenerCancelledError, UnsavableError
-from ..loop import TimeSlice
+from ..errors import EncodingError, ListenerCancelledError, StoreUnavailableError, UnsavableError
+from ..events.reports import Reports
+from ..loop import Loop
 from ..options import Options
+from ..ownership.claims import Claims
 from ..process import Identity
 from ..stores import Outcome, Record, Verdict
-from ..stores.link import StoreGateway
+from ..stores.link import StoreLink
 from ..user_code import END_OF_PROCESS
 from ..wording import quote
 from .autosave import Autosave
 from .in_flight import Flight
 from .pacing import Pacing
 from .reclaiming import Reclaiming
-from .verdicts import Row, Settlement, StoreHost
+from .verdicts import Lost, Row, Settlement
 from .workers import Worker
 from .writing import MOST_ROWS, Hanging, Writer
 
@@ -52,12 +54,15 @@ class StoreSaver:
     def __init__(
         self,
         table: SessionTable,
-        gateway: StoreGateway,
+        loop: Loop,
+        link: StoreLink,
+        claims: Claims,
         encoding: Encoding,
         clock: Clock,
         options: Options,
-        host: StoreHost,
+        reports: Reports,
         identity: Identity,
+        on_lost: Lost,
         sanitizer: Sanitizer | None = None,
     ) -> None:
         self.patience: int | None = options.save_timeout
@@ -65,7 +70,7 @@ class StoreSaver:
         self._identity = identity
         self.unchanged: int = 0
         self._table = table
-        self._gateway = gateway
+        self._link = link
         self._clock = clock
         self._interval = options.interval
         self._before_save: Callable[[SessionCore], object] | None = options.before_save
@@ -73,25 +78,28 @@ class StoreSaver:
         if sanitizer is not None and options.before_save is not None:
             self._before_save = sanitizer.before_save(options.before_save)
         self._is_marked_only = options.tracking == "marked"
-        self._host = host
+        self._loop = loop
+        self._claims = claims
+        self._reports = reports
+        self._on_lost = on_lost
+        self._losses = self._returns = 0
+        """Of the link, as far as they have been seen to."""
         self._batches: SaveBatches | None = None
         self._batch_is_next = False  # else whoever is asked for
         self._doubt_timer: TimerHandle | None = None
         self._autosave: Autosave
-        self._slice: TimeSlice
         self._pacing: Pacing
         self._settlement: Settlement
         self._writer: Writer
 
     def bind(self, autosave: Autosave) -> None:
-        table, gateway = self._table, self._gateway
+        table, link, identity = self._table, self._link, self._identity
         self._autosave = autosave
-        self._slice = autosave.slice
         self._pacing = Pacing(self._clock, table, self._interval, autosave.kick)
-        settlement = self._settlement = Settlement(autosave, table, gateway, self._identity, self._host)
-        reclaiming = Reclaiming(table, gateway, self._identity, self._host, settlement)
-        self._writer = Writer(autosave, gateway, self._clock, settlement, reclaiming, self._identity)
-        gateway.watch(autosave.kick, self._pacing.begin, self._see_loss)
+        settlement = self._settlement = Settlement(autosave, table, link, identity, self._reports, self._on_lost)
+        reclaiming = Reclaiming(table, link, identity, self._claims, settlement)
+        self._writer = Writer(autosave, link, self._clock, settlement, reclaiming, identity)
+        link.watch(self._see_link)
 
     def begin(self) -> None:
         """The process is known."""
@@ -151,13 +159,28 @@ class StoreSaver:
     def can_save(self) -> bool:
         return True
 
+    def require(self) -> None:
+        pass
+
+    def outage(self) -> StoreUnavailableError | None:
+        return StoreUnavailableError(f"{self._link.name} is down") if self._link.down else None
+
     def may_start(self) -> bool:
-        return self._gateway.may_call()
+        return self._link.may_call()
+
+    def _see_link(self) -> None:
+        """A call may begin again; the store may have been down before, or its engine have lost something."""
+        if self._losses != self._link.losses:
+            self._losses = self._link.losses
+            self._claims.see_loss()
+            self._see_loss()
+        if self._returns != self._link.returns:
+            self._returns = self._link.returns
+            self._pacing.begin()
+        self._autosave.kick()
 
     def _see_loss(self, place: int = 0) -> None:
         """What was acknowledged may be gone: within one interval everybody is written again."""
-        if not place:
-            self._host.see_loss()
         following = self._table.doubt(place, ROWS_DOUBTED_AT_ONCE)
         if self._doubt_timer is not None:
             self._doubt_timer.cancel()  # of an earlier loss: this walk passes there, too
@@ -173,7 +196,7 @@ class StoreSaver:
 
     async def serve(self, worker: Worker) -> bool:
         batches = self._batches
-        if batches is None or self._pacing.is_active or self._gateway.down or not self._autosave.serves_periodic():
+        if batches is None or self._pacing.is_active or self._link.down or not self._autosave.serves_periodic():
             return await self._serve_each(worker)
         # the two kinds take turns, so that neither starves
         takes_batch = batches.has_due() and (self._batch_is_next or not self._table.has_due(False))
@@ -196,8 +219,8 @@ class StoreSaver:
 
         try:
             while taken < MOST_ROWS and batch.size < MOST_BYTES:
-                if taken and self._slice.is_spent():
-                    await self._slice.wait()
+                if taken and self._loop.is_turn_over():
+                    await self._loop.take_turn()
                 number = autosave.take_into(
                     batch, min(ROWS_AT_ONCE, MOST_ROWS - taken), min(BYTES_AT_ONCE, MOST_BYTES - batch.size)
                 )
@@ -272,10 +295,10 @@ class StoreSaver:
         """Take sessions and fix their bytes, until the batch is full or nobody is left."""
         pacing = self._pacing
         size = 0
-        most = 1 if self._gateway.down else MOST_ROWS
+        most = 1 if self._link.down else MOST_ROWS
         while len(rows) < most and size < MOST_BYTES:
-            if rows and self._slice.is_spent():
-                await self._slice.wait()
+            if rows and self._loop.is_turn_over():
+                await self._loop.take_turn()
             taken = self._autosave.take(periodic=periodic)
             if taken is None:
                 if pacing.is_active and not self._table.has_due():
@@ -292,7 +315,7 @@ class StoreSaver:
         session = row.session
         user_id = session.user_id
         assert user_id is not None
-        if (loss := self._host.loss_of(session)) is not None:
+        if (loss := self._autosave.loss_of(session)) is not None:
             row.settled = True
             self._autosave.drop(session, row.version, row.flight, loss)
             return 0
@@ -307,9 +330,7 @@ class StoreSaver:
             self._settlement.refuse(row, refused[1])
             return 0
         is_ending = self._table.is_ending(session)
-        if is_ending:
-            row.flight.fingerprint = fingerprint
-        release = is_ending and self._host.is_last_save(session)
+        release = is_ending and self._link.store.shared and self._table.is_final(session)
         try:
             version = self._table.fix(session, fingerprint)
         except UnsavableError as error:  # no version is left
@@ -325,8 +346,8 @@ class StoreSaver:
             self.unchanged += 1
             self._settlement.acknowledge(row, time.time())
             return 0
-        if release:
-            row.flight.releases = True
+        if is_ending:
+            self._table.set_released(session, False)
         row.record = Record(
             user_id,
             self._table.epoch(session),
@@ -359,12 +380,15 @@ class StoreSaver:
                 result.close()
             raise EncodingError("before_save returned something to await; it has to be done when it returns")
 
-    def fingerprint(self, data: object) -> int | None:
-        """The digest of what would be saved; None if it cannot be."""
+    def forget_unseen(self, session: SessionCore) -> None:
+        pass  # the digest of any data can be compared
+
+    def is_saved(self, session: SessionCore) -> bool:
+        """Whether the store is known to have the data of a session as it is now."""
         try:
-            return self._identity.digest(self.encoding.dump(data))
-        except Exception:
-            return None
+            return self._table.is_current(session, self._identity.digest(self.body(session)))
+        except UnsavableError:
+            return False
 
     def refusal(self, session: SessionCore) -> UnsavableError | None:
         """Why the data of a session cannot be saved as it is, as far as can be told without the store."""

@@ -4,9 +4,8 @@ a session until the store has acknowledged it. What must not: calls of the store
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from .._core import SessionCore, SessionTable
 from ..errors import (
@@ -18,51 +17,24 @@ from ..errors import (
     UnsavableError,
     UserErasedError,
 )
+from ..events.reports import Reports
 from ..process import Identity
 from ..records import Receipt
-from ..stores import Claim, Outcome, Record
-from ..stores.contract import Answers, verdicts_of
-from ..stores.link import StoreGateway
+from ..stores import Outcome, Record
+from ..stores.contract import verdicts_of
+from ..stores.link import StoreLink
 from ..wording import quote
-from .autosave import Autosave, SaveHost
+from .autosave import Autosave
 from .in_flight import Flight
 
-__all__ = ["Row", "Settlement", "StoreHost"]
+__all__ = ["Lost", "Row", "Settlement"]
 
 MOST_CLAIMS = 2
 """How often a user is claimed again for one save."""
 
 
-class StoreHost(SaveHost, Protocol):
-    """What a saver to a store needs of whoever it works for."""
-
-    def is_last_save(self, session: SessionCore) -> bool:
-        """Whether this save is to release the user."""
-        ...
-
-    def unsavable(self, session: SessionCore, error: UnsavableError) -> None:
-        """The data of a session cannot be saved as it is; told once for the same fault."""
-        ...
-
-    def lost(self, session: SessionCore, error: FencedError | UserErasedError) -> None:
-        """The store takes nothing more of a session."""
-        ...
-
-    def loss_of(self, session: SessionCore) -> Exception | None:
-        """Why nothing more of a session is to be written, if so."""
-        ...
-
-    def disown(self, claim: Claim) -> None:
-        """Let go of a claim that turned out not to be wanted."""
-        ...
-
-    def doubt(self, user_ids: list[int | str], call: asyncio.Task[Answers]) -> None:
-        """A claim of these users had no answer, and may be granted all the same."""
-        ...
-
-    def see_loss(self) -> None:
-        """What the store had acknowledged may be gone."""
-        ...
+Lost = Callable[[SessionCore, FencedError | UserErasedError], None]
+"""Is told that a session has lost its user: the store takes nothing more of it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -90,13 +62,20 @@ class Settlement:
     """Settles rows: tells autosave and the host what became of each."""
 
     def __init__(
-        self, autosave: Autosave, table: SessionTable, gateway: StoreGateway, identity: Identity, host: StoreHost
+        self,
+        autosave: Autosave,
+        table: SessionTable,
+        link: StoreLink,
+        identity: Identity,
+        reports: Reports,
+        on_lost: Lost,
     ) -> None:
         self._autosave = autosave
         self._table = table
-        self._gateway = gateway
+        self._link = link
         self._identity = identity
-        self._host = host
+        self._reports = reports
+        self._on_lost = on_lost
         self.fenced: int = 0
         self.unsavable: dict[SessionCore, tuple[str, str | None]] = {}
         """Sessions whose data cannot be saved as it is, with the fault that was last told, and where it is."""
@@ -116,7 +95,7 @@ class Settlement:
     def settle(self, rows: list[Row], verdicts: object) -> Exception | None:
         """Settle rows as the store has answered, but for those to be claimed again. Returns what is wrong with it."""
         try:
-            sound = verdicts_of(self._gateway.store, verdicts, len(rows))
+            sound = verdicts_of(self._link.store, verdicts, len(rows))
         except StoreContractError as error:
             return error
         for row, verdict in zip(rows, sound, strict=True):
@@ -137,15 +116,15 @@ class Settlement:
             self.refuse(row, invalid)
         elif outcome is Outcome.FAILED or row.claims >= MOST_CLAIMS:
             failed = StoreUnavailableError(
-                f"{self._gateway.name} could not save user {quote(user_id)}: {detail or outcome}"
+                f"{self._link.name} could not save user {quote(user_id)}: {detail or outcome}"
             )
             self.fail(row, failed)
         elif outcome is Outcome.MISSING:
             row.unowned = True
             if not self.failures(row) and not row.claims:
                 lost = f"the store no longer has the record of user {quote(user_id)}; it is claimed and saved again"
-                self._host.report(LostRecordError(lost, user_id=user_id), session)
-        elif outcome is Outcome.FENCED and not self._gateway.store.fenced:
+                self._reports.error(LostRecordError(lost, user_id=user_id), session)
+        elif outcome is Outcome.FENCED and not self._link.store.fenced:
             self.fence(row)  # it can only know from somewhere else
         elif outcome is Outcome.FENCED:
             # perhaps by ourselves: a claim whose reply came too late, or a last save after which the data has changed
@@ -162,8 +141,10 @@ class Settlement:
         """The store has it."""
         row.settled = True
         self.forget(row.session)
+        if row.record is not None and row.record.release and self._table.state(row.session) != "gone":
+            self._table.set_released(row.session, True)
         self._autosave.acknowledge(
-            row.session, row.version, row.flight, Receipt(row.version, saved_at, row.changed, self._gateway.name)
+            row.session, row.version, row.flight, Receipt(row.version, saved_at, row.changed, self._link.name)
         )
 
     def fail(self, row: Row, error: Exception) -> None:
@@ -174,7 +155,7 @@ class Settlement:
     def fail_all(self, rows: list[Row], error: Exception, *, report: bool = True) -> None:
         """They are tried again, and it is told once."""
         if not isinstance(error, CageySessionsError):
-            raised, error = error, StoreUnavailableError(f"{self._gateway.name} raised {type(error).__name__}")
+            raised, error = error, StoreUnavailableError(f"{self._link.name} raised {type(error).__name__}")
             error.__cause__ = raised
         if report:
             self.report(rows, error)
@@ -185,11 +166,11 @@ class Settlement:
     def report(self, rows: list[Row], error: Exception) -> None:
         """Tell the host what has failed for all of them."""
         if len(rows) == 1:
-            self._host.report(error, rows[0].session)
+            self._reports.error(error, rows[0].session)
             return
         failed = StoreUnavailableError(f"{len(rows)} users were not saved; they are tried again")
         failed.__cause__ = error
-        self._host.report(failed, None)
+        self._reports.error(failed, None)
 
     def refuse(self, row: Row, error: UnsavableError) -> None:
         """Its data cannot be saved as it is."""
@@ -197,7 +178,7 @@ class Settlement:
         fault = str(error), error.path
         if self.unsavable.get(row.session) != fault and row.session.alive:
             self.unsavable[row.session] = fault
-            self._host.unsavable(row.session, error)
+            self._reports.unsavable(error, row.session)
         self._autosave.fail(row.session, row.version, row.flight, error, report=False)
 
     def fence(self, row: Row) -> None:
@@ -213,7 +194,8 @@ class Settlement:
         row.settled = True
         self.forget(row.session)
         self._autosave.drop(row.session, row.version, row.flight, error)
-        self._host.lost(row.session, error)
+        self._reports.error(error, row.session)
+        self._on_lost(row.session, error)
 
     def forget(self, session: SessionCore) -> None:
         """Nothing is wrong with the data of a session any more, or the session is gone."""

@@ -4,10 +4,11 @@ must not: what they do, or when another is wanted.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Coroutine
 from contextvars import Context
 from typing import Any
+
+from ..loop import Loop
 
 __all__ = ["Worker", "WorkerPool"]
 
@@ -34,22 +35,18 @@ class WorkerPool:
 
     def __init__(self, most: int, work: Callable[[Worker], Coroutine[Any, Any, None]]) -> None:
         self._work = work
-        self._tasks: set[asyncio.Task[None]] = set()
         self.free: int = most
         """How many more there may be; below zero, how many there are too many."""
         self.starting: int = 0
         """How many have not looked for work yet."""
 
-    def hire(self, loop: asyncio.AbstractEventLoop, context: Context) -> None:
+    def hire(self, loop: Loop, context: Context) -> None:
         """Put another to work."""
         self.free -= 1
         self.starting += 1
         worker = Worker(self)
-        task = asyncio.Task(  # not by the loop's factory, which may run it here and now
-            self._work(worker), loop=loop, name="cagey-sessions autosave", context=context.copy()
-        )
-        self._tasks.add(task)
-        task.add_done_callback(lambda task: self._dismiss(worker, task))
+        task = loop.spawn(self._work(worker), "autosave", context.copy())
+        task.add_done_callback(lambda _: self._dismiss(worker))
 
     def release(self, worker: Worker) -> None:
         """It does no more; its place is free."""
@@ -57,7 +54,6 @@ class WorkerPool:
         self.free += not worker.released
         worker.released = True
 
-    def _dismiss(self, worker: Worker, task: asyncio.Task[None]) -> None:
+    def _dismiss(self, worker: Worker) -> None:
         """The task is done, perhaps because somebody cancelled it, perhaps before its first step."""
-        self._tasks.discard(task)
         self.release(worker)

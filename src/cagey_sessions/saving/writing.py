@@ -13,7 +13,7 @@ from ..clock import Clock
 from ..errors import StoreUnavailableError
 from ..process import Identity
 from ..stores import Record, Verdict
-from ..stores.link import Call, CallTimedOutError, StoreGateway
+from ..stores.link import Call, CallTimedOutError, StoreLink
 from .autosave import Autosave
 from .reclaiming import Reclaiming
 from .verdicts import Row, Settlement
@@ -35,14 +35,14 @@ class Writer:
     def __init__(
         self,
         autosave: Autosave,
-        gateway: StoreGateway,
+        link: StoreLink,
         clock: Clock,
         settlement: Settlement,
         reclaiming: Reclaiming,
         identity: Identity,
     ) -> None:
         self._autosave = autosave
-        self._gateway = gateway
+        self._link = link
         self._clock = clock
         self._settlement = settlement
         self._reclaiming = reclaiming
@@ -60,11 +60,11 @@ class Writer:
         fail_all = self._settlement.fail_all
         pending = [rows] if rows else []
         alone, any_success = 0, False
-        was_down = self._gateway.down  # and that has been said
+        was_down = self._link.down  # and that has been said
         while pending:
             part = pending.pop()
             if tried is None and (trouble := self.trouble(hanging)):
-                fail_all(part, StoreUnavailableError(f"{self._gateway.name} {trouble}"), report=False)
+                fail_all(part, StoreUnavailableError(f"{self._link.name} {trouble}"), report=False)
                 continue
             if tried is None:
                 records = [row.record for row in part if row.record is not None]
@@ -84,7 +84,7 @@ class Writer:
                 if isinstance(error, StoreUnavailableError) or is_hopeless:
                     # not the fault of a row
                     if not isinstance(error, StoreUnavailableError) and not suspects:
-                        self._gateway.failed(self._clock.now(), error)
+                        self._link.failed(self._clock.now(), error)
                     for others in pending:
                         fail_all(others, error, report=not was_down)
                     return
@@ -108,7 +108,7 @@ class Writer:
         """Why nothing more is sent now, if so."""
         if hanging:
             return "hangs"  # not behind a call that may never return: another worker takes them
-        return "" if self._gateway.may_call() else "is down"  # it has gone down since these rows were taken
+        return "" if self._link.may_call() else "is down"  # it has gone down since these rows were taken
 
     async def call(
         self,
@@ -122,12 +122,12 @@ class Writer:
         `rows_of` gives the rows of the records; of those of a `batch` only if they are needed.
         """
         settlement = self._settlement
-        call = self._gateway.write(records)
+        call = self._link.write(records)
         try:
             verdicts = await call.answer()
         except CallTimedOutError as error:
             rows = rows_of()
-            if self._gateway.store.fenced:
+            if self._link.store.fenced:
                 settlement.fail_all(rows, error)
                 hanging.append((call, []))
             else:

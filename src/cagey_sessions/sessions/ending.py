@@ -1,22 +1,21 @@
-"""The end of a session. What lives here: its steps, whoever waits for it, and what becomes of a session whose last save
-fails. What must not: the end of everybody, or how a save is performed.
+"""The end of a session: its steps, the callers that wait for it, and what becomes of it when its last save fails.
 
-Ending a session is one task's work, owned here; callers wait for it through a shield, so cancelling them cancels
-nothing. Its steps: hide it from its key, ``before_destroy``, wait for what is in flight, the last save, forget it,
-``destroy``, the end. If the last save fails the session is parked: hidden, its user's slot still taken, tried again by
-the wheel until it is saved, or the manager's deadline passes.
+Ending a session is the work of one task, owned here; callers wait for it through a shield, so cancelling them cancels
+nothing. The steps: hide the session from its key, ``before_destroy``, wait for what is in flight, the last save, forget
+the session, ``destroy``, the end. If the last save fails the end is parked: the session stays hidden, its user's slot
+stays taken, no task is at work, and the wheel tries the save again until it succeeds or the manager's deadline passes.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from enum import Enum
 
-from .._core import SessionCore, SessionTable
-from ..data.sanitizer import Sanitizer
+from .._core import SessionCore
 from ..errors import (
+    DrainDeadlineError,
     FencedError,
     ListenerCancelledError,
     ListenerError,
@@ -27,132 +26,136 @@ from ..errors import (
     WouldDeadlockError,
 )
 from ..events.deadlocks import Kind, Wait, listening, waiting_for, would_deadlock
-from ..events.listeners import Listeners, listener_error
-from ..events.reports import Reports, drop_tracebacks, fresh
+from ..events.listeners import listener_error
+from ..events.reports import drop_tracebacks, fresh
 from ..options import yes_or_no
-from ..records import EndReason
-from ..saving.autosave import Autosave
-from ..saving.in_flight import Flight
-from ..saving.to_store import StoreSaver
-from ..stores.link import StoreGateway
+from ..records import EndReason, UnsavedUser
 from ..wording import quote
+from .entries import collect_unsaved
+from .server import Server
 
-__all__ = ["UNSEEN", "Drain", "EndHost", "Ending", "Endings", "Releases"]
+__all__ = ["TRANSITIONS", "Drain", "Ending", "Endings", "Stage"]
 
 MOST_LAST_SAVES = 20
 """How often the last save is repeated for data that does not stop changing."""
-NOT_SAVED, UNSEEN = object(), object()
+MOST_ERRORS = 1000
+"""Of listeners, that the report of a drain holds."""
 _LOSSES = (EndReason.UNSAVED, EndReason.FENCED, EndReason.ERASED)
+
+
+class Stage(Enum):
+    """How far the end of a session has come."""
+
+    PARKED = "parked"
+    """No task is at work: the last save waits for its retry, or the end has yet to begin."""
+    ANNOUNCING = "announcing"
+    """The listeners of ``before_destroy`` run."""
+    SETTLING = "settling"
+    """Waits for a save that is under way; whether there is a last save can still be changed."""
+    SAVING = "saving"
+    """Decided: the last save, if there is one, and the release."""
+    GONE = "gone"
+    """The session was forgotten; the listeners of ``destroy`` run."""
+    ENDED = "ended"
+
+
+TRANSITIONS = {
+    Stage.PARKED: (Stage.ANNOUNCING, Stage.SETTLING, Stage.GONE, Stage.ENDED),
+    Stage.ANNOUNCING: (Stage.SETTLING, Stage.PARKED, Stage.GONE, Stage.ENDED),
+    Stage.SETTLING: (Stage.SAVING, Stage.PARKED, Stage.GONE, Stage.ENDED),
+    Stage.SAVING: (Stage.PARKED, Stage.GONE, Stage.ENDED),
+    Stage.GONE: (Stage.ENDED,),
+    Stage.ENDED: (),
+}
+"""The stages that may follow each. To GONE and ENDED a drain whose deadline has passed leads from everywhere."""
 
 
 @dataclass(slots=True, eq=False)
 class Ending:
-    """A session on its way out."""
+    """The end of one session."""
 
     persist: bool
+    """Whether there is a last save."""
     reason: EndReason
     attempt: asyncio.Future[Exception | None]
+    """What callers wait for: done when the session has ended, or the end is parked."""
+    stage: Stage = Stage.PARKED
     announced: bool = False
     """``before_destroy`` has been emitted."""
-    decided: bool = False
-    """Whether there is a last save cannot be changed any more."""
-    parked: bool = False
-    """No task is at work; the last save waits for its retry."""
-    saved: object = NOT_SAVED
-    """Fingerprint of the data last acknowledged since the end began."""
-    released: bool = False
-    """The store has let go of the user."""
     last_error: Exception | None = None
+    """Of the last save, or why the user was lost."""
     errors: list[Exception] = field(default_factory=list)
+    """Raised by listeners."""
     task: asyncio.Task[None] | None = None
     waiting: int = 0
-    """Callers who will hear of the attempt."""
+    """How many callers wait for the attempt."""
+
+    @property
+    def parked(self) -> bool:
+        return self.stage is Stage.PARKED
+
+    @property
+    def decided(self) -> bool:
+        """Whether it is too late to change whether there is a last save."""
+        return self.stage in (Stage.SAVING, Stage.GONE, Stage.ENDED)
+
+    def move(self, stage: Stage) -> None:
+        """Go on to another stage."""
+        assert stage in TRANSITIONS[self.stage], f"an end that is {self.stage.value} cannot become {stage.value}"
+        self.stage = stage
 
 
-class Drain(Protocol):
-    """The end of everybody, as far as the end of one needs to know."""
+@dataclass(slots=True, eq=False)
+class Drain:
+    """The end of everybody: what was asked, and what has become of each session so far."""
 
-    gave_up: bool
     persist: bool
-
-    def note(self, session: SessionCore, ending: Ending, error: ListenerError | None) -> None:
-        """A session has ended; the error is what its listeners raised."""
-        ...
-
-    def look(self) -> None:
-        """A session has ended, or is parked."""
-        ...
-
-
-class Releases(Protocol):
-    """How users are let go of in the store whom no save lets go of."""
-
-    async def release(self, user_id: int | str, epoch: int) -> None:
-        """Let go of a user, and go on trying while this process lives. Raises what the first attempt raised."""
-        ...
-
-    def see_end(self, user_id: int | str) -> None:
-        """A session of this user is over."""
-        ...
-
-
-class EndHost(Protocol):
-    """What ends need of whoever they happen for."""
-
-    table: SessionTable
-    autosave: Autosave
-    listeners: Listeners
-    reports: Reports
-    sanitizer: Sanitizer | None
-    gateway: StoreGateway | None
-    store_saver: StoreSaver | None
-    loop: asyncio.AbstractEventLoop | None
-
-    @property
-    def drain(self) -> Drain | None:
-        """The end of everybody, if it has begun."""
-        ...
-
-    @property
-    def claims(self) -> Releases:
-        """What knows of the store's claims."""
-        ...
-
-    def enter(self) -> asyncio.AbstractEventLoop:
-        """Bind the loop, or refuse another."""
-        ...
-
-    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        """Start a task."""
-        ...
-
-    def require_saver(self) -> None:
-        """Raise `NothingSavesError` if nobody would perform a save."""
-        ...
-
-    def fingerprint(self, session: SessionCore) -> object:
-        """Something that changes when the session's data does, or `UNSEEN`."""
-        ...
+    started: int
+    gave_up: bool = False
+    """The deadline has passed: no more saves are begun."""
+    saved: int = 0
+    unsaved: list[UnsavedUser] = field(default_factory=list)
+    passed_over: int = 0
+    """Users whose sessions ended without a save, as was asked at first."""
+    errors: list[Exception] = field(default_factory=list)
+    """Raised by listeners of ends."""
+    on_change: Callable[[], None] = lambda: None
+    """Called when a session has ended, or is parked."""
 
 
 class Endings:
     """The ends of one manager's sessions."""
 
-    def __init__(self, host: EndHost) -> None:
-        self._host = host
-        self._table = host.table
-        self._autosave = host.autosave
-        self._listeners = host.listeners
-        self._reports = host.reports
-        self._gateway = host.gateway
-        self._store_saver = host.store_saver
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._table = server.table
+        self._autosave = server.autosave
+        self._saver = server.saver
+        self._listeners = server.listeners
+        self._reports = server.reports
+        self._link = server.link
         self.under_way: dict[SessionCore, Ending] = {}
         self.at_work: int = 0
-        """Of those under way, how many have a task that is not held up by a listener of ``before_destroy``."""
+        """How many have a task that does not wait for a listener of ``before_destroy``."""
         self.announcing: int = 0
-        """How many are, and may be for long."""
+        """How many have a task that does, perhaps for long."""
         self.waited_for: dict[SessionCore, asyncio.Future[EndReason]] = {}
         """Sessions whose end somebody waits for."""
+        self._drain: Drain | None = None
+        self.end_wanted: asyncio.Event = asyncio.Event()
+        """Set once the end of everybody has begun, or is about to."""
+
+    @property
+    def drain(self) -> Drain | None:
+        """The end of everybody, if it has begun; from then on nobody new is admitted."""
+        return self._drain
+
+    @drain.setter
+    def drain(self, drain: Drain | None) -> None:
+        self._drain = drain
+        self._table.admit(drain is None)
+
+    # Ends
 
     async def end(self, session: SessionCore, persist: bool | None, reason: EndReason = EndReason.DESTROYED) -> None:
         """End a session, or join its end. Raises what the listeners and the last save raised.
@@ -160,8 +163,8 @@ class Endings:
         `persist` of None asks for a save where there is a store, and for nothing where there is not: a new end makes no
         save then, one under way keeps what was asked of it.
         """
-        self._host.enter()
-        if persist is None and self._gateway is not None:
+        self._server.enter()
+        if persist is None and self._link is not None:
             persist = True
         elif persist is not None:
             yes_or_no("persist", persist)
@@ -170,7 +173,7 @@ class Endings:
         ending = self.under_way.get(session)
         wants_save = bool(persist) and session.user_id is not None
         if wants_save and (ending is None or not (ending.persist or ending.decided)):
-            self._host.require_saver()
+            self._saver.require()
         if ending is None:
             if not wants_save and self.end_at_once(session, reason):
                 return
@@ -192,7 +195,7 @@ class Endings:
 
     def _refuse_if_unsavable(self, session: SessionCore) -> None:
         """Better to leave a session live than to hide it with data that cannot be saved."""
-        if self._store_saver is not None and (refusal := self._store_saver.refusal(session)) is not None:
+        if (refusal := self._saver.refusal(session)) is not None:
             refusal.add_note("the session is live as before; mend its user_data, or destroy it with persist=False")
             raise refusal
 
@@ -224,28 +227,29 @@ class Endings:
         return True
 
     def begin_end(self, session: SessionCore, persist: bool, reason: EndReason, *, parked: bool = False) -> Ending:
-        """Start to end a live session; a parked one is hidden, and somebody else sees to the rest."""
+        """Start to end a live session; a parked one is hidden, and the caller sees to the rest."""
         self._table.begin_end(session)
         self._autosave.hasten(session)
         ending = self.under_way[session] = Ending(persist, reason, self._new_attempt())
-        ending.parked = parked
+        self._table.set_final(session, True)
         if not parked:
             self._work_on(session, ending)
         return ending
 
     def _new_attempt(self) -> asyncio.Future[Exception | None]:
-        assert self._host.loop is not None
-        return self._host.loop.create_future()
+        assert self._server.loop.running is not None
+        return self._server.loop.running.create_future()
 
     def resume(self, session: SessionCore, ending: Ending) -> None:
         """Go on with an end that is parked."""
-        ending.parked = False
         ending.attempt = self._new_attempt()
         self._work_on(session, ending)
 
     def _work_on(self, session: SessionCore, ending: Ending) -> None:
+        ending.move(Stage.SETTLING if ending.announced else Stage.ANNOUNCING)
+        self._table.set_final(session, False)
         self.at_work += 1
-        task = ending.task = self._host.spawn(self._end(session, ending), "end of session")
+        task = ending.task = self._server.loop.spawn(self._end(session, ending), "end of session")
         task.add_done_callback(lambda _: self._see_stopped(session, ending))
 
     def _see_stopped(self, session: SessionCore, ending: Ending) -> None:
@@ -253,85 +257,85 @@ class Endings:
         if self.under_way.get(session) is not ending or ending.parked or ending.task is None or not ending.task.done():
             return
         stopped = ListenerCancelledError("the task that was ending this session was stopped")
-        if self._table.state(session) != "gone" and ending.persist:
+        if ending.stage is not Stage.GONE and ending.persist:
             self._park(session, ending, stopped)
             self._autosave.ask_later(session)
             return
         ending.errors.append(stopped)
-        if self._table.state(session) != "gone":
+        if ending.stage is not Stage.GONE:
             self._forget(session, ending)
         self.finish(session, ending)
 
-    def settled(self, session: SessionCore, error: Exception | None, flight: Flight) -> None:
+    # What saving reports
+
+    def see_settled(self, session: SessionCore, error: Exception | None) -> None:
+        """A save of a session that is being ended has come to its end."""
         ending = self.under_way.get(session)
         if ending is None:
             return
         if error is None:
-            ending.saved = NOT_SAVED if flight.fingerprint is None else flight.fingerprint
-            ending.released = flight.releases
             if ending.parked:
                 self.resume(session, ending)
-        else:
-            ending.saved = NOT_SAVED  # the store may have other bytes now, or be about to
-            if ending.reason in _LOSSES:
-                return
-            ending.released = False
+        elif ending.reason not in _LOSSES:
             ending.last_error = error
-            if ending.parked and self._host.drain is not None and isinstance(error, UnsavableError):
+            if ending.parked and self.drain is not None and isinstance(error, UnsavableError):
                 self.resume(session, ending)  # waiting would not help
 
-    def is_last_save(self, session: SessionCore) -> bool:
-        ending = self.under_way.get(session)
-        return ending is not None and (ending.decided or ending.parked) and self._is_to_be_released(session)
-
-    def _is_to_be_released(self, session: SessionCore) -> bool:
-        """Whether other processes wait for this one to let go of the user."""
-        return self._gateway is not None and self._gateway.store.shared and session.user_id is not None
-
-    def loss_of(self, session: SessionCore) -> Exception | None:
-        """Why nothing more of a session is to be written, if so."""
-        ending = self.under_way.get(session)
-        if ending is not None and ending.reason in (EndReason.FENCED, EndReason.ERASED):
-            return ending.last_error
-        return None
-
-    def end_unsaved(self, session: SessionCore, error: FencedError | UserErasedError) -> None:
-        """End a session in whose name nothing is to be written any more."""
-        reason = EndReason.FENCED if isinstance(error, FencedError) else EndReason.ERASED
+    def see_lost(self, session: SessionCore, error: FencedError | UserErasedError) -> None:
+        """A session has lost its user: end it without another save."""
         if self._table.state(session) == "gone":
             return
+        reason = EndReason.FENCED if isinstance(error, FencedError) else EndReason.ERASED
         ending = self.under_way.get(session)
         if ending is None:
             ending = self.begin_end(session, persist=False, reason=reason, parked=True)
         ending.persist = False
         ending.reason = reason
         ending.last_error = error
-        ending.released = True  # there is nothing left to let go of
+        self._autosave.stop(session, error)
         if ending.parked:
             self.resume(session, ending)
 
+    # Releases
+
+    def _is_to_be_released(self, session: SessionCore) -> bool:
+        """Whether other processes wait for this one to let go of the user."""
+        return (
+            self._link is not None
+            and self._link.store.shared
+            and session.user_id is not None
+            and not self._table.is_released(session)
+            and not self._table.is_lost(session)
+        )
+
+    async def _release(self, session: SessionCore) -> None:
+        """Let go of a user whom no save lets go of."""
+        assert session.user_id is not None and self._server.claims is not None
+        if self._gave_up():
+            return  # other nodes wait until this one is dead
+        try:
+            await self._server.claims.release(session.user_id, self._table.epoch(session))
+        except Exception as error:
+            self._reports.error(error, session)
+
+    # The steps of an end
+
     async def _end(self, session: SessionCore, ending: Ending) -> None:
         """The steps of an end, from wherever the last attempt stopped."""
-        if not ending.announced:
+        if ending.stage is Stage.ANNOUNCING:
             ending.announced = True
             if self._listeners.is_heard("before_destroy", session):
-                self.at_work -= 1
-                self.announcing += 1
-                try:
-                    with listening(Wait(session, Kind.END), self._host):
-                        await self._listeners.emit("before_destroy", session, errors=ending.errors)
-                finally:
-                    self.announcing -= 1
-                    self.at_work += 1
-                    if self._host.drain is not None:
-                        self._host.drain.look()
+                await self._announce(session, ending)
+            if self.under_way.get(session) is not ending:
+                return  # ended by force meanwhile
+            ending.move(Stage.SETTLING)
         until = self._autosave.patience_ends()
         outcome = await self._autosave.settle(session, until)
         if self.under_way.get(session) is not ending:
-            return  # ended by force meanwhile
-        ending.decided = True
-        if ending.saved is UNSEEN:
-            ending.saved = NOT_SAVED  # it may have changed since
+            return
+        ending.move(Stage.SAVING)
+        self._table.set_final(session, True)
+        self._saver.forget_unseen(session)
         if ending.persist:
             error = await self._save_last(session, ending, until)
             if error is not None and ending.persist:
@@ -342,34 +346,35 @@ class Endings:
                 ending.reason = EndReason.UNSAVED
         elif isinstance(outcome, Exception) and ending.reason not in _LOSSES:
             self._reports.error(outcome, session)
-        if self._is_to_be_released(session) and not ending.released:
+        if self._is_to_be_released(session):
             await self._release(session)
         if self.under_way.get(session) is not ending:
             return
         self._forget(session, ending)
-        with listening(Wait(session, Kind.END), self._host):
+        with listening(Wait(session, Kind.END), self._table):
             await self._listeners.emit("destroy", session, errors=ending.errors)
         if self.under_way.get(session) is ending:
             self.finish(session, ending)
 
+    async def _announce(self, session: SessionCore, ending: Ending) -> None:
+        self.at_work -= 1
+        self.announcing += 1
+        try:
+            with listening(Wait(session, Kind.END), self._table):
+                await self._listeners.emit("before_destroy", session, errors=ending.errors)
+        finally:
+            self.announcing -= 1
+            self.at_work += 1
+            self._look()
+
     def _is_hopeless(self, error: Exception) -> bool:
         """Whether a last save that has failed is not worth another attempt."""
-        return self._gave_up() or (self._host.drain is not None and isinstance(error, UnsavableError))
-
-    async def _release(self, session: SessionCore) -> None:
-        """Let go of a user that no save lets go of."""
-        assert session.user_id is not None
-        if self._gave_up():
-            return  # other nodes wait until this one is dead
-        try:
-            await self._host.claims.release(session.user_id, self._table.epoch(session))
-        except Exception as error:
-            self._reports.error(error, session)
+        return self._gave_up() or (self.drain is not None and isinstance(error, UnsavableError))
 
     async def _save_last(self, session: SessionCore, ending: Ending, until: int | None) -> Exception | None:
         """Save a session that is being ended, again while its data changes meanwhile: what went wrong, if anything."""
         for _ in range(MOST_LAST_SAVES):
-            if self._is_saved(session, ending):
+            if not self._is_to_be_released(session) and self._saver.is_saved(session):
                 return None
             if self._gave_up():
                 return ending.last_error or self._autosave.gave_up
@@ -384,40 +389,29 @@ class Endings:
         )
         return None
 
-    def _is_saved(self, session: SessionCore, ending: Ending) -> bool:
-        """Whether the last save is acknowledged, the release included where there is one, and nothing has changed."""
-        if self._is_to_be_released(session) and not ending.released:
-            return False
-        if ending.saved is UNSEEN:
-            return True
-        return ending.saved is not NOT_SAVED and ending.saved == self._host.fingerprint(session)
-
     def _gave_up(self) -> bool:
-        return self._host.drain is not None and self._host.drain.gave_up
+        return self.drain is not None and self.drain.gave_up
 
     def _park(self, session: SessionCore, ending: Ending, error: Exception) -> None:
         """Tell whoever waits that the last save failed, and leave the session to the wheel."""
         self.at_work -= 1
-        ending.parked = True
-        ending.decided = False
-        ending.saved = NOT_SAVED
+        ending.move(Stage.PARKED)
+        self._table.set_final(session, True)
         failed = self._tell_of_parking(session, ending, error)
         if ending.waiting:
             ending.errors = []
             ending.attempt.set_result(failed)
         else:
             ending.attempt.set_result(None)
-            if self._host.drain is None:  # it reports in the end who was not saved, all at once
+            if self.drain is None:  # it reports in the end who was not saved, all at once
                 self._reports.error(failed, session)
-        if not ending.waiting:
             drop_tracebacks(error)  # what waits for the store is to be small
-        if self._host.drain is not None:
-            self._host.drain.look()
+        self._look()
 
     def _tell_of_parking(self, session: SessionCore, ending: Ending, error: Exception) -> Exception:
         """What a caller hears of a last save that failed."""
         note = "the session is hidden and keeps its user; its last save is tried again until it succeeds"
-        if self._gateway is None:
+        if self._link is None:
             parts = error.exceptions if isinstance(error, ListenerError) else [error]
             failed = listener_error("persist_user_data", [*ending.errors, *parts])
             failed.add_note(note)
@@ -434,8 +428,9 @@ class Endings:
         return unavailable
 
     def _forget(self, session: SessionCore, ending: Ending) -> None:
-        if self._host.drain is not None:
-            self._host.drain.note(session, ending, None)
+        self._note(session, ending)
+        if not ending.parked:
+            ending.move(Stage.GONE)
         self._table.forget(session)
         self._autosave.forget(session)
 
@@ -443,9 +438,10 @@ class Endings:
         """The session has had its last event."""
         del self.under_way[session]
         self.at_work -= not ending.parked
+        ending.move(Stage.ENDED)
         self._let_go(session, ending.reason)
         error: Exception | None = listener_error("destroy", ending.errors) if ending.errors else None
-        if ending.reason is EndReason.UNSAVED and ending.last_error is not None and self._gateway is None:
+        if ending.reason is EndReason.UNSAVED and ending.last_error is not None and self._link is None:
             error = ListenerError(
                 "the last save had not succeeded when the manager's deadline passed",
                 [ending.last_error, *ending.errors],
@@ -456,30 +452,47 @@ class Endings:
             error = ending.last_error
         if not ending.attempt.done():
             ending.attempt.set_result(error)
-        if error is not None and error is not ending.last_error and not ending.waiting and self._host.drain is None:
+        if error is not None and error is not ending.last_error and not ending.waiting and self.drain is None:
             self._reports.error(error, session)  # what the store had to say has been reported when it said it
-        if self._host.drain is not None:
-            if ending.errors:
-                self._host.drain.note(session, ending, listener_error("destroy", ending.errors))
-            self._host.drain.look()
+        if ending.errors and self.drain is not None:
+            self._note_errors(session, self.drain, listener_error("destroy", ending.errors))
+        self._look()
 
     def _let_go(self, session: SessionCore, reason: EndReason) -> None:
         """The very end: the handle is dead from here on."""
-        if session.user_id is not None and self._gateway is not None:
-            self._host.claims.see_end(session.user_id)
+        if session.user_id is not None and self._server.claims is not None:
+            self._server.claims.see_end(session.user_id)
         if session._listeners is not None:
             session._listeners.clear()
-        if self._host.sanitizer is not None:
-            self._host.sanitizer.ended(session)
-        if self._store_saver is not None:
-            self._store_saver.forget(session)
+        if self._server.sanitizer is not None:
+            self._server.sanitizer.ended(session)
+        self._saver.forget(session)
+        self._autosave.end(session)
         session._end(reason)
         waiting = self.waited_for.pop(session, None)
         if waiting is not None and not waiting.done():
             waiting.set_result(reason)
 
+    def end_by_force(self, session: SessionCore) -> None:
+        """The deadline of a drain has passed, and listeners do not return: end a session without them."""
+        ending = self.under_way.get(session)
+        if ending is None:
+            assert self.drain is not None
+            ending = self.begin_end(session, self.drain.persist, EndReason.DRAINED, parked=True)
+        if ending.stage is not Stage.GONE:
+            if ending.persist and session.user_id is not None:
+                ending.reason = EndReason.UNSAVED
+                ending.last_error = ending.last_error or DrainDeadlineError(
+                    "its listeners had not returned when the deadline passed"
+                )
+            self._forget(session, ending)
+        self.finish(session, ending)
+        if ending.task is not None:
+            ending.task.cancel()
+
     async def wait_ended(self, session: SessionCore) -> EndReason:
-        loop = self._host.enter()
+        """See `Session.wait_ended`."""
+        loop = self._server.enter()
         if not session.alive and session.end_reason is not None:
             return EndReason(session.end_reason)
         target = Wait(session, Kind.END)
@@ -490,3 +503,40 @@ class Endings:
             waiting = self.waited_for[session] = loop.create_future()
         with waiting_for(target):
             return await asyncio.shield(waiting)
+
+    # The end of everybody
+
+    def _look(self) -> None:
+        if self.drain is not None:
+            self.drain.on_change()
+
+    def _note(self, session: SessionCore, ending: Ending) -> None:
+        """Count a session that is over in the report of the drain."""
+        drain = self.drain
+        if drain is None:
+            return
+        if ending.reason in (EndReason.UNSAVED, EndReason.FENCED) and session.user_id is not None:
+            age = self._autosave.age(self._table.saved_at(session))
+            assert ending.last_error is not None
+            is_spilled = ending.reason is EndReason.UNSAVED and collect_unsaved(self._server, session)
+            drain.unsaved.append(UnsavedUser(session.user_id, age, ending.last_error, is_spilled))
+        elif ending.persist:
+            drain.saved += 1
+        elif session.user_id is not None and ending.reason is EndReason.DRAINED:
+            drain.passed_over += 1
+
+    def _note_errors(self, session: SessionCore, drain: Drain, error: ListenerError) -> None:
+        if len(drain.errors) < MOST_ERRORS:
+            drain.errors.append(error)
+        else:
+            self._reports.tell(f"user {quote(session.user_id)}", error)
+
+    def want_saves(self) -> None:
+        """The drain is to save after all: every end under way whose last save is still possible makes it."""
+        for session, ending in self.under_way.items():
+            self.upgrade(session, ending)
+
+    def upgrade(self, session: SessionCore, ending: Ending) -> None:
+        """Have an end make a last save if the drain wants it and it is not too late."""
+        if self.drain is not None and self.drain.persist and not ending.decided and session.user_id is not None:
+            ending.persist = ending.persist or ending.reason is EndReason.DRAINED

@@ -11,7 +11,9 @@ from ..errors import StoreError
 from ..options import SECOND
 from ..records import Health, Statistics
 from ..saving.to_store import MOST_ROWS
-from .server import MOST_NAMED, Lifecycle, name_some
+from ..wording import MOST_NAMED, name_some
+from .ending import Endings
+from .server import Server
 
 __all__ = ["drain_seconds", "health", "statistics"]
 
@@ -19,68 +21,68 @@ SECONDS_PER_END = 0.0001
 """What the end of one session costs the event loop, about."""
 
 
-def statistics(life: Lifecycle) -> Statistics:
-    counters = life.table.counters
-    oldest = life.table.oldest_save
+def statistics(server: Server, endings: Endings) -> Statistics:
+    counters = server.table.counters
+    oldest = server.table.oldest_save
     return Statistics(
         live=counters.created - counters.ended,
         identified=counters.identified,
-        ending=len(life.endings.under_way),
+        ending=len(endings.under_way),
         created=counters.created,
         ended=counters.ended,
         pending=counters.due,
         in_flight=counters.in_flight,
-        overdue=life.autosave.overdue()[0],
-        oldest_unsaved=None if oldest is None else life.autosave.age(oldest),
+        overdue=server.autosave.overdue()[0],
+        oldest_unsaved=None if oldest is None else server.autosave.age(oldest),
         saved=counters.saved,
-        unchanged=0 if life.store_saver is None else life.store_saver.unchanged + counters.skipped,
+        unchanged=0 if server.store_saver is None else server.store_saver.unchanged + counters.skipped,
         failed=counters.failed,
-        fenced=0 if life.store_saver is None else life.store_saver.fenced,
-        unsavable=0 if life.store_saver is None else len(life.store_saver.unsavable),
-        store=None if life.gateway is None else life.gateway.name,
-        store_up=life.gateway is None or not life.gateway.down,
-        store_latency=0.0 if life.gateway is None else life.gateway.latency,
-        tick_lag=life.autosave.tick_lag / SECOND,
-        slice_overruns=life.autosave.slice.overruns,
+        fenced=0 if server.store_saver is None else server.store_saver.fenced,
+        unsavable=0 if server.store_saver is None else len(server.store_saver.unsavable),
+        store=None if server.link is None else server.link.name,
+        store_up=server.link is None or not server.link.down,
+        store_latency=0.0 if server.link is None else server.link.latency,
+        tick_lag=server.autosave.tick_lag / SECOND,
+        slice_overruns=server.loop.overruns,
     )
 
 
-def drain_seconds(life: Lifecycle) -> float:
+def drain_seconds(server: Server) -> float:
     """See `SessionManager.estimate_drain_seconds`."""
-    users = life.table.counters.identified
-    if life.gateway is None:
-        saves, seconds = users, life.autosave.seconds_per_save
+    users = server.table.counters.identified
+    if server.link is None:
+        saves, seconds = users, server.autosave.seconds_per_save
     else:
-        saves, seconds = -(-users // MOST_ROWS), life.gateway.latency
-    return -(-saves // life.options.max_in_flight) * seconds + users * SECONDS_PER_END
+        saves, seconds = -(-users // MOST_ROWS), server.link.latency
+    return -(-saves // server.options.max_in_flight) * seconds + users * SECONDS_PER_END
 
 
-def health(life: Lifecycle) -> Health:
+def health(server: Server, endings: Endings) -> Health:
     """See `SessionManager.health`."""
-    if life.closed:
+    if server.closed:
         return Health("down", "the manager has been destroyed")
-    if life.gateway is not None and life.gateway.down_since is not None:
-        seconds = (life.clock.now() - life.gateway.down_since) / SECOND
-        last = life.gateway.last_error
+    if server.link is not None and server.link.down_since is not None:
+        seconds = (server.clock.now() - server.link.down_since) / SECOND
+        last = server.link.last_error
         why = last if isinstance(last, StoreError) else type(last).__name__  # a driver may name addresses
-        return Health("down", f"{life.gateway.name} has been down for {seconds:.1f} s: {why}")
-    if life.options.interval is not None and life.table.counters.identified and not life.can_save():
+        return Health("down", f"{server.link.name} has been down for {seconds:.1f} s: {why}")
+    if server.options.interval is not None and server.table.counters.identified and not server.saver.can_save():
         return Health("down", "nobody listens to 'persist_user_data', and there is no store")
-    reasons = list(_troubles(life, statistics(life)))
+    reasons = list(_troubles(server, endings, statistics(server, endings)))
     return Health("degraded", "; ".join(reasons)) if reasons else Health("ok", "")
 
 
-def _troubles(life: Lifecycle, found: Statistics) -> Iterator[str]:
-    if life.gateway is not None and life.gateway.fails_for_several:
-        yield f"{life.gateway.name} fails for several users: {type(life.gateway.last_error).__name__}"
-    limit = 2 * (life.options.interval or 0) / SECOND
+def _troubles(server: Server, endings: Endings, found: Statistics) -> Iterator[str]:
+    if server.link is not None and server.link.fails_for_several:
+        yield f"{server.link.name} fails for several users: {type(server.link.last_error).__name__}"
+    limit = 2 * (server.options.interval or 0) / SECOND
     if limit and found.oldest_unsaved is not None and found.oldest_unsaved > limit:
         yield f"the oldest unsaved state is {found.oldest_unsaved:.1f} s old"
     if found.overdue:
         yield f"saves that take longer than the interval: {found.overdue}"
-    if life.store_saver is not None and found.unsavable:
-        some = [session.user_id for session in islice(life.store_saver.unsavable, MOST_NAMED + 1)]
+    if server.store_saver is not None and found.unsavable:
+        some = [session.user_id for session in islice(server.store_saver.unsavable, MOST_NAMED + 1)]
         names = name_some([user_id for user_id in some if user_id is not None])
         yield f"users whose data cannot be saved as it is: {found.unsavable} ({names})"
-    if life.drain is not None:
+    if endings.drain is not None:
         yield "the manager is being destroyed"

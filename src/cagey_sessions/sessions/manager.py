@@ -5,6 +5,7 @@ forgotten. What must not: anything a session does by itself.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
@@ -17,18 +18,21 @@ from ..errors import OptionError, UnknownEventError, UnsavableError
 from ..events.listeners import MANAGER_EVENTS, Listener, ManagerEvent
 from ..files.spill import Spill
 from ..options import PERSIST_EVENTS, Duration, known_event, lacks, parse_duration, read_options, suggest, yes_or_no
-from ..ownership.claims import Claims
-from ..records import DrainReport, Health, SnapshotReport, SpillReport, Statistics
+from ..records import DrainReport, EndReason, Health, SnapshotReport, SpillReport, Statistics
 from ..stores import Store
 from ..wording import quote
 from . import health
-from .draining import drain
-from .login import NO_DEFAULT, Ownership
-from .server import Lifecycle
+from .beginning import Beginnings
+from .draining import Draining
+from .ending import Endings
+from .loading import NO_DEFAULT, Loading
+from .login import Logins
+from .server import Server
 from .session import Session, T
 from .signals import run_until_signal
 from .snapshot import take_snapshot
-from .spilling import Replay
+from .spilling import Spilling
+from .users import Users
 
 __all__ = ["SessionManager", "create"]
 
@@ -165,12 +169,38 @@ class SessionManager(ManagerCore, Generic[T]):
         )
         if clock is not None and (missing := lacks(clock, ("now", "call_later"))):
             raise OptionError(f"clock has the methods now and call_later; {quote(clock)} has no {missing}")
-        spilled = None if spill is None else Spill(spill)
-        self._life = Lifecycle(Session, checked, clock or SystemClock(), store, encoding, spilled)
-        self._attend(self._life.table)
-        self._life.claims = claims = Claims(self._life)
-        self._replay = Replay(self._life, claims)
-        self._life.ownership = self._ownership = Ownership(self._life, encoding, claims, self._replay)
+        endings: Endings  # it is made of the server, which reports to it
+        server = self._server = Server(
+            Session,
+            self,
+            checked,
+            clock or SystemClock(),
+            store,
+            encoding,
+            None if spill is None else Spill(spill),
+            on_lost=lambda session, error: endings.see_lost(session, error),
+            on_settled=lambda session, error: endings.see_settled(session, error),
+        )
+        endings = self._endings = Endings(server)
+        self._spilling = Spilling(server, endings)
+        self._draining = Draining(server, endings, self._spilling)
+        self._beginnings = Beginnings(server, endings)
+        loading = Loading(server, endings, self._beginnings, self._spilling)
+        self._logins = Logins(server, endings, self._beginnings, loading)
+        self._users = Users(server, endings, self._beginnings, loading, self._spilling)
+        server.table.attend(
+            now=time.monotonic_ns if type(server.clock) is SystemClock else server.clock.now,
+            tick=server.autosave.tick,
+            interval=checked.interval // server.autosave.tick if checked.interval else 0,
+            arm=server.autosave.arm,
+            ending=endings.under_way,
+            waited_for=endings.waited_for,
+            destroyed=EndReason.DESTROYED,
+            user_id_type=checked.user_id,
+            stored=store is not None,
+            watched=checked.debug,
+        )
+        self._attend(server.table)
         self._is_over = False
 
     if TYPE_CHECKING:
@@ -204,7 +234,7 @@ class SessionManager(ManagerCore, Generic[T]):
         `UserNotFoundError`, `EncodingError` for live data that cannot be saved, `CorruptRecordError`,
         `NewerSchemaError`, `StoreUnavailableError`, `StoreModeError` without a store. O(size).
         """
-        return cast(T, await self._ownership.read(user_id))
+        return cast(T, await self._users.read(user_id))
 
     def edit(self, user_id: int | str, *, default: T | Callable[[], T] = NO_DEFAULT) -> AbstractAsyncContextManager[T]:
         """Change a user's data in place, wherever they are: ``async with manager.edit("alice") as data: ...``.
@@ -215,7 +245,7 @@ class SessionManager(ManagerCore, Generic[T]):
         `Session.login`. Raises what `Session.login` and `Session.persist_now` raise, and `UsageError` if the program
         has assigned another `user_data` meanwhile: what the block changed is then no longer the user's data.
         """
-        return self._ownership.edit(user_id, default)
+        return self._users.edit(user_id, default)
 
     async def erase(self, user_id: int | str) -> bool:
         """Remove a user's data from the store for good, and end their session unsaved. Returns whether there was any.
@@ -225,20 +255,20 @@ class SessionManager(ManagerCore, Generic[T]):
         `InvalidUserIdError`, `StoreUnavailableError`, `StoreModeError` without a store, or with one that cannot erase,
         and `WouldDeadlockError` inside a listener of the end of their session. A call of the store.
         """
-        return await self._ownership.erase(user_id)
+        return await self._users.erase(user_id)
 
     def find_by_user(self, user_id: int | str) -> Session[T] | None:
         """The live session of that user, or None. Raises `InvalidUserIdError`. O(1)."""
-        return cast("Session[T] | None", self._life.table.find_by_user(user_id))
+        return cast("Session[T] | None", self._server.table.find_by_user(user_id))
 
     def sessions(self) -> list[Session[T]]:
         """All sessions, ending ones included, in no order. O(n), so do not call it for every message."""
-        return cast("list[Session[T]]", self._life.table.sessions_now())
+        return cast("list[Session[T]]", self._server.table.sessions_now())
 
     def __len__(self) -> int:
         """How many sessions there are, those that are ending included. O(1)."""
-        self._life.table.require_thread()
-        return len(self._life.table)
+        self._server.table.require_thread()
+        return len(self._server.table)
 
     def __bool__(self) -> bool:
         """A manager is true, also while it has no session."""
@@ -250,8 +280,8 @@ class SessionManager(ManagerCore, Generic[T]):
         For a program that ends sessions or the manager itself:
         ``await session.destroy(manager.will_persist_user_data_on("disconnect"))``. Raises `UnknownEventError`.
         """
-        self._life.table.require_thread()
-        return known_event(name, PERSIST_EVENTS) in self._life.options.persist_on
+        self._server.table.require_thread()
+        return known_event(name, PERSIST_EVENTS) in self._server.options.persist_on
 
     async def persist_all_user_data(self) -> None:
         """Save every user who is on this server now, each once, oldest save first; with a store in batches.
@@ -260,7 +290,8 @@ class SessionManager(ManagerCore, Generic[T]):
         others are saved raises `UnsavedError` with the `user_ids` that could not be, and `NothingSavesError` without a
         listener. O(users), in slices.
         """
-        await self._life.persist_all()
+        self._server.enter()
+        await self._server.requests.save_all()
 
     async def snapshot(self, path: str | os.PathLike[str]) -> SnapshotReport:
         """Write everybody on this server to a file, for a backup or for inspection; `read_snapshot` reads it.
@@ -279,7 +310,7 @@ class SessionManager(ManagerCore, Generic[T]):
         Raises `SnapshotError` if it cannot be written, and for a link that another user has made; `ManagerClosedError`
         after the end. O(users), in slices; a thread waits for the disk.
         """
-        return await take_snapshot(self._life, path)
+        return await take_snapshot(self._server, path)
 
     @property
     def spill_report(self) -> SpillReport | None:
@@ -287,14 +318,14 @@ class SessionManager(ManagerCore, Generic[T]):
 
         None without `spill`, and before the store was opened for the first time.
         """
-        self._life.table.require_thread()
-        spill = self._life.spill
+        self._server.table.require_thread()
+        spill = self._server.spill
         return spill.report() if spill is not None and spill.is_open else None
 
     def statistics(self) -> Statistics:
         """What the manager is doing at this instant. O(1), plus one step for each save under way."""
-        self._life.table.require_thread()
-        return health.statistics(self._life)
+        self._server.table.require_thread()
+        return health.statistics(self._server, self._endings)
 
     def health(self) -> Health:
         """Whether users are being saved as they should: ``"ok"``, ``"degraded"`` or ``"down"``, and why.
@@ -304,8 +335,8 @@ class SessionManager(ManagerCore, Generic[T]):
         data cannot be saved as it is. The reason says all that holds, and names up to ten users whose data that is, so
         it is not for everybody to see. O(1), plus one step for each save under way.
         """
-        self._life.table.require_thread()
-        return health.health(self._life)
+        self._server.table.require_thread()
+        return health.health(self._server, self._endings)
 
     async def destroy(self, persist: bool | None = None, *, deadline: Duration = "25s") -> DrainReport:
         """End all sessions and the manager itself, and return how it went.
@@ -323,10 +354,10 @@ class SessionManager(ManagerCore, Generic[T]):
         changes. O(users), in slices.
         """
         longest = parse_duration(deadline, "deadline", shortest=0)
-        persist = self._life.gateway is not None if persist is None else yes_or_no("persist", persist)
-        report = await drain(self._life, persist, longest)
-        if self._life.closed:
-            self._life.warning.detach()
+        persist = self._server.link is not None if persist is None else yes_or_no("persist", persist)
+        report = await self._draining.drain(persist, longest)
+        if self._server.closed:
+            self._server.warning.detach()
         return report
 
     async def run_until_signal(self, *, deadline: Duration = "25s") -> int:
@@ -351,7 +382,8 @@ class SessionManager(ManagerCore, Generic[T]):
         """
         parse_duration(deadline, "deadline", shortest=0)
         status = await run_until_signal(
-            self._life,
+            self._server,
+            self._endings,
             lambda persist: self.destroy(persist, deadline=deadline),
             lambda: self.will_persist_user_data_on("shutdown"),
         )
@@ -366,14 +398,16 @@ class SessionManager(ManagerCore, Generic[T]):
         each user. Before anything was measured it is that work alone. It does not allow for a store that is down, large
         data, failed attempts, or what your listeners do. O(1).
         """
-        self._life.table.require_thread()
-        return health.drain_seconds(self._life)
+        self._server.table.require_thread()
+        return health.drain_seconds(self._server)
 
     async def __aenter__(self) -> Self:
         """Bind the loop and open the store; raises what `Store.open` raises."""
-        self._life.enter()
-        if self._life.gateway is not None:
-            await self._replay.enter()
+        self._server.enter()
+        if self._server.link is not None:
+            await self._server.link.open()
+            self._spilling.begin()
+            await self._spilling.wait()
         return self
 
     async def __aexit__(
@@ -382,7 +416,7 @@ class SessionManager(ManagerCore, Generic[T]):
         """Destroy the manager; users are saved if `persist_on` has ``"shutdown"``, which with a store it has."""
         if self._is_over:
             return  # how it went has been told
-        begun = self._life.drain is not None  # then whoever began it has said what to save
+        begun = self._endings.drain is not None  # then whoever began it has said what to save
         await self.destroy(not begun and self.will_persist_user_data_on("shutdown"))
 
     @overload
@@ -467,20 +501,20 @@ class SessionManager(ManagerCore, Generic[T]):
 
     def off(self, name: ManagerEvent, listener: Listener) -> None:
         """Take a listener back; nothing happens if it is not registered. Raises `UnknownEventError`."""
-        self._life.table.require_thread()
-        self._life.listeners.remove(name, listener)
+        self._server.table.require_thread()
+        self._server.listeners.remove(name, listener)
 
     def _add(self, name: ManagerEvent, listener: Listener, *, once: bool) -> Listener:
-        self._life.table.require_thread()
-        if known_event(name, MANAGER_EVENTS) == "persist_user_data" and self._life.gateway is not None:
+        self._server.table.require_thread()
+        if known_event(name, MANAGER_EVENTS) == "persist_user_data" and self._server.link is not None:
             raise UnknownEventError(
                 "a manager with a store saves by itself and emits no 'persist_user_data'; to copy live state into the "
                 "data right before it is saved, give SessionManager a function before_save="
             )
-        self._life.listeners.add(name, listener, once=once)
+        self._server.listeners.add(name, listener, once=once)
         if name == "persist_user_data":
-            self._life.intent.is_there = True
-            self._life.autosave.kick()
+            self._server.intent.is_there = True
+            self._server.autosave.kick()
         return listener
 
 

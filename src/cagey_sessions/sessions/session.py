@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
 from .._core import SessionCore, direct
 from ..events.listeners import SESSION_EVENTS, Listener, Listeners, SessionEvent
 from ..records import EndReason, Receipt
-from .login import NO_DEFAULT, Ownership
-from .server import Lifecycle
+from .ending import Endings
+from .loading import NO_DEFAULT
+from .server import Server
 
 __all__ = ["Session"]
 
@@ -73,8 +74,7 @@ class Session(SessionCore, Generic[T]):
         `ListenerError` with what the listeners raised, and then the user stays set. O(size of the data), and a call of
         the store.
         """
-        ownership: Ownership = self._host.ownership
-        await ownership.login(self, user_id, default, when_active)
+        await self._host._logins.login(self, user_id, default, when_active)
 
     async def persist_now(self) -> Receipt | None:
         """Save the user's data as it is now, and return when that is done: the store's `Receipt`.
@@ -95,18 +95,19 @@ class Session(SessionCore, Generic[T]):
         listener. Raises `SessionEndedError`, and `WouldDeadlockError` inside a listener that this very save would wait
         for.
         """
-        host: Lifecycle = self._host
-        return await host.persist(self)
+        server: Server = self._host._server
+        server.enter()
+        return await server.requests.save(self)
 
     async def wait_ended(self) -> EndReason:
         """Wait until the session has ended; returns why. Raises `WouldDeadlockError` inside a listener of its end."""
-        host: Lifecycle = self._host
-        return await host.endings.wait_ended(self)
+        endings: Endings = self._host._endings
+        return await endings.wait_ended(self)
 
     async def __aenter__(self) -> Self:
         """The session itself. Raises `SessionEndedError` if its end has begun."""
-        host: Lifecycle = self._host
-        host.refuse_if_ending(self)
+        server: Server = self._host._server
+        server.refuse_if_ending(self)
         return self
 
     async def __aexit__(
@@ -116,9 +117,9 @@ class Session(SessionCore, Generic[T]):
 
         Does nothing if its end has begun already: whoever began it has said what to save. Raises what `destroy` raises.
         """
-        host: Lifecycle = self._host
-        if self.alive and not host.table.is_ending(self):
-            await self.destroy("disconnect" in host.options.persist_on)
+        server: Server = self._host._server
+        if self.alive and not server.table.is_ending(self):
+            await self.destroy("disconnect" in server.options.persist_on)
 
     @overload
     def on(
@@ -160,7 +161,7 @@ class Session(SessionCore, Generic[T]):
 
     def off(self, name: SessionEvent, listener: Listener) -> None:
         """Take a listener back; nothing happens if it is not registered. Raises `UnknownEventError`."""
-        self._host.table.require_thread()
+        self._host._server.table.require_thread()
         if self._listeners is not None:
             self._listeners.remove(name, listener)
         else:
@@ -174,5 +175,5 @@ class Session(SessionCore, Generic[T]):
         self._require_alive()
         listeners: Listeners | None = self._listeners
         if listeners is None:
-            listeners = self._listeners = Listeners(SESSION_EVENTS, self._host.sanitizer)
+            listeners = self._listeners = Listeners(SESSION_EVENTS, self._host._server.sanitizer)
         return listeners

@@ -18,7 +18,9 @@ from typing import Any
 
 from ..errors import DrainError, NothingSavesError, UsageError
 from ..records import DrainReport
-from .server import Lifecycle, name_some
+from ..wording import name_some
+from .ending import Endings
+from .server import Server
 
 __all__ = ["run_until_signal"]
 
@@ -81,45 +83,45 @@ def _told_of_signals(tell: Callable[[int], object]) -> Iterator[None]:
 
 
 async def run_until_signal(
-    life: Lifecycle, destroy: Callable[[bool], Awaitable[DrainReport]], persist: Callable[[], bool]
+    server: Server, endings: Endings, destroy: Callable[[bool], Awaitable[DrainReport]], persist: Callable[[], bool]
 ) -> int:
     """See `SessionManager.run_until_signal`; `persist` says whether users are saved, unless somebody else has."""
-    life.table.require_thread()
+    server.table.require_thread()
     _require_main_thread(threading.current_thread() is threading.main_thread())
-    loop = life.enter()
+    loop = server.enter()
 
     def see(number: int) -> None:
         name = signal.Signals(number).name
-        if life.end_wanted.is_set():
-            life.reports.say(
+        if endings.end_wanted.is_set():
+            server.reports.say(
                 "warning", "%s while the manager is being destroyed: it goes on, users are being saved", name
             )
         else:
-            life.reports.say("info", "%s: the manager is being destroyed", name)
-            life.end_wanted.set()
+            server.reports.say("info", "%s: the manager is being destroyed", name)
+            endings.end_wanted.set()
 
     def tell(number: int) -> None:
         with suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(see, number)
 
     with _told_of_signals(tell):
-        await life.end_wanted.wait()
-        users = life.table.counters.identified
+        await endings.end_wanted.wait()
+        users = server.table.counters.identified
         errors: tuple[Exception, ...] = ()
         try:
-            report = await destroy(life.drain is None and persist())
+            report = await destroy(endings.drain is None and persist())
         except DrainError as error:
             report = error.report
             errors = error.exceptions[len(report.unsaved) :]
         except NothingSavesError as error:
-            life.reports.say("error", "%d users are not saved: %s", users, error)
+            server.reports.say("error", "%d users are not saved: %s", users, error)
             await destroy(False)
             return 1
         for raised in errors:
-            life.reports.tell("at the end of the manager", raised)
+            server.reports.tell("at the end of the manager", raised)
         unsaved = [user.user_id for user in report.unsaved]
         if unsaved:
-            life.reports.say(
+            server.reports.say(
                 "error",
                 "the manager has ended after %.1f s: %d users saved, %d not: %s",
                 report.seconds,
@@ -128,5 +130,5 @@ async def run_until_signal(
                 name_some(unsaved),
             )
             return 1
-        life.reports.say("info", "the manager has ended after %.1f s: %d users saved", report.seconds, report.saved)
+        server.reports.say("info", "the manager has ended after %.1f s: %d users saved", report.seconds, report.saved)
         return 0

@@ -17,7 +17,8 @@ from ..files.format import DISK, Files, NewFile
 from ..options import SECOND, path_text
 from ..records import Snapshot, SnapshotReport
 from ..threads import PATIENCE, in_thread
-from .server import Lifecycle
+from .entries import entry_of
+from .server import Server
 
 __all__ = ["read_snapshot", "take_snapshot"]
 
@@ -40,37 +41,37 @@ def read_snapshot(path: str | os.PathLike[str]) -> Snapshot:
         raise SnapshotError(f"there is no file {text}") from error
 
 
-async def take_snapshot(life: Lifecycle, path: str | os.PathLike[str], files: Files = DISK) -> SnapshotReport:
+async def take_snapshot(server: Server, path: str | os.PathLike[str], files: Files = DISK) -> SnapshotReport:
     """See `SessionManager.snapshot`."""
-    life.enter()
+    server.enter()
     path = path_text("path", path)
-    if life.closed:
+    if server.closed:
         raise ManagerClosedError(
             "this manager has been destroyed: a snapshot of nobody would take the place of another"
         )
-    if life.spill is not None and life.spill.is_at(path):
+    if server.spill is not None and server.spill.is_at(path):
         raise OptionError("this is the file of the spill, which a snapshot would replace; write it to another one")
-    started = life.clock.now()
+    started = server.clock.now()
     new = NewFile(path, files)
     seen: set[int | str] = set()
     left_out: list[int | str] = []
-    chunk = [savefile.first_line(KIND, time.time(), life.owner if life.gateway is not None else "")]
+    chunk = [savefile.first_line(KIND, time.time(), server.owner if server.link is not None else "")]
     size = 0
     try:
-        with life.table.oldest_first(to_the_end=True) as everybody:
+        with server.table.oldest_first(to_the_end=True) as everybody:
             for session in everybody:
                 user_id = session.user_id
                 if user_id is not None and user_id not in seen:  # who is saved meanwhile is met again, at the end
                     seen.add(user_id)
                     try:
-                        chunk.append(savefile.entry_line(life.entry_of(session)))
+                        chunk.append(savefile.entry_line(entry_of(server, session)))
                         size += len(chunk[-1])
                     except Exception:
                         left_out.append(user_id)
                 if size >= savefile.CHUNK:
                     await in_thread(new.write, b"".join(chunk))
                     chunk, size = [], 0
-                await life.autosave.slice.wait()
+                await server.loop.take_turn()
         saved = len(seen) - len(left_out)
         chunk.append(savefile.last_line(KIND, saved))
         await in_thread(new.write, b"".join(chunk))
@@ -83,4 +84,4 @@ async def take_snapshot(life: Lifecycle, path: str | os.PathLike[str], files: Fi
         with suppress(TimeoutError):  # the disk hangs: when it answers the thread goes on with that
             await in_thread(new.abandon, limit=PATIENCE)
         raise
-    return SnapshotReport(saved, tuple(left_out), new.size, (life.clock.now() - started) / SECOND)
+    return SnapshotReport(saved, tuple(left_out), new.size, (server.clock.now() - started) / SECOND)

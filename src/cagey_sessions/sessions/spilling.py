@@ -1,13 +1,17 @@
-"""The way back of users who were spilled. What lives here: saving them at the start, and before they are loaded. What
-must not: the file, or when an entry of it may be saved (`spill.py`).
+"""Users who could not be saved before a process ended: into the spill file at its exit, and back into the store later.
+
+The next process saves them at its start, and one who logs in before that is saved first. When an entry may be saved is
+for `files/spill.py` to say.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from contextvars import Context
 
+from .._core import SessionCore
 from ..errors import (
     SnapshotError,
     SpillConflictError,
@@ -18,67 +22,118 @@ from ..errors import (
 )
 from ..files.spill import Plan
 from ..ownership.claims import CLAIM_CALLS, CLAIMS_IN_A_CALL, Claims
+from ..process import at_exit
 from ..saving.to_store import MOST_BYTES, MOST_ROWS
 from ..stores import Claim, Outcome, Verdict
 from ..stores.contract import verdicts_of
-from ..stores.link import StoreGateway
+from ..stores.link import StoreLink
 from ..threads import in_thread
 from ..wording import quote
-from .server import Lifecycle
+from .ending import Endings
+from .entries import spill_entry_of
+from .server import Server
 
-__all__ = ["Replay"]
+__all__ = ["Spilling"]
 
 REPLAYED_AT_A_TIME = CLAIMS_IN_A_CALL * CLAIM_CALLS
 
 
-class Replay:
-    """The spilled users of one manager, on their way into the store."""
+class Spilling:
+    """The spilled users of one manager."""
 
-    def __init__(self, life: Lifecycle, claims: Claims) -> None:
-        self._life = life
-        self._claims = claims
-        claims.open_store = self.open_store
-        self._spill_turn = asyncio.Lock()
+    def __init__(self, server: Server, endings: Endings) -> None:
+        self._server = server
+        self._endings = endings
+        self._write_turn = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
+        self._unguard_exit: Callable[[], object] = lambda: None
 
     @property
-    def _gateway(self) -> StoreGateway:
-        assert self._life.gateway is not None
-        return self._life.gateway
+    def _link(self) -> StoreLink:
+        assert self._server.link is not None
+        return self._server.link
 
-    async def enter(self) -> None:
-        """Open the store, and save what an earlier process has spilled."""
-        await self.open_store()
+    @property
+    def _claims(self) -> Claims:
+        assert self._server.claims is not None
+        return self._server.claims
+
+    # The exit
+
+    def guard_exit(self) -> None:
+        """Spill whatever is unsaved when the process exits. Keeps this object alive until `close`."""
+        self._unguard_exit = at_exit(self._spill_at_exit)
+
+    def close(self) -> None:
+        """The manager has ended: unless something could not be written, which the exit tries once more, all is done."""
+        if self._server.spill is not None and not self._server.spill.is_stale:
+            self._unguard_exit()
+
+    def _spill_at_exit(self) -> None:
+        """The interpreter exits, and nobody has ended this manager: keep what is unsaved."""
+        server = self._server
+        spill, table = server.spill, server.table
+        if spill is None or not server.identity.is_this_process():
+            return
+        if server.closed and not spill.is_stale:
+            return
+        table.bind_thread()  # the loop may have run in another one, which is over
+        lost = 0
+        for session in table.sessions_now():
+            if self._is_to_be_saved(session):
+                try:
+                    entry = spill_entry_of(server, session)
+                except UnsavableError:
+                    lost += 1
+                    continue
+                if not table.is_current(session, server.identity.digest(entry.body)):
+                    spill.collect(entry)
+        try:
+            kept = spill.write()
+        except SnapshotError as error:
+            server.reports.say("error", "what was unsaved at exit could not be spilled: %s", error)
+            return
+        if kept or lost:
+            server.reports.say("warning", "unsaved at exit: %d users are in %s, %d are lost", kept, spill.path, lost)
+
+    def _is_to_be_saved(self, session: SessionCore) -> bool:
+        """Whether a session has a user, and no caller has said that it is not to be saved."""
+        if session.user_id is None or self._server.table.is_lost(session):
+            return False
+        asker = self._endings.under_way.get(session) or self._endings.drain
+        return asker is None or asker.persist
+
+    # The way back
+
+    def begin(self) -> None:
+        """The store is open: save what an earlier process has spilled, in a task, and see to the exit of this one."""
+        if self._server.spill is not None and self._task is None:
+            self.guard_exit()
+            self._task = self._server.loop.spawn(self._replay_all(), "replay of the spill", Context())
+
+    async def wait(self) -> None:
+        """Wait until every spilled user was tried."""
         if self._task is not None:
             await asyncio.shield(self._task)
 
-    async def open_store(self) -> None:
-        """Open the store; the first time, know what was spilled before anybody is loaded."""
-        spill = self._life.spill
-        if spill is not None and not spill.is_open:
-            async with self._spill_turn:
-                if not spill.is_open:
-                    spill.open(await in_thread(spill.read))  # only what is still wanted becomes known
-        await self._gateway.open()
-        if spill is not None and self._task is None:
-            self._life.guard_exit()
-            self._task = self._life.spawn(self._replay_all(), "replay of the spill", Context())
-
     async def _replay_all(self) -> None:
         """Save everybody who was spilled, as far as they may be claimed and the store takes them."""
-        spill, life = self._life.spill, self._life
+        server = self._server
+        spill = server.spill
         assert spill is not None
         user_ids = list(spill.pending)
         try:
             for start in range(0, len(user_ids), REPLAYED_AT_A_TIME):
-                if life.drain is not None or not await self._replay_some(user_ids[start : start + REPLAYED_AT_A_TIME]):
+                if self._endings.drain is not None or not await self._replay_some(
+                    user_ids[start : start + REPLAYED_AT_A_TIME]
+                ):
                     break
         except Exception as error:  # what is left is pending, and no reason not to begin
-            life.reports.error(error, None)
+            server.reports.error(error, None)
         await self.write_spill()
         report = spill.report()
         if report.pending or report.conflicts or not report.complete:
-            life.reports.say(
+            server.reports.say(
                 "warning",
                 "of the spilled users %d are saved; in %s remain %d pending, %d in conflict, %d damaged%s",
                 len(report.replayed),
@@ -89,36 +144,36 @@ class Replay:
                 "" if report.complete else ", and the file was not complete",
             )
         elif report.replayed:
-            life.reports.say("info", "all spilled users are saved: %d", len(report.replayed))
+            server.reports.say("info", "all spilled users are saved: %d", len(report.replayed))
 
     async def _replay_some(self, user_ids: list[int | str]) -> bool:
         """Save some users who were spilled: whether it is worth going on."""
         async with AsyncExitStack() as turns:
             tasks = []
             for user_id in user_ids:
-                if not self._claims.is_at_work(user_id):  # else somebody loads the user, and sees to the spill then
-                    await turns.enter_async_context(self._claims.turn(user_id))
-                    tasks.append(self._life.spawn(self._claims.claim(user_id), "claim", Context()))
+                if not self._claims.turns.is_taken(user_id):  # else somebody loads the user, and sees to the spill then
+                    await turns.enter_async_context(self._claims.turns.take(user_id))
+                    tasks.append(self._server.loop.spawn(self._claims.claim(user_id), "claim", Context()))
             answers = await asyncio.gather(*tasks, return_exceptions=True)
             claims = [answer for answer in answers if isinstance(answer, Claim)]
             plans = await self._apply_spill(claims, release=True)
             for plan in plans:
                 if plan.write is None or plan.error is not None:  # else the write has let go of them
                     self._claims.let_go(plan.claim.user_id, plan.claim.epoch)
-        return not self._gateway.down
+        return not self._link.down
 
     async def _apply_spill(self, claims: list[Claim], *, release: bool) -> list[Plan]:
         """Save what was spilled of users who are claimed, where nobody has written since: what became of it."""
-        spill = self._life.spill
+        spill = self._server.spill
         assert spill is not None
         plans = [
-            spill.plan(claim, self._life.owner, self._gateway.store, self._life.encoding, release=release)
+            spill.plan(claim, self._server.owner, self._link.store, self._server.encoding, release=release)
             for claim in claims
         ]
         for plan in plans:
             spill.set_aside(plan.conflicts)
             if plan.conflicts:
-                self._life.reports.error(_conflict(plan.claim, spill.path), None)
+                self._server.reports.error(_conflict(plan.claim, spill.path), None)
             if plan.write is None:
                 spill.settle(plan.saved)
         writes = [plan for plan in plans if plan.write is not None]
@@ -138,16 +193,16 @@ class Replay:
 
     async def _write_spilled(self, plans: list[Plan]) -> bool:
         """One call of the store: whether it is not worth repeating for each alone."""
-        gateway = self._gateway
+        link = self._link
         try:
-            if not gateway.may_call():
-                raise StoreUnavailableError(f"{gateway.name} is down")
-            answer = await gateway.write([plan.write for plan in plans if plan.write is not None]).answer()
-            verdicts = verdicts_of(gateway.store, answer, len(plans))
+            if not link.may_call():
+                raise StoreUnavailableError(f"{link.name} is down")
+            answer = await link.write([plan.write for plan in plans if plan.write is not None]).answer()
+            verdicts = verdicts_of(link.store, answer, len(plans))
         except Exception as raised:
             error: Exception = raised
             if not isinstance(error, StoreError):
-                error = StoreContractError(f"{gateway.name} raised {type(raised).__name__}")
+                error = StoreContractError(f"{link.name} raised {type(raised).__name__}")
                 error.__cause__ = raised
             for plan in plans:
                 plan.error = error
@@ -157,7 +212,7 @@ class Replay:
         return True
 
     def _see_spilled(self, plan: Plan, verdict: Verdict) -> None:
-        spill, user_id = self._life.spill, plan.claim.user_id
+        spill, user_id = self._server.spill, plan.claim.user_id
         assert spill is not None
         plan.error = None
         if verdict.outcome in (Outcome.SAVED, Outcome.ALREADY):
@@ -166,7 +221,7 @@ class Replay:
             spill.set_aside(plan.saved)
             plan.write = None
             refusal = f"the store refuses what was spilled of user {quote(user_id)}: {verdict.detail}"
-            self._life.reports.error(UnsavableError(f"{refusal}; it stays in {spill.path}", user_id=user_id), None)
+            self._server.reports.error(UnsavableError(f"{refusal}; it stays in {spill.path}", user_id=user_id), None)
         else:
             plan.error = StoreUnavailableError(
                 f"what was spilled of user {quote(user_id)} could not be saved: {verdict.detail or verdict.outcome}"
@@ -174,18 +229,18 @@ class Replay:
 
     async def write_spill(self) -> None:
         """Bring the spill file up to date, once for all who wait for it."""
-        spill = self._life.spill
+        spill = self._server.spill
         assert spill is not None
         try:
-            async with self._spill_turn:
+            async with self._write_turn:
                 if spill.is_stale:
                     await in_thread(spill.write)
         except SnapshotError as error:
-            self._life.reports.error(error, None)
+            self._server.reports.error(error, None)
 
     async def see(self, claim: Claim) -> Claim:
         """Save what was spilled of a user who logs in, so that they see it. Raises if the store does not take it."""
-        spill = self._life.spill
+        spill = self._server.spill
         if spill is None or claim.user_id not in spill.pending:
             return claim
         (plan,) = await self._apply_spill([claim], release=False)

@@ -177,7 +177,7 @@ class Store(ABC):
     Once it has changed the library writes every user again, and claims those whom the engine has forgotten.
     """
 
-    _gateway: weakref.ref[Any] | None = None
+    _link: weakref.ref[Any] | None = None
     """Of the manager that was the last to open it: no other may, before that one has closed it."""
 
     @property
@@ -316,3 +316,29 @@ def verdicts_of(store: Store, answer: object, count: int) -> list[Verdict]:
     ):
         return answer
     raise StoreContractError(f"{store.name} did not answer with one verdict for each record")
+
+
+def claims_of(store: Store, answers: object, user_ids: Sequence[int | str]) -> list[Claim | StoreError]:
+    """What `Store.claim_many` has answered: for each user, in their order, a claim or what is wrong with the row.
+
+    Raises `StoreContractError` if it is anything else.
+    """
+    if (
+        isinstance(answers, list | tuple)
+        and len(answers) == len(user_ids)
+        and all(_is_sound(answer, user_id) for answer, user_id in zip(answers, user_ids, strict=True))
+    ):
+        return list(answers)
+    raise StoreContractError(f"{store.name} did not answer with one claim for each user")
+
+
+def _is_sound(answer: object, user_id: int | str) -> bool:
+    if not isinstance(answer, Claim):
+        return isinstance(answer, StoreError)
+    epoch = answer.epoch
+    return (
+        type(answer.user_id) is type(user_id)
+        and answer.user_id == user_id
+        and type(epoch) is int
+        and (0 < epoch < MAX_NUMBER or not answer.granted)
+    )

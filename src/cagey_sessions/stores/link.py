@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextvars import Context
 from typing import Any, Generic, TypeVar
 
 from ..clock import Clock, TimerHandle
-from ..errors import StoreContractError, StoreError, StoreUnavailableError
+from ..errors import CageySessionsError, StoreContractError, StoreError, StoreUnavailableError
+from ..loop import Loop
 from ..options import SECOND
 from ..process import Identity
 from ..user_code import END_OF_PROCESS, is_for_this_task
 from . import Record, Store, Verdict
 
-__all__ = ["Call", "CallTimedOutError", "StoreGateway"]
+__all__ = ["FIRST_RETRY", "LONGEST_RETRY", "Call", "CallTimedOutError", "StoreLink"]
 
 T = TypeVar("T")
 
@@ -34,6 +35,9 @@ AVERAGE_OVER = 16
 MOST_FAILING = 8
 """Of users who fail alone, how many calls may fail, each for others, with none that succeeds in between: if it is more,
 it is the store."""
+FIRST_RETRY = SECOND // 20
+LONGEST_RETRY = SECOND
+"""Between two attempts of a call that somebody waits for, or of a release."""
 CLOSING = SECOND
 """How long the calls under way, and then the store itself, are waited for at the end."""
 
@@ -45,17 +49,17 @@ class CallTimedOutError(StoreUnavailableError):
 class Call(Generic[T]):
     """One call of the store, until it returns, however late that is."""
 
-    __slots__ = ("_gateway", "is_probe", "started", "task", "users")
+    __slots__ = ("_link", "is_probe", "started", "task", "users")
 
     def __init__(
         self,
-        gateway: StoreGateway,
+        link: StoreLink,
         task: asyncio.Task[T],
         started: int,
         is_probe: bool,
         users: frozenset[int | str],
     ) -> None:
-        self._gateway = gateway
+        self._link = link
         self.users: frozenset[int | str] = users
         self.task: asyncio.Task[T] = task
         self.started: int = started
@@ -64,47 +68,57 @@ class Call(Generic[T]):
     async def answer(self) -> T:
         """What the call returns or raises; at its deadline raises `CallTimedOutError`."""
         try:
-            await self._gateway.wait_for(self.task, self._left())
+            await self._link.loop.wait(self.task, self._left())
         except asyncio.CancelledError:
-            self._gateway.bound(self, self._left())
+            self._link.bound(self, self._left())
             raise
         if not self.task.done():
-            self._gateway.give_up_on(self)
-            raise CallTimedOutError(f"{self._gateway.name} did not answer within {self._gateway.timeout / SECOND:g} s")
+            self._link.give_up_on(self)
+            raise CallTimedOutError(f"{self._link.name} did not answer within {self._link.timeout / SECOND:g} s")
         return self.result()
 
     def _left(self) -> int:
-        return self._gateway.timeout - (self._gateway.now() - self.started)
+        return self._link.timeout - (self._link.now() - self.started)
 
     async def end(self) -> None:
         """Wait until the call has returned, without a deadline."""
-        await self._gateway.wait_for(self.task, None)
+        await self._link.loop.wait(self.task, None)
 
     def result(self) -> T:
         """What a call that has returned returned or raised."""
         if self.task.cancelled():
-            raise StoreUnavailableError(f"a call of {self._gateway.name} was cancelled")
+            raise StoreUnavailableError(f"a call of {self._link.name} was cancelled")
         error = self.task.exception()
         if error is None:
             return self.task.result()
-        is_of_users = self._gateway.store.independent  # and not of what lies under all of them
+        is_of_users = self._link.store.independent  # and not of what lies under all of them
         if isinstance(error, StoreError) or is_of_users or not isinstance(error, (OSError, TimeoutError)):
             raise error
-        raise StoreUnavailableError(f"{self._gateway.name} cannot be reached ({type(error).__name__})") from error
+        raise StoreUnavailableError(f"{self._link.name} cannot be reached ({type(error).__name__})") from error
 
 
-class StoreGateway:
+class StoreLink:
     """All calls of one store."""
 
-    def __init__(self, store: Store, clock: Clock, timeout: int, identity: Identity, say: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        loop: Loop,
+        timeout: int,
+        identity: Identity,
+        say: Callable[..., None],
+        prepare: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
         self.store = store
         self.name: str = store.name
         self.timeout = timeout
+        self.loop = loop
         self.now: Callable[[], int] = clock.now
         self._clock = clock
         self._say = say
         self._identity = identity
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._prepare = prepare
         self._opening: asyncio.Task[None] | None = None
         self._calls: dict[asyncio.Task[Any], None] = {}  # in the order in which they began
         self.writes: dict[int | str, asyncio.Task[Any]] = {}
@@ -116,12 +130,12 @@ class StoreGateway:
         self._probe_delay = FIRST_PROBE
         self._probe_at = 0
         self._probe_timer: TimerHandle | None = None
-        self._on_chance: Callable[[], None] = lambda: None
-        self._on_return: Callable[[], None] = lambda: None
-        self._on_loss: Callable[[], None] = lambda: None
+        self._on_change: Callable[[], None] = lambda: None
         self._incarnation = ""
         self.losses: int = 0
         """How often the engine may have lost what it had acknowledged."""
+        self.returns: int = 0
+        """How often the store has come back after it was down."""
         self._admission: asyncio.Future[None] | None = None
         self.down_since: int | None = None
         self.last_error: Exception | None = None
@@ -129,36 +143,30 @@ class StoreGateway:
         self._closing = False
         self.closed: bool = False
 
-    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Work on this loop from now on."""
-        self._loop = loop
-
-    def watch(self, on_chance: Callable[[], None], on_return: Callable[[], None], on_loss: Callable[[], None]) -> None:
-        """Have the first called whenever a call may begin again, the second before that when the store is back.
-
-        The third is called when the engine under the store may have lost what it had acknowledged.
-        """
-        self._on_chance = on_chance
-        self._on_return = on_return
-        self._on_loss = on_loss
+    def watch(self, on_change: Callable[[], None]) -> None:
+        """Have a function called when a call may begin again, and when `losses` or `returns` has grown."""
+        self._on_change = on_change
 
     # Opening and closing
 
     async def open(self) -> None:
         """Open the store, once; whoever comes meanwhile waits for the same. A failed attempt may be repeated.
 
-        Raises what the store raises, and `StoreContractError` while another manager has it.
+        What has to be done before is done first. Raises what that and the store raise, and `StoreContractError` while
+        another manager has the store.
         """
         if self._closing:
             raise StoreUnavailableError(f"{self.name} is closed: the manager was destroyed")
+        if self._prepare is not None:
+            await self._prepare()
         if not self._has_store():
-            holder = None if self.store._gateway is None else self.store._gateway()
+            holder = None if self.store._link is None else self.store._link()
             if holder is not None and holder._has_store():
                 raise StoreContractError(f"this {self.name} is open already; make one for each manager")
-            self.store._gateway = weakref.ref(self)
+            self.store._link = weakref.ref(self)
             self._opening = self._spawn(self.store.open)
         assert self._opening is not None
-        await self.wait_for(self._opening, self.timeout)
+        await self.loop.wait(self._opening, self.timeout)
         if not self._opening.done():
             raise StoreUnavailableError(f"{self.name} could not be opened within {self.timeout / SECOND:g} s")
         self._opening.result()
@@ -179,14 +187,14 @@ class StoreGateway:
         self._wake()
         until = self.now() + CLOSING
         while self._calls and self.now() < until:
-            await self.wait_for(next(iter(self._calls)), until - self.now())
+            await self.loop.wait(next(iter(self._calls)), until - self.now())
             await asyncio.sleep(0)  # whoever waited for the call may have another to make
             await asyncio.sleep(0)
         self.closed = True
         if not self._has_store():
             return  # it may be open all the same, for somebody else
         closing = self._spawn(self.store.close)
-        await self.wait_for(closing, CLOSING)
+        await self.loop.wait(closing, CLOSING)
         self._opening = None
         if not closing.done():
             self._say("error", "%s did not close within %g s", self.name, CLOSING / SECOND)
@@ -223,31 +231,11 @@ class StoreGateway:
                 raised = f"a call of {self.name} raised {type(error).__name__}; what it has done is unknown"
                 raise StoreUnavailableError(raised) from error
 
-        task = asyncio.Task(run(), loop=self._loop, name="cagey-sessions store call", context=Context())
+        task = self.loop.spawn(run(), "store call", Context())
         self._calls[task] = None
         task.add_done_callback(self._calls.pop)
         task.add_done_callback(_look_at)
         return task
-
-    async def wait_for(self, task: asyncio.Task[Any], limit: int | None) -> None:
-        """Wait until a task is done, or `limit` nanoseconds have passed; cancels nothing."""
-        if task.done():
-            return
-        assert self._loop is not None
-        done: asyncio.Future[None] = self._loop.create_future()
-
-        def wake(_: object = None) -> None:
-            if not done.done():
-                done.set_result(None)
-
-        timer = None if limit is None else self._clock.call_later(max(0, limit), wake, Context())
-        task.add_done_callback(wake)
-        try:
-            await done
-        finally:
-            task.remove_done_callback(wake)
-            if timer is not None:
-                timer.cancel()
 
     def give_up_on(self, call: Call[Any]) -> None:
         """The deadline of a call has passed."""
@@ -317,6 +305,31 @@ class StoreGateway:
         else:
             self._wake()
 
+    async def persistently(self, work: Callable[[int], Awaitable[T]]) -> T:
+        """Do something with the store, again while it is unavailable, for as long as callers are made to wait.
+
+        `work` is told until when that is, in nanoseconds of the clock. The store is opened first.
+        """
+        until = self.now() + self.timeout
+        delay = FIRST_RETRY
+        while True:
+            while not self.may_call() and self.now() < until and not self.closed:
+                await self.loop.sleep(FIRST_RETRY)
+            if not self.may_call():
+                raise StoreUnavailableError(f"{self.name} is down")
+            try:
+                await self.open()
+                return await work(until)
+            except Exception as error:
+                if isinstance(error, CageySessionsError) and not isinstance(error, StoreUnavailableError):
+                    raise
+                if self.now() + delay >= until or self.closed:
+                    if isinstance(error, StoreUnavailableError):
+                        raise
+                    raise StoreUnavailableError(f"{self.name} raised {type(error).__name__}") from error
+            await self.loop.sleep(delay)
+            delay = min(2 * delay, LONGEST_RETRY)
+
     # Up and down
 
     @property
@@ -336,8 +349,7 @@ class StoreGateway:
         """Wait until a call may begin."""
         while not self.may_call() and not self._closing:
             if self._admission is None:
-                assert self._loop is not None
-                self._admission = self._loop.create_future()
+                self._admission = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._admission)
 
     def _succeeded(self, call: Call[Any]) -> None:
@@ -350,14 +362,14 @@ class StoreGateway:
             if before:
                 self._say("warning", "the engine of %s was started anew; everybody is written again", self.name)
                 self.losses += 1
-                self._on_loss()
+                self._on_change()
         self.latency = taken if not self.latency else self.latency + (taken - self.latency) / AVERAGE_OVER
         if self.down_since is not None:
             self._say("warning", "%s is back after %.1f s", self.name, (now - self.down_since) / SECOND)
             self.down_since = None
             self._probe_delay = FIRST_PROBE
             self._stop_probing()
-            self._on_return()
+            self.returns += 1
             self._wake()
 
     def _failed_call(self, call: Call[Any], error: Exception) -> None:
@@ -407,7 +419,7 @@ class StoreGateway:
         admission, self._admission = self._admission, None
         if admission is not None and not admission.done():
             admission.set_result(None)
-        self._on_chance()
+        self._on_change()
 
 
 def _look_at(task: asyncio.Task[Any]) -> None:

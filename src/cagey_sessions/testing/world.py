@@ -16,7 +16,7 @@ from ..clock import Clock
 from ..errors import UsageError
 from ..options import SECOND, Duration, parse_duration
 from ..records import DrainReport
-from ..sessions.login import NO_DEFAULT
+from ..sessions.loading import NO_DEFAULT
 from ..sessions.manager import SessionManager
 from ..sessions.session import Session
 from ..stores import Record, Store
@@ -80,8 +80,8 @@ class Server:
         """Let go of what a process has left in memory. What its clean-up code does has no effect on the world."""
         self.is_alive = False
         self.store.cut()
-        self.manager._life.warning.detach()
-        self.manager._life.unguard_exit()
+        self.manager._server.warning.detach()
+        self.manager._spilling._unguard_exit()
         for _ in range(ROUNDS_AT_THE_END):  # some clean-up waits for other tasks, some starts new ones
             for task in asyncio.all_tasks(self.loop):
                 task.cancel()
@@ -284,7 +284,7 @@ def _call(make_manager: MakeManager, store: Store, clock: Clock) -> SessionManag
     manager = make_manager(store=store, clock=clock)
     if not isinstance(manager, SessionManager):
         raise WorldError(f"make_manager returned {type(manager).__name__}, not a SessionManager")
-    if manager._life.gateway is None or manager._life.gateway.store is not store or manager._life.clock is not clock:
+    if manager._server.link is None or manager._server.link.store is not store or manager._server.clock is not clock:
         raise WorldError(
             "make_manager has to build its manager on what it is given: "
             "def make_manager(store, clock): return SessionManager(store=store, clock=clock, ...)"

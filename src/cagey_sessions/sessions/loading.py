@@ -1,0 +1,197 @@
+"""Bringing a user into this process: the room for a new session, the claim, and the data.
+
+Order of a load: the caller takes the user's turn, so that no other call of this process is at work on the same user; an
+older session is saved and ended; the store is asked for the claim; what was spilled of the user is saved; the body is
+decoded, and encoded again for its digest. Until the caller has given the data to a session there is nothing to save.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Coroutine
+from typing import Any, NamedTuple
+
+from .._core import check_user_id
+from ..errors import (
+    CorruptRecordError,
+    EncodingError,
+    OptionError,
+    StoreModeError,
+    StoreUnavailableError,
+    UserActiveError,
+    UserNotFoundError,
+)
+from ..options import SECOND, one_of
+from ..ownership.claims import Claims
+from ..stores import Claim, Record
+from ..stores.link import StoreLink
+from ..user_code import END_OF_PROCESS
+from ..wording import quote
+from .beginning import Beginnings
+from .ending import Endings
+from .server import Server
+from .spilling import Spilling
+
+__all__ = ["NO_DEFAULT", "Loaded", "Loading", "not_found"]
+
+
+class _NoDefault:
+    """What stands for a `default` that was not given, also where a signature is printed."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "<no default>"
+
+
+NO_DEFAULT: Any = _NoDefault()
+
+
+class Loaded(NamedTuple):
+    """A user who is ours, and their data, before any session has them."""
+
+    user_id: int | str
+    epoch: int
+    version: int  # 0 for a user who is new
+    digest: int
+    stored: int  # digest of the body as it is in the store
+    data: Any
+    losses: int  # that the engine had had before the claim
+
+
+class Loading:
+    """Loads users for one manager."""
+
+    def __init__(self, server: Server, endings: Endings, beginnings: Beginnings, spilling: Spilling) -> None:
+        self._server = server
+        self._endings = endings
+        self._beginnings = beginnings
+        self._spilling = spilling
+
+    def require_store(self) -> StoreLink:
+        """The link to the store; raises `StoreModeError` without one."""
+        if self._server.link is None:
+            raise StoreModeError(
+                "this call needs a store: SessionManager(store=...); without one the program loads the data itself and "
+                "hands it over with `await session.set_user(user_id, user_data)`"
+            )
+        return self._server.link
+
+    @property
+    def claims(self) -> Claims:
+        assert self._server.claims is not None
+        return self._server.claims
+
+    def patience_ends(self) -> int:
+        """Until when a call that begins now waits for its turn with a user."""
+        return self._server.clock.now() + self._server.options.save_timeout
+
+    def check(self, user_id: int | str, default: Any, when_active: str, known: tuple[str, ...]) -> None:
+        """Bad input gets its error before anything changes."""
+        check_user_id(user_id, self._server.options.user_id)
+        one_of("when_active", when_active, known)
+        if default is not NO_DEFAULT and not callable(default):
+            self._server.encoding.dump(default)
+
+    async def make_room(self, user_id: int | str, when_active: str) -> None:
+        """Have no session of the user in this process: its last save is acknowledged when this returns."""
+        server, endings = self._server, self._endings
+        while (older := server.table.active_session(user_id)) is not None:
+            if not server.table.is_ending(older):
+                if when_active == "refuse":
+                    raise UserActiveError(f"user {quote(user_id)} has a live session", session=older)
+                # a save, and then an end; each of them has the patience of a caller
+                replaced = self._beginnings.replace(older)
+                if not await self._within(replaced, 2 * server.options.save_timeout + SECOND):
+                    raise StoreUnavailableError(
+                        f"the earlier session of user {quote(user_id)} has not ended: its last save is not "
+                        "acknowledged, or a listener of its end has not returned; try again later"
+                    )
+                continue
+            ending = endings.under_way.get(older)
+            if ending is not None and ending.parked:
+                endings.resume(older, ending)  # somebody waits now
+            if not await self._within(endings.wait_ended(older), server.options.save_timeout):
+                raise StoreUnavailableError(
+                    f"the last save of the earlier session of user {quote(user_id)} is not acknowledged; "
+                    "try again later"
+                )
+
+    async def _within(self, waiting: Coroutine[Any, Any, object], limit: int) -> bool:
+        """Await something for so many nanoseconds: whether it came to its end."""
+        task = self._server.loop.spawn(waiting, "wait")
+        try:
+            if not await self._server.loop.wait(task, limit) or task.cancelled():
+                return False
+            task.result()
+            return True
+        finally:
+            if not task.done():
+                task.cancel()
+
+    async def load(self, user_id: int | str, default: Any) -> Loaded:
+        """Claim a user and read or make their data. If that fails, the user is let go of."""
+        claims, link = self.claims, self.require_store()
+        await claims.outlast(user_id)
+        losses = link.losses
+        claim = await claims.claim(user_id)
+        try:
+            self._spilling.begin()
+            claim = await self._spilling.see(claim)
+            if claim.record is not None:
+                data = self.decode(claim.record)
+                version = max(claim.record.version, 1)
+            elif default is NO_DEFAULT:
+                raise not_found(user_id)
+            else:
+                data = _made(default) if callable(default) else self._server.encoding.copy(default)
+                version = 0
+            digest = self._server.identity.digest
+            stored = 0 if claim.record is None else digest(claim.record.body)
+            return Loaded(user_id, claim.epoch, version, digest(self._dump(claim, data)), stored, data, losses)
+        except BaseException:
+            claims.let_go(user_id, claim.epoch)
+            raise
+
+    def _dump(self, claim: Claim, data: Any) -> bytes:
+        try:
+            return self._server.encoding.dump(data)
+        except EncodingError as error:
+            if claim.record is None:
+                raise  # it is the default
+            raise CorruptRecordError(
+                f"the record of user {quote(claim.user_id)} can be read but not be written again, and is left as it "
+                f"is: {error}",
+                user_id=claim.user_id,
+                body=claim.record.body,
+                path=error.path,
+            ) from error
+
+    def decode(self, record: Record) -> Any:
+        """The data of a record, as the program's classes."""
+        encoding = self._server.encoding
+        if not self.require_store().store.keeps_schema:
+            record = record._replace(schema=encoding.schema)
+        return encoding.load(record)
+
+
+def _made(default: Callable[[], Any]) -> Any:
+    try:
+        data = default()
+    except (Exception, *END_OF_PROCESS):
+        raise
+    except BaseException as error:
+        raise OptionError(f"default raised {type(error).__name__}; it returns data, or raises an Exception") from error
+    if inspect.isawaitable(data):
+        if inspect.iscoroutine(data):
+            data.close()
+        raise OptionError(
+            "default is a value, or a plain function that makes one; this one returned something to await"
+        )
+    return data
+
+
+def not_found(user_id: int | str) -> UserNotFoundError:
+    return UserNotFoundError(
+        f"the store has no user {quote(user_id)}; give a default, a value or a function that makes one, to begin anew"
+    )
