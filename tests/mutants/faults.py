@@ -13,31 +13,31 @@ __all__ = ["FAULTS", "Fault"]
 
 CORE = ("tests/core",)
 USERS = (
-    "tests/test_store_users.py",
-    "tests/test_store_edits.py",
-    "tests/test_store_failures.py",
-    "tests/test_store_outages.py",
+    "tests/sessions/test_login.py",
+    "tests/sessions/test_users.py",
+    "tests/saving/test_store_failures.py",
+    "tests/saving/test_store_outages.py",
 )
 SAVING = (
-    "tests/test_store_regressions_saving.py",
-    "tests/test_store_regressions_owning.py",
-    "tests/test_store_failures.py",
-    "tests/test_store_outages.py",
-    "tests/test_store_numbers.py",
+    "tests/saving/test_store_regressions_saving.py",
+    "tests/ownership/test_store_regressions_owning.py",
+    "tests/saving/test_store_failures.py",
+    "tests/saving/test_store_outages.py",
+    "tests/saving/test_store_numbers.py",
 )
 BATCHES = ("tests/core/test_batch.py", *SAVING)
 ENDING = (
-    "tests/test_cases_ending.py",
-    "tests/test_cases_draining.py",
-    "tests/test_cases_saving.py",
-    "tests/test_cases_timing.py",
-    "tests/test_manager_machine.py",
+    "tests/sessions/test_cases_ending.py",
+    "tests/sessions/test_cases_draining.py",
+    "tests/saving/test_cases_saving.py",
+    "tests/saving/test_cases_timing.py",
+    "tests/random/test_manager_machine.py",
 )
 SPILL = (
-    "tests/test_spill.py",
-    "tests/test_spill_conflicts.py",
-    "tests/test_spill_files.py",
-    "tests/test_spill_exits.py",
+    "tests/sessions/test_spilling.py",
+    "tests/sessions/test_spilling_conflicts.py",
+    "tests/files/test_spill_files.py",
+    "tests/sessions/test_spilling_exits.py",
 )
 
 
@@ -113,21 +113,21 @@ FAULTS = [
         "saving/reclaiming.py",
         "if row.was_fenced and claim.epoch <= self._table.epoch(row.session):",
         "if row.was_fenced:",
-        ("tests/test_store_rollbacks.py", *SAVING),
+        ("tests/ownership/test_rollbacks.py", *SAVING),
     ),
     Fault(
         "a claim that the engine has lost ends the session",
         "saving/reclaiming.py",
         "return stored is None or stored.version <= acknowledged",
         "return False",
-        ("tests/test_store_rollbacks.py",),
+        ("tests/ownership/test_rollbacks.py",),
     ),
     Fault(
         "a new life of the engine is not noticed",
         "stores/link.py",
         "if self.store.incarnation != self._incarnation:",
         "if False:",
-        ("tests/test_store_rollbacks.py",),
+        ("tests/ownership/test_rollbacks.py",),
     ),
     Fault(
         "a save that may have been written is forgotten",
@@ -136,9 +136,9 @@ FAULTS = [
         "pass",
         (
             *SAVING,
-            "tests/test_store_regressions.py",
-            "tests/test_store_regressions_unfenced.py",
-            "tests/test_store_regressions_users.py",
+            "tests/saving/test_store_regressions.py",
+            "tests/saving/test_store_regressions_unfenced.py",
+            "tests/sessions/test_store_regressions_users.py",
         ),
     ),
     Fault(
@@ -332,7 +332,7 @@ FAULTS = [
         "        row.marks &= MARKED\n",
         "        row.marks = 0\n",
         (
-            "tests/test_tracking.py",
+            "tests/saving/test_marks.py",
             "tests/core/test_marks.py",
         ),
     ),
@@ -342,7 +342,7 @@ FAULTS = [
         "        row.marks = MARKED\n        if row.failures < 255:\n",
         "        row.marks &= MARKED\n        if row.failures < 255:\n",
         (
-            "tests/test_tracking.py",
+            "tests/saving/test_marks.py",
             "tests/core/test_marks.py",
         ),
     ),
@@ -387,7 +387,7 @@ FAULTS = [
         "ownership/releases.py",
         "        if release.attempts == MOST_ATTEMPTS:\n",
         "        if error:\n",
-        ("tests/test_releases.py",),
+        ("tests/ownership/test_releases.py",),
     ),
     Fault(
         "unfenced release",
@@ -416,7 +416,7 @@ FAULTS = [
         "ownership/releases.py",
         "key=lambda each: each.epoch)",
         "key=lambda each: -each.epoch)",
-        ("tests/test_releases.py",),
+        ("tests/ownership/test_releases.py",),
     ),
     Fault(
         "the rate after an outage has no end",
@@ -459,35 +459,35 @@ FAULTS = [
         "process.py",
         '        self.owner = f"{socket.gethostname()}-{self.pid}-{os.urandom(8).hex()}"\n',
         "        self.owner = socket.gethostname()\n",
-        ("tests/test_forks.py",),
+        ("tests/sessions/test_forks.py",),
     ),
     Fault(
         "a cancellation out of a hook stops the save of everybody",
         "saving/to_store.py",
         "        except BaseException as error:\n            raise _unsavable",
         "        except Exception as error:\n            raise _unsavable",
-        ("tests/test_user_code.py",),
+        ("tests/events/test_user_code.py",),
     ),
     Fault(
         "a load that fails for one user is a store that is down",
         "stores/link.py",
         "        if not self.store.independent or self.down:\n",
         "        if True:\n",
-        ("tests/test_user_code.py",),
+        ("tests/events/test_user_code.py",),
     ),
     Fault(
         "a turn with a user is waited for without looking who waits for whom",
         "ownership/turns.py",
         "        if would_deadlock(target):\n",
         "        if False:\n",
-        ("tests/test_turns.py",),
+        ("tests/ownership/test_turns.py",),
     ),
     Fault(
         "an edit of a live session takes no turn",
         "sessions/users.py",
         "                frame.confine()\n                async with self._edit_live(live) as data:\n",
         "                self._loading.claims.turns._turns[user_id].give()\n                async with self._edit_live(live) as data:\n",
-        ("tests/test_turns.py",),
+        ("tests/ownership/test_turns.py",),
     ),
     Fault(
         "a login does not wait for the older session's last save",
@@ -502,14 +502,14 @@ FAULTS = [
         "sessions/login.py",
         "        if live is not None:\n            self._untaken.discard(live)\n",
         "",
-        ("tests/test_store_regressions_users.py",),
+        ("tests/sessions/test_store_regressions_users.py",),
     ),
     Fault(
         "an edit that may be written says that it is not",
         "sessions/users.py",
         "                may_be_written = True\n",
         "                pass\n",
-        ("tests/test_store_regressions_users.py",),
+        ("tests/sessions/test_store_regressions_users.py",),
     ),
     Fault(
         "a release whose task is cancelled is forgotten",
@@ -591,14 +591,14 @@ FAULTS = [
         "files/format.py",
         '    if raw[:9] != b"%08x " % crc32(content):',
         "    if False:",
-        ("tests/test_snapshot.py",),
+        ("tests/sessions/test_snapshot.py",),
     ),
     Fault(
         "a file takes its place before it is on the disk",
         "files/format.py",
         "            self._files.sync(self._file)\n",
         "",
-        ("tests/test_snapshot.py",),
+        ("tests/sessions/test_snapshot.py",),
     ),
     Fault(
         "a spill is replayed over what somebody has saved since",
@@ -626,21 +626,21 @@ FAULTS = [
         "files/spill.py",
         "        ours = [*self._collected, *self._written]",
         "        ours = [*self._written]",
-        ("tests/test_spill_found.py",),
+        ("tests/sessions/test_spill_found.py",),
     ),
     Fault(
         "who is erased after the spill is written stays in it",
         "files/spill.py",
         "        ours = [*self._collected, *self._written]",
         "        ours = [*self._collected]",
-        ("tests/test_spill_found.py",),
+        ("tests/sessions/test_spill_found.py",),
     ),
     Fault(
         "two processes write one spill at the same time",
         "files/spill.py",
         "                    lock.acquire(self._lock_path)\n",
         "                    pass\n",
-        ("tests/test_spill_found.py",),
+        ("tests/sessions/test_spill_found.py",),
     ),
     Fault(
         "a thread is left at work by the second cancellation",
@@ -648,7 +648,7 @@ FAULTS = [
         "            if cancelled is None:\n                cancelled = error\n",
         "            if cancelled is not None:\n                raise\n            if cancelled is None:\n"
         "                cancelled = error\n",
-        ("tests/test_snapshot.py",),
+        ("tests/sessions/test_snapshot.py",),
     ),
     Fault(
         "a snapshot takes its place though it was cancelled before",
@@ -656,7 +656,7 @@ FAULTS = [
         "        await in_thread(new.finish)  # cancelled here, too, the old file stays\n"
         "        await in_thread(new.commit)\n",
         "        await in_thread(lambda: (new.finish(), new.commit()))\n",
-        ("tests/test_snapshot.py",),
+        ("tests/sessions/test_snapshot.py",),
     ),
     Fault(
         "a file is closed while a thread writes to it",
@@ -664,7 +664,7 @@ FAULTS = [
         "        if self._step.acquire(blocking=False):\n            try:\n                self._remove()\n"
         "            finally:\n                self._step.release()\n",
         "        self._remove()\n",
-        ("tests/test_snapshot.py",),
+        ("tests/sessions/test_snapshot.py",),
     ),
     Fault(
         "a lock file is opened through a link",
@@ -699,21 +699,21 @@ FAULTS = [
         "sessions/spilling.py",
         "        return not self._link.down\n",
         "        return not any(plan.error for plan in plans)\n",
-        ("tests/test_spill_found.py",),
+        ("tests/sessions/test_spill_found.py",),
     ),
     Fault(
         "the exit status pretends that all is saved",
         "sessions/signals.py",
         "                name_some(unsaved),\n            )\n            return 1\n",
         "                name_some(unsaved),\n            )\n            return 0\n",
-        ("tests/test_signals.py",),
+        ("tests/sessions/test_signals.py",),
     ),
     Fault(
         "the program's own signal handler is not called",
         "sessions/signals.py",
         "        if _is_hosts_own(self.found):\n            self.found(number, frame)\n",
         "",
-        ("tests/test_signals.py",),
+        ("tests/sessions/test_signals.py",),
     ),
     # workers
     Fault(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from support import drop_schema, execute
-from watched_sqlite import Writer
+from support.watched_sqlite import Writer
 
 
 @pytest.fixture

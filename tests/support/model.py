@@ -12,9 +12,9 @@ What the wheel promises, and how the model says it
     only roughly: hence effective deadlines and the wheel's place are intervals here, of a single tick otherwise.
 
 When a session is due again
-    Which place in the interval it has is the table's affair (`core/test_places.py`), and the model is told it. It knows
-    that a first deadline, and that of a session saved before its last one, lie in the interval that follows; all others
-    in the last tenth of that.
+    Which place in the interval it has is the table's affair (`tests/core/test_places.py`), and the model is told it.
+    It knows that a first deadline, and that of a session saved before its last one, lie in the interval that follows;
+    all others in the last tenth of that.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from cagey_sessions import CorruptRecordError, EncodingError, MissingExtraError, OptionError, msgspec_codec
 from cagey_sessions.data.encoding import Encoding
-from codec_values import Level, integers, plain, refuses, shape, stored, texts
+from support.codec_values import Level, integers, plain, refuses, shape, stored, texts
 
 UTC = timezone.utc  # noqa: UP017 - the same object; its type is what counts here
 

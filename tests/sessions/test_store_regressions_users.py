@@ -17,8 +17,8 @@ from cagey_sessions import (
     WouldDeadlockError,
 )
 from cagey_sessions.stores import CallbackStore, MemoryStore, Outcome, Verdict
-from losing import Losing, edit
 from support import ManualClock, ScriptedStore, changed, end, let_time_pass, turns
+from support.losing import Losing, edit
 
 
 @pytest.fixture

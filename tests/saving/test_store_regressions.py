@@ -10,8 +10,8 @@ import pytest
 
 from cagey_sessions import EndReason, FencedError, SessionManager, StoreUnavailableError
 from cagey_sessions.stores import Outcome, Verdict
-from losing import Losing, edit
 from support import ManualClock, ScriptedStore, changed, end, let_time_pass, turns
+from support.losing import Losing, edit
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from support import (
     turns,
 )
 
-GOLDEN = Path(__file__).parent / "golden" / "snapshot-1.txt"
+GOLDEN = Path(__file__).parents[1] / "files" / "golden" / "snapshot-1.txt"
 
 ENTRIES = (
     SnapshotEntry(1, "cookie", 3, "node-1", 12, 2, b'{"gold":10,"name":"\xc3\xa9\\n"}'),

@@ -16,7 +16,6 @@ from cagey_sessions._core import Digest
 from cagey_sessions.files.format import DISK, first_line, last_line
 from cagey_sessions.files.spill import Spill, SpillEntry
 from cagey_sessions.sessions import draining as drain
-from cluster import Cluster, spill_gold
 from conftest import run
 from support import (
     Crash,
@@ -29,6 +28,7 @@ from support import (
     needs_links,
     turns,
 )
+from support.cluster import Cluster, spill_gold
 
 
 async def test_damaged_lines_are_kept_byte_for_byte_and_reported(cluster):

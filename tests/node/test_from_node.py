@@ -10,7 +10,7 @@ import pytest
 
 from cagey_sessions import NotIdentifiedError, SessionManager, create
 
-PAGE = Path(__file__).parent.parent / "docs" / "from-node.md"
+PAGE = Path(__file__).parents[2] / "docs" / "from-node.md"
 
 
 async def test_create():

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from cagey_sessions import CorruptRecordError, EncodingError, OptionError, dataclass_codec
 from cagey_sessions.data.encoding import Encoding
-from codec_values import Item, Level, Position, Suit, integers, plain, refuses, shape, stored, texts
+from support.codec_values import Item, Level, Position, Suit, integers, plain, refuses, shape, stored, texts
 
 
 class Perm(enum.Flag):

@@ -11,7 +11,7 @@ import pytest
 
 from cagey_sessions import KeyTakenError, NotIdentifiedError, Session, SessionEndedError
 from cagey_sessions._core import DEBUG, OldestFirst, SessionTable
-from model import MOST_WALKS, Model, Person, Refused, Walk
+from support.model import MOST_WALKS, Model, Person, Refused, Walk
 
 KEYS = [
     "key",

@@ -17,8 +17,8 @@ from cagey_sessions import (
     read_snapshot,
 )
 from cagey_sessions.stores import Outcome, Verdict
-from cluster import spill_gold
 from support import ScriptedStore, turns
+from support.cluster import spill_gold
 
 # Conflicts
 

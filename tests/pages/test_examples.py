@@ -32,7 +32,7 @@ from cagey_sessions import SessionManager
 from cagey_sessions.stores import MemoryStore
 from support import POSTGRES, drop_schema, needs_server
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PROGRAMS = ["arena_aiohttp.py", "chat_fastapi.py", "from_an_autosave_loop.py", "gateway.py", "test_trade.py"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(cagey_sessions.__file__).parents[1])}
 

@@ -9,8 +9,8 @@ import pytest
 
 from cagey_sessions import SessionManager, StoreUnavailableError
 from cagey_sessions.stores import CallbackStore
-from losing import edit
 from support import ManualClock, changed, end, let_time_pass, turns
+from support.losing import edit
 
 
 async def play(clock: ManualClock, opening: asyncio.Task[Any]) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from cagey_sessions import SpillConflictError, StoreUnavailableError
 from cagey_sessions.stores import Outcome, Verdict
-from cluster import Cluster, spill_gold
 from support import ScriptedStore, let_time_pass, turns
+from support.cluster import Cluster, spill_gold
 
 
 class Losing(ScriptedStore):

@@ -16,7 +16,7 @@ from cagey_sessions import Session, SessionManager, dataclass_codec, stores, tes
 from cagey_sessions.data.encoding import Encoding
 from cagey_sessions.options import PERSIST_EVENTS, SECOND, read_options
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(cagey_sessions.__file__).parents[1])}
 
 

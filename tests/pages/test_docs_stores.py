@@ -31,7 +31,7 @@ from cagey_sessions.stores.postgres.catalog import COLUMN_TYPES
 from cagey_sessions.testing.store_conformance import StoreConformance
 from support import POSTGRES, let_time_pass, skip_without
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ("stores.md", "own-tables.md", "own-store.md")
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import test_workloads
 from benchmarks.asv import track_workloads
 from benchmarks.harness import NOISY, Progress, measure
 from benchmarks.rivals.heap import HeapTimers
@@ -25,8 +24,9 @@ from benchmarks.workloads import WORKLOADS, Figure, Goal, Pair, Sizes, Workload,
 from benchmarks.workloads.stored import SECOND, BenchClock, NoStore, Server, running, small_data
 
 import cagey_sessions
+from benchmarks import test_workloads
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(cagey_sessions.__file__).resolve().parents[1])}
 
 

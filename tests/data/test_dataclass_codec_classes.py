@@ -15,7 +15,7 @@ import pytest
 
 from cagey_sessions import CorruptRecordError, OptionError, dataclass_codec
 from cagey_sessions.data.encoding import Encoding
-from codec_values import Item, Level, Position, Suit, refuses, stored
+from support.codec_values import Item, Level, Position, Suit, refuses, stored
 
 
 @dataclass

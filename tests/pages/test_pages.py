@@ -17,7 +17,7 @@ import cagey_sessions
 import cagey_sessions.stores
 import cagey_sessions.testing
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def functions(path: Path) -> set[str]:
@@ -79,15 +79,15 @@ def test_pictures_are_drawn_from_the_code():
         ("README.md", "[the file](Makefile)", "[the file](https://host/x/blob/main/Makefile)", "the file (`Makefile`)"),
         (
             "docs/a.md",
-            "[`b.py`](../tests/model.py)",
-            "[`b.py`](https://host/x/blob/main/tests/model.py)",
-            "`b.py` (`tests/model.py`)",
+            "[`b.py`](../tests/support/model.py)",
+            "[`b.py`](https://host/x/blob/main/tests/support/model.py)",
+            "`b.py` (`tests/support/model.py`)",
         ),
         (
             "docs/a.md",
-            "[model.py](../tests/model.py)",
-            "[model.py](https://host/x/blob/main/tests/model.py)",
-            "`tests/model.py`",
+            "[model.py](../tests/support/model.py)",
+            "[model.py](https://host/x/blob/main/tests/support/model.py)",
+            "`tests/support/model.py`",
         ),
         ("docs/a.md", "![a](pictures/a.svg)", "![a](pictures/a.svg)", None),
         ("docs/a.md", "```\n[a](../Makefile)\n```", "```\n[a](../Makefile)\n```", None),

@@ -23,9 +23,9 @@ import pytest
 import cagey_sessions
 from cagey_sessions import CorruptRecordError, SessionManager
 from cagey_sessions.stores import MemoryStore
-from engines import RedisEngine, free_port, need
+from support.engines import RedisEngine, free_port, need
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(cagey_sessions.__file__).parents[1])}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$\n*(?:prints (.*?)\.(?:\s|$))?", re.MULTILINE | re.DOTALL)
 
