@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -15,8 +16,9 @@ from cagey_sessions import (
     ListenerError,
     SessionManager,
     UnknownEventError,
+    WrongLoopError,
 )
-from support import turns
+from support import add_user, turns
 
 
 async def test_case_60_a_raising_listener_stops_no_other(make_manager, db):
@@ -390,3 +392,41 @@ async def test_error_listeners_that_fail_or_hang_stop_nothing(make_manager, db, 
     await turns(5000)
     assert 900 < len(told) <= 1001, "what waits to be told is bounded"
     await manager.destroy()
+
+
+async def test_a_listener_may_return_a_future_of_a_thread_pool(clock):
+    with ThreadPoolExecutor(1) as pool:
+        manager = SessionManager(clock=clock)
+        manager.on("persist_user_data", lambda session: pool.submit(lambda: 1 / 0))
+        session = await add_user(manager, 1)
+        with pytest.raises(ListenerError) as caught:
+            await session.persist_now()
+        assert isinstance(caught.value.exceptions[0], ZeroDivisionError)
+        await manager.destroy()
+
+
+async def test_listeners_cannot_be_registered_from_another_thread(make_manager):
+    manager = make_manager()
+    await manager.create()
+    with pytest.raises(WrongLoopError):
+        await asyncio.to_thread(manager.on, "persist_user_data", print)
+    await manager.destroy()
+
+
+def test_a_listener_may_be_registered_while_the_loop_stands_still(clock):
+    manager = SessionManager(interval="1s", clock=clock)
+    saved = []
+
+    async def begin():
+        await add_user(manager, 1)
+        await clock.advance("2s")
+
+    async def go_on():
+        await turns()
+        await manager.destroy(True)
+
+    with asyncio.Runner() as runner:
+        runner.run(begin())
+        manager.on("persist_user_data", lambda session: saved.append(session.user_id))
+        runner.run(go_on())
+    assert saved == [1, 1]

@@ -17,6 +17,7 @@ from cagey_sessions import (
     CorruptRecordError,
     DrainError,
     EncodingError,
+    ListenerError,
     SessionManager,
     StoreContractError,
     UnsavableError,
@@ -27,6 +28,8 @@ from cagey_sessions.stores import CallbackStore, MemoryStore, Outcome, Verdict
 from support import add_user, let_time_pass
 
 NAME = "canary@example.org"
+
+
 VALUE = "canary-value"
 
 
@@ -176,9 +179,6 @@ async def test_debug_names_places_and_no_values(clock, said):
     await manager.destroy()
 
 
-# Where an error comes from
-
-
 def _raise(*_: object) -> Any:
     raise ValueError(VALUE)
 
@@ -288,9 +288,6 @@ async def test_a_long_way_is_cut_to_its_end(clock, caplog):
     await manager.destroy()
 
 
-# Loggers
-
-
 class Braces:
     """Formats with braces, as loguru does, and only if there is something to format."""
 
@@ -351,3 +348,37 @@ def test_a_logger_of_any_kind_hears_of_a_forgotten_manager(kind):
     asyncio.run(forget())
     gc.collect()
     assert [line[:16] for line in log.lines] == ["unsaved users: 1"]
+
+
+async def test_a_logger_that_fails_stops_nothing(clock, db):
+    class Log:
+        def fails(self, *_):
+            raise OSError("the disk of the log is full")
+
+        debug = info = warning = error = fails
+
+    manager = SessionManager(interval="10s", clock=clock, log=Log())
+    manager.on("persist_user_data", db.save)
+    await add_user(manager, 1)
+    db.script = [OSError("down")] * 2
+    await clock.advance("20s")
+    assert db.stored == {1: {"gold": 1}}
+    db.always[1] = OSError("down")
+    with pytest.raises(DrainError):
+        await let_time_pass(clock, manager.destroy(True, deadline="1s"))
+
+
+async def test_neither_keys_nor_data_are_logged(make_manager, db, clock, caplog):
+    caplog.set_level(logging.DEBUG)
+    manager = make_manager()
+    session = await add_user(manager, 1, {"secret": "canary-data"}, key="canary-key")
+    db.script = [ValueError("canary-data")] * 3
+    messages = [repr(session)]
+    with pytest.raises(ListenerError) as caught:
+        await session.destroy(True)
+    messages.append(str(caught.value))
+    await clock.advance("40s")
+    messages += [record.getMessage() for record in caplog.records]
+    assert any("user 1" in message for message in messages)
+    assert not [message for message in messages if "canary" in message]
+    await manager.destroy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
@@ -13,9 +14,10 @@ import pytest
 
 from cagey_sessions import OptionError, SessionManager, SnapshotError, read_snapshot, threads
 from cagey_sessions._core import Digest
-from cagey_sessions.files.format import DISK, first_line, last_line
+from cagey_sessions.files.format import DISK, Files, first_line, last_line
 from cagey_sessions.files.spill import Spill, SpillEntry
 from cagey_sessions.sessions import draining as drain
+from cagey_sessions.stores import MemoryStore
 from conftest import run
 from support import (
     Crash,
@@ -29,6 +31,8 @@ from support import (
     turns,
 )
 from support.cluster import Cluster, spill_gold
+
+ENTRY = SpillEntry("ann", None, 3, "node", 0, 0, b"{}", 0.0, bytes(16), frozenset())
 
 
 async def test_damaged_lines_are_kept_byte_for_byte_and_reported(cluster):
@@ -137,7 +141,11 @@ async def test_a_file_that_is_no_spill_is_refused_before_anybody_is_admitted(clu
 
 
 GOLDEN = Path(__file__).parent / "golden" / "spill-1.txt"
+
+
 KEY = bytes(range(16))
+
+
 ENTRIES = (
     SpillEntry("ann", None, 3, "node-1", 7, 2, b'{"gold":2}', 1767225600.0, KEY, frozenset({(7, 0x3333), (8, 0x44)})),
     SpillEntry(1, None, 1, "node-1", 0, 0, b"[]", 1767225601.5, KEY, frozenset()),
@@ -186,9 +194,6 @@ async def test_a_full_disk_is_reported_and_everybody_is_named(cluster):
     manager._server.spill._files = DISK
     manager._spilling._spill_at_exit()  # which tries once more
     assert {entry.user_id for entry in read_snapshot(cluster.path).entries} == {"ann", "bob"}
-
-
-# Calls that end early
 
 
 async def a_start_that_is_held(cluster: Cluster, step: str) -> tuple[SessionManager, HeldDisk, asyncio.Task]:
@@ -255,8 +260,6 @@ async def test_a_drain_does_not_wait_for_ever_for_a_disk_that_hangs_and_nor_does
     assert cluster.spilled() == {"ann": b'{"gold":1}'}, "it goes on alone when the disk answers"
     manager._spilling._spill_at_exit()
 
-
-# Names that lead elsewhere
 
 NO_LOCK_FILES = {
     "a link": lambda lock, precious: lock.symlink_to(precious),
@@ -367,3 +370,44 @@ async def spill_two(cluster: Cluster) -> None:
     await manager.__aenter__()
     await manager.open("bob", default={"gold": 5})
     await cluster.fail(manager)
+
+
+async def test_a_snapshot_never_takes_the_place_of_the_spill(tmp_path):
+    manager = SessionManager(store=MemoryStore(), spill=tmp_path / "spill")
+    async with manager:
+        os.symlink(tmp_path / "spill", tmp_path / "link")
+        for name in ("spill", "link"):
+            with pytest.raises(OptionError, match="spill"):
+                await manager.snapshot(tmp_path / name)
+        await manager.snapshot(tmp_path / "snapshot")
+
+
+def test_two_processes_that_write_at_the_same_time_both_keep_their_users(tmp_path, monkeypatch):
+    one, other = Spill(tmp_path / "spill"), Spill(tmp_path / "spill")
+    one.collect(ENTRY)
+    other.collect(replace(ENTRY, user_id="bob"))
+
+    class Disk(Files):
+        def replace(self, source, target):
+            """The other comes between what `one` has read and what it writes."""
+            monkeypatch.setattr("cagey_sessions.files.spill.LONGEST_WRITE", 0)
+            with suppress(SnapshotError):
+                other.write()
+            super().replace(source, target)
+
+    one._files = Disk()
+    one.write()
+    if other.is_stale:  # it was refused, and tries again
+        other.write()
+    assert {entry.user_id for entry in read_snapshot(tmp_path / "spill").entries} == {"ann", "bob"}
+
+
+def test_a_disk_without_locks_is_written_all_the_same(tmp_path, monkeypatch):
+    def refuse(file):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("cagey_sessions.stores.file_lock._lock", refuse)
+    spill = Spill(tmp_path / "spill")
+    spill.collect(ENTRY)
+    spill.write()
+    assert read_snapshot(tmp_path / "spill").complete

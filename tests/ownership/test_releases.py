@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from cagey_sessions import SessionManager, StoreUnavailableError
+from cagey_sessions import EndReason, FencedError, SessionManager, StoreUnavailableError, UserNotFoundError
 from cagey_sessions.ownership.releases import MOST_ATTEMPTS, RELEASE_CALLS, RELEASES_IN_A_CALL
 from cagey_sessions.stores import Claim
-from support import ScriptedStore, let_time_pass, turns
+from support import ScriptedStore, changed, end, let_time_pass, turns
 
 
 class Watched(ScriptedStore):
@@ -101,9 +101,6 @@ async def leave(clock: Any, manager: SessionManager[Any], *user_ids: int | str) 
         await let_time_pass(clock, session.destroy(persist=False))
 
 
-# Giving up
-
-
 async def test_a_release_that_goes_on_failing_is_given_up_and_said(clock, store, manager, caplog):
     """Not at once, and not for ever; whoever else is in the queue is let go of."""
     store.failing = frozenset({"ann"})
@@ -185,9 +182,6 @@ async def test_a_store_that_does_not_answer_for_each_user_is_said(clock, store, 
     await let_time_pass(clock, manager.destroy())
 
 
-# How many at a time
-
-
 async def test_those_who_leave_together_are_let_go_of_in_batches(clock, store, manager):
     users = 5 * RELEASES_IN_A_CALL
     sessions = await asyncio.gather(*(manager.open(number, default={}) for number in range(users)))
@@ -249,9 +243,6 @@ async def test_after_a_storm_of_cancelled_logins_everybody_is_free_within_second
     assert [user for user in range(users) if store.owner_of(user) and manager.find_by_user(user) is None] == []
     assert all(session.alive for session in map(manager.find_by_user, range(users)) if session is not None)
     await let_time_pass(clock, manager.destroy())
-
-
-# The end
 
 
 @pytest.mark.parametrize("turn", range(12))
@@ -351,3 +342,167 @@ async def test_a_claim_that_fails_after_the_end_is_not_repeated_for_each_user(cl
     assert store.calls == calls
     answers = await asyncio.gather(*opening, return_exceptions=True)
     assert all(isinstance(answer, Exception) for answer in answers)
+
+
+async def test_a_claim_that_no_session_holds_is_released_when_the_store_is_back(clock, store, manager):
+    """Else no other node gets that user for as long as this one lives."""
+    other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
+    session = await changed(manager)
+    await session.persist_now()
+    original = store.release_many
+
+    async def release(*_: Any) -> list[bool]:
+        raise StoreUnavailableError("a blip")
+
+    store.release_many = release
+    await let_time_pass(clock, session.destroy(persist=False))
+    store.release_many = original
+    await clock.advance("60s")
+    assert store.owner_of(1) == ""
+    await end(clock, manager, other)
+
+
+async def test_a_release_refused_by_an_old_epoch_leaves_no_claim_behind(clock, store, manager):
+    """A claim for a row that is gone comes late; the session ends without a save: the user is free."""
+    session = await changed(manager)
+    del store.backing.rows[1]
+
+    async def late(_: Any) -> None:
+        await store.release_all.wait()
+
+    store.claim_script = [late]
+    task = asyncio.ensure_future(session.persist_now())
+    await clock.advance("10.5s")
+    assert isinstance(task.exception(), StoreUnavailableError)
+    store.down = True
+    await let_time_pass(clock, session.destroy(persist=False))
+    store.release_all.set()
+    store.down = False
+    await clock.advance("5s")
+    assert store.owner_of(1) == ""
+    await end(clock, manager)
+
+
+async def test_another_node_may_claim_as_soon_as_destroy_has_returned(clock, store, manager):
+    other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
+    session = await changed(manager)
+    await let_time_pass(clock, session.destroy())
+    theirs = await other.open(1)
+    assert theirs.user_data == {"n": 1}
+    await let_time_pass(clock, theirs.destroy(persist=False))
+    ours = await manager.open(1)
+    assert len(store.batches) == 2, "the last save and the release are one write"
+    await let_time_pass(clock, ours.destroy())
+    assert store.owner_of(1) == ""
+    await end(clock, manager, other)
+
+
+async def test_a_change_after_the_release_is_saved_under_a_new_claim(clock, store, manager):
+    session = await changed(manager)
+    store.script = ["50ms"]
+    task = asyncio.ensure_future(session.destroy())
+    await clock.advance("10ms")
+    session.user_data["n"] = 2
+    await let_time_pass(clock, task)
+    assert store.stored(1) == {"n": 2}
+    assert store.owner_of(1) == ""
+    await end(clock, manager)
+
+
+async def test_a_change_after_the_release_never_overwrites_the_next_owner(clock, store, manager):
+    other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
+    session = await changed(manager)
+    gate = asyncio.Event()
+    original = store.save_many
+
+    async def save_then_wait(records: Any) -> Any:
+        verdicts = await original(records)
+        store.save_many = original
+        await gate.wait()
+        return verdicts
+
+    store.save_many = save_then_wait
+    task = asyncio.ensure_future(session.destroy())
+    await turns()
+    assert store.owner_of(1) == ""
+    theirs = await other.open(1)
+    theirs.user_data["n"] = 50
+    session.user_data["n"] = 2
+    gate.set()
+    with pytest.raises(FencedError):
+        await let_time_pass(clock, task)
+    assert session.end_reason == EndReason.FENCED
+    await end(clock, other, manager)
+    assert store.stored(1) == {"n": 50}
+
+
+@pytest.mark.parametrize("when", ["before its first step", "while it waits for the store"])
+async def test_a_release_whose_task_is_cancelled_by_somebody_is_made_all_the_same(clock, store, manager, when):
+    """Else the other servers would wait for this user until this process is dead."""
+    gate = asyncio.Event()
+    release = store.release_many
+
+    async def hang(*args: Any) -> list[bool]:
+        await gate.wait()
+        raise StoreUnavailableError("the connection is closed")
+
+    store.release_many = hang
+    opening = asyncio.ensure_future(manager.open(1))
+    tasks: list[asyncio.Task[Any]] = []
+    for _ in range(1000):
+        tasks = [task for task in asyncio.all_tasks() if task.get_name() == "cagey-sessions release"]
+        if tasks:
+            break
+        await asyncio.sleep(0)
+    if when == "while it waits for the store":
+        await turns()
+    tasks[0].cancel()
+    with pytest.raises(UserNotFoundError):
+        await opening
+    await turns()
+    gate.set()
+    store.release_many = release
+    await let_time_pass(clock, clock.sleep("3s"))
+    assert 1 in store.backing.rows and store.owner_of(1) == ""
+    await end(clock, manager)
+
+
+async def test_a_user_claimed_again_for_a_last_save_is_let_go_of_without_it(clock, store, manager):
+    """Released with the last save, claimed again for a change, not saved: `destroy(persist=False)` releases again."""
+    session = await changed(manager)
+    store.script = ["50ms"]
+    task = asyncio.ensure_future(session.destroy())
+    await clock.advance("10ms")
+    session.user_data["n"] = 2
+    original = store.claim_many
+
+    async def claim_and_fall(user_ids: Any, owner: str) -> Any:
+        claims = await original(user_ids, owner)
+        store.down = True
+        return claims
+
+    store.claim_many = claim_and_fall
+    with pytest.raises(StoreUnavailableError):
+        await let_time_pass(clock, task)
+    store.claim_many = original
+    store.down = False
+    assert store.owner_of(1) == manager._server.owner
+    await let_time_pass(clock, session.destroy(persist=False))
+    await clock.advance("1s")
+    assert store.owner_of(1) == ""
+    await end(clock, manager)
+
+
+async def test_a_release_that_fails_is_repeated(clock, store, manager):
+    """A moment's outage at the end of a session does not lock a user out of all other nodes for good."""
+    session = await changed(manager)
+
+    async def fail(*_: Any) -> list[bool]:
+        raise StoreUnavailableError("down")
+
+    store.release_many = fail
+    await let_time_pass(clock, session.destroy(persist=False))
+    del store.release_many
+    await clock.advance("60s")
+    assert store.owner_of(1) == ""
+    await end(clock, manager)

@@ -1,6 +1,4 @@
-"""One call at a time is at work on a user; whoever waits for the turn waits for as long as callers do, and never for
-itself.
-"""
+"""Turns: one call at a time is at work on a user, and the others wait in the order in which they came."""
 
 from __future__ import annotations
 
@@ -10,23 +8,8 @@ from typing import Any
 
 import pytest
 
-from cagey_sessions import (
-    ListenerError,
-    SessionEndedError,
-    SessionManager,
-    StoreUnavailableError,
-    UserErasedError,
-    WouldDeadlockError,
-)
+from cagey_sessions import SessionEndedError, SessionManager, StoreUnavailableError, UserErasedError
 from support import let_time_pass, turns
-
-# Waiting for oneself
-
-
-def causes(error: BaseException) -> list[BaseException]:
-    """What is at the bottom of a group of groups."""
-    parts = getattr(error, "exceptions", None)
-    return [error] if parts is None else [cause for part in parts for cause in causes(part)]
 
 
 async def edit(manager: SessionManager, user_id: object) -> None:
@@ -49,95 +32,6 @@ CALLS: dict[str, Callable[[SessionManager, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
-async def test_a_created_listener_that_wants_the_user_being_opened_is_told_at_once(call, manager, clock):
-    await manager.create("spare")
-
-    @manager.on("created")
-    async def want(session):
-        await CALLS[call](manager, "world")
-
-    before = clock.now()
-    with pytest.raises(ListenerError) as caught:
-        await manager.open("world", default={})
-    assert [type(cause) for cause in causes(caught.value)] == [WouldDeadlockError]
-    assert clock.now() == before
-    manager.off("created", want)
-    assert (await manager.open("world", default={})).user_id == "world", "and nobody is left with the turn"
-    await let_time_pass(clock, manager.destroy())
-
-
-async def test_a_created_listener_that_opens_another_user_does_so_once_that_user_is_there(manager, clock):
-    """A record that all sessions share: the first one has to be made outside of the listener that wants it."""
-    await manager.open("world", default={"players": 0})
-
-    @manager.on("created")
-    async def join_world(session):
-        session.set("world", await manager.open("world"))
-
-    session = await manager.create()
-    assert session.get("world") is manager.find_by_user("world")
-    ann = await manager.open("ann", default={})
-    assert ann.get("world") is manager.find_by_user("world")
-    await let_time_pass(clock, manager.destroy())
-
-
-async def test_opens_that_wait_for_each_other_end_with_an_error_for_one_of_them(manager, clock):
-    both = asyncio.Barrier(2)
-    asked = iter([("bob", "ann"), ("ann", "bob")])
-
-    @manager.on("created")
-    async def want_the_other(session):
-        pair = next(asked, None)
-        if pair is not None:
-            await both.wait()
-            session.set("friend", await manager.open(pair[1], default={}))
-
-    opens = [asyncio.ensure_future(manager.open(user_id, default={})) for user_id in ("bob", "ann")]
-    done = await let_time_pass(clock, asyncio.gather(*opens, return_exceptions=True), "1s")
-    failed = [each for each in done if isinstance(each, BaseException)]
-    assert failed, "they cannot both have been waited for"
-    assert {type(cause) for each in failed for cause in causes(each)} == {WouldDeadlockError}
-    for user_id in ("ann", "bob"):
-        assert (await manager.open(user_id, default={})).user_id == user_id
-    await let_time_pass(clock, manager.destroy())
-
-
-@pytest.mark.parametrize("call", ["open", "login", "edit", "erase"])
-@pytest.mark.parametrize("event", ["started", "identified"])
-async def test_listeners_that_nothing_of_ours_waits_behind_may_do_all_that(event, call, manager, clock):
-    spare = await manager.create("spare")
-    session = await manager.create()
-
-    async def act(*_: object) -> None:
-        manager.off(event, act)
-        await CALLS[call](manager, "ann")
-
-    if event == "identified":
-        manager.on(event, act)
-        await let_time_pass(clock, session.login("ann", default={}))
-    else:
-        await session.login("ann", default={})
-        manager.on(event, act)
-        if call in ("login", "erase"):  # they end the session, and a listener of the end of it would have to return
-            await let_time_pass(clock, spare.start())
-        else:
-            await let_time_pass(clock, session.start())
-    assert session.alive is (call in ("open", "edit"))
-    await let_time_pass(clock, manager.destroy())
-
-
-@pytest.mark.parametrize("call", CALLS)
-async def test_inside_an_edit_no_call_waits_for_the_end_of_that_edit(call, manager, clock):
-    await manager.create("spare")
-    async with manager.edit(1, default={}) as data:
-        with pytest.raises(WouldDeadlockError):
-            await CALLS[call](manager, 1)
-        data["gold"] = 5
-    assert await manager.read(1) == {"gold": 5}
-    await let_time_pass(clock, manager.destroy())
-
-
 async def test_a_task_that_an_edit_has_started_waits_for_the_turn(manager, clock):
     async with manager.edit(1, default={"gold": 0}) as data:
         later = asyncio.ensure_future(manager.open(1))
@@ -146,28 +40,6 @@ async def test_a_task_that_an_edit_has_started_waits_for_the_turn(manager, clock
         data["gold"] = 5
     assert (await later).user_data == {"gold": 5}
     await let_time_pass(clock, manager.destroy())
-
-
-@pytest.mark.parametrize("event", ["before_destroy", "destroy"])
-async def test_a_listener_of_an_end_that_a_login_waits_for_cannot_open_that_user(event, manager, clock):
-    first = await manager.open(1, default={})
-    told = []
-
-    @first.on(event)
-    async def come_back() -> None:
-        try:
-            await manager.open(1)
-        except WouldDeadlockError as error:
-            told.append(error)
-
-    second = await manager.create()
-    await let_time_pass(clock, second.login(1, default={}))
-    assert told or event == "destroy"
-    assert second.user_id == 1
-    await let_time_pass(clock, manager.destroy())
-
-
-# How long a call waits
 
 
 @pytest.mark.parametrize("call", ["open", "login", "edit", "erase"])
@@ -225,9 +97,6 @@ async def test_a_login_does_not_wait_for_ever_for_listeners_of_the_older_session
     await let_time_pass(clock, second.login(1))
     assert second.user_id == 1 and not first.alive
     await let_time_pass(clock, manager.destroy())
-
-
-# Edits of users who are here
 
 
 async def test_edits_of_a_user_exclude_each_other_whether_the_user_is_here_or_not(manager, clock):

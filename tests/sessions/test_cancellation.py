@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from typing import Any
 
 import pytest
 
-from support import turns
+from cagey_sessions import SessionManager
+from support import ScriptedStore, changed, edit, end, turns
 
 
 async def add_user(manager, user_id, key=None):
@@ -135,3 +138,99 @@ async def test_a_failure_nobody_waits_for_any_more_goes_to_the_error_event(make_
     await clock.advance("10ms")
     assert errors == [session]
     await manager.destroy()
+
+
+@pytest.mark.parametrize("call", ["login", "open", "edit", "erase", "destroy", "read"])
+def test_a_loop_that_ends_in_the_middle_of_a_call_is_quiet(capfd, clock, call):
+    """I14: no noise on stderr from calls that were cut off."""
+    for hung in ("claim", "save"):
+        store = ScriptedStore(clock)
+
+        async def main(store: Any = store, hung: str = hung) -> None:
+            manager = SessionManager(store=store, clock=clock)
+            session = await changed(manager)
+            if hung == "claim":
+                store.claim_script = ["hang"]
+            else:
+                store.script = ["hang"]
+
+            work = {
+                "login": lambda: manager._logins.login(manager._server.table.create(), 2, {"n": 0}, "replace"),
+                "open": lambda: manager.open(2, default={"n": 0}),
+                "edit": lambda: edit(manager, 2),
+                "erase": lambda: manager.erase(1),
+                "destroy": session.destroy,
+                "read": lambda: manager.read(1),
+            }[call]
+            task = asyncio.ensure_future(work())
+            await turns()
+            del task
+
+        asyncio.run(main())
+        gc.collect()
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert "Traceback" not in err, err
+        assert "never" not in err, err
+
+
+def test_a_loop_that_ends_in_the_middle_of_a_save_is_quiet_also_with_a_listener_of_errors(capfd, clock):
+    """A listener that takes its time is not begun when the loop is about to close."""
+    store = ScriptedStore(clock)
+
+    async def main() -> None:
+        manager = SessionManager(store=store, clock=clock)
+
+        async def tell(error: Exception, session: Any) -> None:
+            await asyncio.sleep(0.01)
+
+        manager.on("error", tell)
+        session = await changed(manager)
+        store.script = ["hang"]
+        manager._server.table.ask(session)
+        manager._server.autosave.employ()
+        await turns()
+        assert store.open_calls == 1
+
+    asyncio.run(main())
+    gc.collect()
+    _, err = capfd.readouterr()
+    assert "never" not in err
+    assert "destroyed but it is pending" not in err
+
+
+async def test_cancelling_callers_cancels_no_call_of_the_store(clock, store, manager):
+    """Case 79: a thousand callers who lose patience; the saves go on."""
+    session = await changed(manager)
+    store.delay = "10ms"
+    for number in range(50):
+        session.user_data["n"] = number
+        task = asyncio.ensure_future(session.persist_now())
+        await turns(number % 7)
+        task.cancel()
+        await clock.advance("3ms")
+        gc.collect()
+    await clock.advance("1s")
+    assert all(batch.error is None for batch in store.batches)
+    assert store.stored(1) == {"n": 49}
+    await end(clock, manager)
+
+
+def test_a_loop_that_ends_in_the_middle_of_a_save_is_quiet(capfd, clock):
+    store = ScriptedStore(clock)
+
+    async def main() -> None:
+        manager = SessionManager(store=store, clock=clock)
+        session = await changed(manager)
+        store.script = ["hang"]
+        task = asyncio.ensure_future(session.persist_now())
+        await turns()
+        assert store.open_calls == 1
+        assert not task.done()
+
+    asyncio.run(main())
+    gc.collect()
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    assert "never" not in err

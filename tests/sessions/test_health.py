@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from cagey_sessions import Health, SessionManager
-from support import ManualClock, ScriptedStore, let_time_pass, turns
+from support import ManualClock, ScriptedStore, add_user, let_time_pass, turns
 
 
 def test_health_is_true_while_users_are_being_saved():
@@ -139,3 +139,16 @@ async def test_users_whose_data_cannot_be_saved_are_named(clock: ManualClock, st
     await clock.advance("31s")
     assert manager.health() == Health("ok", "")
     await let_time_pass(clock, manager.destroy())
+
+
+async def test_tick_lag_is_not_the_time_without_users(make_manager, clock):
+    manager = make_manager(interval="10s")
+    assert manager.statistics().tick_lag == 0
+    await (await add_user(manager, 1)).destroy()
+    await clock.advance("5h")
+    await add_user(manager, 1)
+    await clock.advance("9s")
+    assert manager.statistics().tick_lag <= 0.01
+    await clock.jump("20s")
+    assert manager.statistics().tick_lag >= 9
+    await manager.destroy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import subprocess
 import sys
 import weakref
@@ -13,6 +14,7 @@ import pytest
 import support
 from cagey_sessions import SessionManager
 from cagey_sessions.stores import MemoryStore
+from support import Db, turns
 
 PRELUDE = """
 import asyncio, gc, os, signal, sys, threading
@@ -34,7 +36,7 @@ def python(script: str, *, status: int = 0, timeout: float = 30) -> subprocess.C
     return support.python(script, PRELUDE, status=status, timeout=timeout)
 
 
-def test_case_15_all_is_saved_when_run_returns_after_destroy():
+def test_all_is_saved_when_run_returns_after_destroy():
     done = python(
         """
         async def main():
@@ -48,7 +50,7 @@ def test_case_15_all_is_saved_when_run_returns_after_destroy():
     assert done.stderr == ""
 
 
-def test_case_15_a_forgotten_destroy_warns_with_the_number_of_users():
+def test_a_forgotten_destroy_warns_with_the_number_of_users():
     done = python(
         """
         async def main():
@@ -115,7 +117,7 @@ def test_a_loop_that_ends_in_the_middle_of_saves_and_of_a_drain_says_so_and_noth
     assert "never" not in done.stderr.replace("was never awaited", "")
 
 
-def test_case_17_signal_handlers_are_left_alone():
+def test_signal_handlers_are_left_alone():
     done = python(
         """
         seen = []
@@ -211,7 +213,7 @@ def test_a_listener_that_ends_the_process_can():
 
 
 @pytest.mark.slow
-def test_case_76_twenty_thousand_calls_leave_nothing_behind():
+def test_twenty_thousand_calls_leave_nothing_behind():
     done = python(
         """
         async def main():
@@ -276,3 +278,22 @@ def test_without_its_core_the_package_says_what_to_do():
     said = done.stderr.splitlines()[-1]
     assert said.startswith("ImportError: the compiled core of cagey-sessions cannot be loaded (")
     assert "pip install -e ." in said
+
+
+async def test_the_warning_comes_when_the_last_session_goes_not_when_the_manager_object_does(caplog, clock):
+    caplog.set_level(logging.WARNING)
+    db = Db(clock)
+
+    async def begin():
+        manager = SessionManager(clock=clock)
+        manager.on("persist_user_data", db.save)
+        return await manager.create()
+
+    session = await begin()
+    gc.collect()
+    await session.set_user(1, {})
+    assert "unsaved" not in caplog.text
+    del session
+    await turns()
+    gc.collect()
+    assert "unsaved users: 1" in caplog.text

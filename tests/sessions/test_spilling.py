@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from typing import Any
 
 import pytest
 
@@ -18,11 +17,9 @@ from cagey_sessions import (
     StoreUnavailableError,
     read_snapshot,
 )
-from cagey_sessions.stores import CallbackStore, SQLiteStore
+from cagey_sessions.stores import SQLiteStore
 from cagey_sessions.testing.store_conformance import opened
 from support import ScriptedStore, let_time_pass, turns
-
-# Down, and back
 
 
 async def test_what_was_spilled_is_saved_on_top_of_what_an_engine_has_lost_part_of(cluster):
@@ -182,9 +179,6 @@ async def test_a_body_loaded_in_another_writing_is_known_by_its_digest(cluster):
     await manager.destroy()
 
 
-# Other stores
-
-
 async def test_sqlite(tmp_path, clock):
     class Flaky(SQLiteStore):
         down = False
@@ -226,46 +220,3 @@ async def test_sqlite(tmp_path, clock):
         assert manager.spill_report.conflicts == ()
         assert not (tmp_path / "spill").exists()
         await manager.destroy()
-
-
-@pytest.mark.parametrize("changed", [False, True])
-async def test_functions_of_the_program(cluster, changed):
-    rows: dict[Any, bytes] = {}
-    down = False
-
-    async def save_many(records):
-        if down:
-            raise OSError
-        rows.update((record.user_id, record.body) for record in records)
-
-    async def load(user_id):
-        body = rows.get(user_id)
-        return None if body is None else body.decode()
-
-    async def start():
-        manager = SessionManager(
-            store=CallbackStore(load, save_many), spill=cluster.path, clock=cluster.clock, schema=3
-        )
-        await manager.__aenter__()
-        return manager
-
-    manager = await start()
-    session = await manager.open("ann", default={"gold": 0})
-    await session.persist_now()
-    session.user_data["gold"] = 1
-    await session.persist_now()
-    session.user_data["gold"] = 2
-    await manager.open("new", default={"gold": 3})
-    down = True
-    with pytest.raises(DrainError):
-        await let_time_pass(cluster.clock, manager.destroy(deadline="1s"))
-    down = False
-    if changed:
-        rows["ann"] = b'{"gold":77}'
-    kept = cluster.path.read_bytes()
-    for _ in range(2):
-        manager = await start()
-        assert set(manager.spill_report.replayed) == ({"new"} if changed else {"ann", "new"})
-        assert rows == {"ann": b'{"gold":77}' if changed else b'{"gold":2}', "new": b'{"gold":3}'}
-        await manager.destroy()
-        cluster.path.write_bytes(kept)  # a crash between the write and the file: it is done already

@@ -9,18 +9,23 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from cagey_sessions import (
+    DrainError,
     OwnedElsewhereError,
+    SessionManager,
     SpillConflictError,
+    StoreContractError,
     StoreUnavailableError,
     UnsavableError,
     UserNotFoundError,
     read_snapshot,
 )
+from cagey_sessions.files.spill import Spill, SpillEntry
 from cagey_sessions.stores import Outcome, Verdict
-from support import ScriptedStore, turns
+from cagey_sessions.stores.memory import Row
+from support import ScriptedStore, let_time_pass, turns
 from support.cluster import spill_gold
 
-# Conflicts
+ENTRY = SpillEntry("ann", None, 3, "node", 0, 0, b"{}", 0.0, bytes(16), frozenset())
 
 
 async def test_somebody_has_taken_over_and_saved(cluster, tmp_path):
@@ -127,9 +132,6 @@ async def test_erasing_a_user_removes_the_spill_too(cluster, tmp_path):
     assert not cluster.path.exists()
     assert manager.spill_report.conflicts == ()
     await manager.destroy()
-
-
-# Pending
 
 
 async def test_who_is_not_ours_yet_is_pending_and_sees_the_spill_when_they_log_in(cluster):
@@ -315,9 +317,6 @@ async def test_a_manager_without_async_with_replays_at_the_first_call_that_needs
     await manager.destroy()
 
 
-# Twice
-
-
 async def test_two_drains_that_fail_share_the_file(cluster):
     await spill_gold(cluster)
     manager = cluster.manager()  # ann is pending: her owner is not dead yet
@@ -356,4 +355,54 @@ async def test_a_conflict_and_a_later_spill_of_the_same_user(cluster, tmp_path):
     assert (manager.spill_report.replayed, manager.spill_report.conflicts) == (("ann",), ("ann",))
     assert cluster.stored("ann") == {"gold": 78}
     assert cluster.spilled() == {"ann": b'{"gold":2}'}
+    await manager.destroy()
+
+
+async def test_a_row_that_is_not_taken_now_keeps_nobody_else_from_the_replay(clock, tmp_path, monkeypatch):
+    monkeypatch.setattr("cagey_sessions.sessions.spilling.REPLAYED_AT_A_TIME", 2)
+    users = ["ann", "bob", "cid", "dan", "eve"]
+    store = ScriptedStore(clock)
+    manager = SessionManager(store=store, spill=tmp_path / "spill", clock=clock)
+    await manager.__aenter__()
+    for user_id in users:
+        await manager.open(user_id, default={})
+    store.down = True
+    with pytest.raises(DrainError):
+        await let_time_pass(clock, manager.destroy(deadline="1s"))
+    store.backing.dead |= {row.owner for row in store.backing.rows.values()}
+    store = ScriptedStore(clock, backing=store.backing)
+    first = read_snapshot(tmp_path / "spill").entries[0].user_id
+    store.verdict_of[first] = Verdict(Outcome.FAILED, "locked")
+    manager = SessionManager(store=store, spill=tmp_path / "spill", clock=clock)
+    await manager.__aenter__()
+    assert manager.spill_report.pending == (first,)
+    assert set(manager.spill_report.replayed) == {*users} - {first}
+    store.verdict_of.clear()
+    await let_time_pass(clock, manager.destroy())
+
+
+@pytest.mark.parametrize("answer", [None, [], ["saved"], [Verdict("odd")], [Verdict([])]], ids=repr)
+async def test_a_replay_that_is_answered_with_nonsense_leaves_them_pending(clock, tmp_path, answer):
+    spill = Spill(tmp_path / "spill")
+    spill.collect(ENTRY)
+    spill.write()
+    store = ScriptedStore(clock)
+    store.backing.rows["ann"] = Row(ENTRY.epoch)
+    save_many = store.save_many
+
+    async def answer_nonsense(records):
+        return answer
+
+    store.save_many = answer_nonsense
+    errors = []
+    manager = SessionManager(store=store, spill=tmp_path / "spill", clock=clock)
+    manager.on("error", lambda error, session: errors.append(error))
+    await manager.__aenter__()
+    await turns()
+    assert (manager.spill_report.pending, errors) == (("ann",), [])
+    with pytest.raises(StoreContractError):
+        await manager.open("ann", default={"new": True})
+    await clock.advance("1s")
+    assert store.owner_of("ann") == ""
+    store.save_many = save_many
     await manager.destroy()

@@ -1,24 +1,24 @@
-"""Whose user it is: read, edit and erase."""
+"""Users without a session of the caller's: `read` and `erase`."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from cagey_sessions import (
     DrainError,
-    EncodingError,
     EndReason,
     OwnedElsewhereError,
     SessionManager,
     StoreUnavailableError,
-    UsageError,
     UserErasedError,
     UserNotFoundError,
+    WouldDeadlockError,
 )
 from cagey_sessions.stores import CallbackStore
-from support import ScriptedStore, end, let_time_pass, turns
+from support import ScriptedStore, changed, end, let_time_pass, turns
 
 
 async def test_read_gives_a_private_copy_of_what_is_live_or_stored(clock, store, manager):
@@ -142,100 +142,6 @@ async def test_read_of_a_session_that_is_ended_by_an_erasure_finds_nobody(clock,
     await end(clock, manager)
 
 
-async def test_edit_changes_what_is_live_and_saves_it(clock, store, manager):
-    session = await manager.open(1, default={"n": 0})
-    async with manager.edit(1) as data:
-        assert data is session.user_data
-        data["n"] = 4
-    assert store.stored(1) == {"n": 4}
-    assert session.alive
-    await end(clock, manager)
-
-
-async def test_edit_loads_changes_saves_and_lets_go(clock, store, manager):
-    store.put(1, b'{"n":0}', version=8)
-    events = []
-    manager.on("created", lambda session: events.append("created"))
-    async with manager.edit(1) as data:
-        data["n"] = 4
-        assert store.owner_of(1)
-    assert store.stored(1) == {"n": 4}
-    assert store.backing.rows[1].record.version == 9
-    assert store.owner_of(1) == ""
-    async with manager.edit(1):
-        pass
-    assert len(store.batches) == 1, "nothing had changed"
-    await turns()
-    assert store.owner_of(1) == ""
-    with pytest.raises(UserNotFoundError):
-        async with manager.edit(2):
-            raise AssertionError("there is nothing to edit")
-    async with manager.edit(2, default={"new": True}):
-        pass
-    assert store.stored(2) == {"new": True}
-    assert events == []
-    await end(clock, manager)
-
-
-async def test_an_edit_that_raises_writes_nothing(clock, store, manager):
-    store.put(1, b'{"n":0}')
-    with pytest.raises(ZeroDivisionError):
-        async with manager.edit(1) as data:
-            data["n"] = 4
-            raise ZeroDivisionError
-    await turns()
-    assert store.stored(1) == {"n": 0}
-    assert store.owner_of(1) == ""
-    with pytest.raises(EncodingError):
-        async with manager.edit(1) as data:
-            data["n"] = object()
-    await turns()
-    assert store.stored(1) == {"n": 0}
-    assert store.owner_of(1) == ""
-    await end(clock, manager)
-
-
-async def test_an_edit_of_data_that_is_the_users_no_more_says_so(clock, store, manager):
-    store.put(1, b'{"gold":1}')
-    session = await manager.open(1)
-    with pytest.raises(UsageError, match="user_data was assigned"):
-        async with manager.edit(1) as data:
-            session.user_data = {"gold": 5}
-            data["gold"] += 100
-    async with manager.edit(1) as data:
-        session.user_data = data | {"gold": data["gold"] + 1}  # nothing is lost: the block has changed what there is
-    assert store.stored(1) == {"gold": 6}
-    await end(clock, manager)
-
-
-async def test_a_login_waits_for_an_edit(clock, store, manager):
-    store.put(1, b'{"n":0}')
-    session = await manager.create()
-    async with manager.edit(1) as data:
-        task = asyncio.ensure_future(session.login(1))
-        await turns()
-        assert not task.done()
-        data["n"] = 4
-    await task
-    assert session.user_data == {"n": 4}
-    await end(clock, manager)
-
-
-async def test_an_edit_repeats_a_save_whose_reply_is_lost(clock, store, manager):
-    store.put(1, b'{"n":0}')
-    store.script = ["lose"]
-
-    async def edit() -> None:
-        async with manager.edit(1) as data:
-            data["n"] = 4
-
-    await let_time_pass(clock, edit())
-    assert store.stored(1) == {"n": 4}
-    assert [len(batch.records) for batch in store.batches] == [1, 1]
-    assert store.versions(1) == [2, 2]
-    await end(clock, manager)
-
-
 async def test_erase_ends_the_session_unsaved_and_leaves_nothing(clock, store, manager):
     session = await manager.open(1, default={"n": 0})
     await session.persist_now()
@@ -299,3 +205,57 @@ async def test_async_with_opens_and_closes_the_store(clock, store):
     assert store.stored(1) == {"n": 5}
     with pytest.raises(StoreUnavailableError, match="not open"):
         await store.load(1)
+
+
+async def test_an_edit_does_not_end_a_session_that_logs_in_meanwhile(clock, store, manager):
+    """`edit` is the live data, or load-change-save; it sends nobody home."""
+    store.put(1, b'{"n":0}')
+    gate = asyncio.Event()
+
+    async def wait(_: Any) -> None:
+        await gate.wait()
+
+    store.claim_script = [wait]
+    session = await manager.create()
+    login = asyncio.ensure_future(session.login(1))
+    await turns()
+
+    async def edit() -> None:
+        async with manager.edit(1) as data:
+            data["n"] += 1
+
+    editing = asyncio.ensure_future(edit())
+    await turns()
+    gate.set()
+    await let_time_pass(clock, login)
+    await let_time_pass(clock, editing)
+    assert session.alive
+    assert session.user_data == {"n": 1}
+    await end(clock, manager)
+    assert store.stored(1) == {"n": 1}
+
+
+async def test_an_edit_makes_no_user_of_nothing(clock, store, manager):
+    with pytest.raises((ValueError, UserNotFoundError)):
+        async with manager.edit(1, default=lambda: None):
+            pass
+    assert store.stored(1) is None
+    assert store.backing.rows.get(1) is None or store.backing.rows[1].record is None
+    await end(clock, manager)
+
+
+async def test_an_erase_that_cannot_wait_changes_nothing(clock, store, manager):
+    """A listener of an end that erases the very user: erased without an error, or an error and not erased."""
+    session = await changed(manager)
+    outcome: list[Any] = []
+
+    async def listener() -> None:
+        try:
+            outcome.append(await manager.erase(1))
+        except WouldDeadlockError as error:
+            outcome.append(error)
+
+    session.on("before_destroy", listener)
+    await asyncio.gather(let_time_pass(clock, session.destroy()), return_exceptions=True)
+    assert (store.stored(1) is None) == (outcome == [True]), (outcome, store.stored(1))
+    await end(clock, manager)

@@ -167,6 +167,14 @@ async def turns(count: int = 25) -> None:
         await asyncio.sleep(0)
 
 
+async def finishes(*calls: Any, within: int = 400) -> list[asyncio.Future[Any]]:
+    """The tasks of these calls, done after a number of turns in which no time passes."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    await turns(within)
+    assert [task.done() for task in tasks] == [True] * len(tasks)
+    return tasks
+
+
 def descriptors() -> dict[int, tuple[int, int, int]]:
     """What is open in this process: the file that each descriptor is of, and its kind."""
     found = {}
@@ -337,6 +345,9 @@ class ScriptedStore(MemoryStore):
     anything is written, ``"hang"`` (until `release_all` is set, then nothing is written), ``"lose"`` (write, then raise
     `StoreUnavailableError`), or a callable that is awaited with the records in place of the delay. Without one a call
     takes `delay`. `verdict_of` replaces the verdicts of users, `poison` makes every call raise that has one of them.
+
+    The calls of `save_many` that `lose` names hang until `let_go` is set, and write nothing. Unlike after ``"hang"``,
+    the store takes the same users again meanwhile, as one with a fence does.
     """
 
     def __init__(self, clock: ManualClock, delay: Any = 0, backing: MemoryBacking | None = None) -> None:
@@ -356,12 +367,20 @@ class ScriptedStore(MemoryStore):
         self.open_calls = 0
         self.most_open = 0
         self.release_all = asyncio.Event()
+        self.lost: set[int] = set()
+        self.count = 0
+        self.let_go = asyncio.Event()
         self.aborted: list[Any] = []
         self._sent: dict[int | str, Record] = {}
         self._open_users: set[int | str] = set()
 
     def abort(self, call: Any) -> None:
         self.aborted.append(call)
+
+    def lose(self, *numbers: int) -> None:
+        """Lose the calls of `save_many` of these numbers, counted from 1 and from now."""
+        self.count = 0
+        self.lost = set(numbers)
 
     async def _take_a_step(self, step: Any, records: list[Record]) -> None:
         if isinstance(step, BaseException):
@@ -388,6 +407,10 @@ class ScriptedStore(MemoryStore):
         return await super().release_many(claims, owner)
 
     async def save_many(self, records: Any) -> list[Verdict]:
+        self.count += 1
+        if self.count in self.lost:
+            await self.let_go.wait()
+            raise StoreUnavailableError("let go")
         records = list(records)
         batch = Batch(records, self.clock.now())
         if self.check:
@@ -474,12 +497,29 @@ async def add_user(manager: Any, user_id: int | str, data: Any = None, key: str 
     return session
 
 
+async def add_users(manager: SessionManager, count: int, data: Any = None) -> list[Any]:
+    """Users 0 to `count`, logged in 500 at a time."""
+    sessions = []
+    for start in range(0, count, 500):
+        created = [await manager.create() for _ in range(min(500, count - start))]
+        await asyncio.gather(
+            *(session.login(start + place, default=data or {"n": 0}) for place, session in enumerate(created))
+        )
+        sessions += created
+    return sessions
+
+
 async def changed(manager: Any, user_id: int | str = 1) -> Any:
     """A session with a change that is not saved."""
     session = await manager.open(user_id, default={"n": 0})
     await session.persist_now()
     session.user_data["n"] = 1
     return session
+
+
+async def edit(manager: Any, user_id: int = 1) -> None:
+    async with manager.edit(user_id, default={"n": 0}) as data:
+        data["n"] = 1
 
 
 class Crash(BaseException):
