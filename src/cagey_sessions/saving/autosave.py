@@ -188,9 +188,9 @@ class Autosave:
             return self.gave_up
         self._table.ask(session)
         flights = self._flights
-        outcome = flights.join(flights.ask(session), until or flights.patience_ends())
+        flight = flights.ask(session)
         self.employ()
-        return await outcome
+        return await flights.join(session, flight, until or flights.patience_ends())
 
     async def settle(self, session: SessionCore, until: int | None, outcome: SaveOutcome = None) -> SaveOutcome:
         """Wait until no save of a session is under way or asked for, or patience ends.
@@ -202,7 +202,7 @@ class Autosave:
                 return self.gave_up  # the save may be under way for ever
             if flight.is_resolved:
                 return flight.outcome  # it is known as far as it will be: it is not waited for any longer
-            outcome = await self._flights.join(flight, until)
+            outcome = await self._flights.join(session, flight, until)
             if until is not None and self._clock.now() >= until:
                 break
         return outcome
@@ -281,7 +281,6 @@ class Autosave:
             if timer is not None:
                 timer.cancel()
         self._timer = self._watch_timer = self._pause = None
-        self._flights.close()
 
     def in_flight(self) -> list[SessionCore]:
         """The sessions whose saves are under way."""
@@ -501,7 +500,7 @@ class Autosave:
         later = self._flights.asked.setdefault(session, flight)
         if later is not flight:  # somebody has asked meanwhile; all of them wait for the same save from now on
             later.error = error
-            later.waiters += flight.waiters
+            later.waiters |= flight.waiters
         if not self._saver.may_start() and self._table.state(session) in ("idle", "ending"):
             self._table.ask(session)  # nothing is tried by the clock now: be among the first when it is
         self.arm()
