@@ -78,20 +78,13 @@ class Claims:
         """Users whose sessions are over; the engine may lose that they were released."""
         self._draining = False
 
-    async def outlast(self, user_id: int | str) -> None:
-        """Where nothing fences off a late write, wait for the end of any before the user is read."""
-        while (write := self._link.writes.get(user_id)) is not None and not write.done():
-            if not await self._loop.wait(write, self._link.timeout):
-                raise StoreUnavailableError(
-                    f"an earlier write of user {quote(user_id)} has not returned, and would land on top of what follows"
-                )
-
     async def claim(self, user_id: int | str) -> Claim:
         """Claim one user, in one call of the store with whoever asks at the same time.
 
         Raises `OwnedElsewhereError` and `CorruptRecordError`, and `StoreUnavailableError` after as long as callers are
         made to wait.
         """
+        await self._link.outlast(user_id)
         claim = await self._link.persistently(lambda until: self._wait_for_claim(user_id, until))
         if not claim.granted:
             raise OwnedElsewhereError(

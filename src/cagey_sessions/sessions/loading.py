@@ -132,7 +132,6 @@ class Loading:
     async def load(self, user_id: int | str, default: Any) -> Loaded:
         """Claim a user and read or make their data. If that fails, the user is let go of."""
         claims, link = self.claims, self.require_store()
-        await claims.outlast(user_id)
         losses = link.losses
         claim = await claims.claim(user_id)
         try:
