@@ -123,7 +123,8 @@ class Flights:
         return None
 
     def _lose_patience(self, session: SessionCore, future: asyncio.Future[SaveOutcome]) -> None:
-        """A caller has waited long enough. A save that nobody is left to wait for is resolved; the session stays due."""
+        """A caller has waited long enough. A save that nobody is left to wait for is resolved; the session stays
+        due."""
         flight = self._leave(session, future)
         outcome = _out_of_patience(self._patience or 0, None if flight is None else flight.error)
         if not future.done():

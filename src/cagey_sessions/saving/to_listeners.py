@@ -12,22 +12,22 @@ import orjson
 
 from .._core import SessionCore, SessionTable, is_plain
 from ..data.sanitizer import Sanitizer
-from ..errors import ListenerCancelledError, NothingSavesError, UnsavableError
+from ..errors import ListenerCancelledError, NothingSavesError
 from ..events.deadlocks import Kind, Wait, listening
 from ..events.listeners import Listeners, listener_error
 from .autosave import Autosave
+from .saver import Saver
 from .workers import Worker
 
 __all__ = ["ListenerSaver", "plain_bytes"]
 
 
-class ListenerSaver:
+class ListenerSaver(Saver):
     """Has the program save, one session at a time."""
 
+    is_store = False
     one_at_a_time = False
     patience: int | None = None
-    unchanged = 0
-    fenced = 0
 
     def __init__(self, table: SessionTable, listeners: Listeners, sanitizer: Sanitizer | None) -> None:
         self._table = table
@@ -50,17 +50,8 @@ class ListenerSaver:
                 "that writes session.user_data to your database"
             )
 
-    def may_start(self) -> bool:
-        return True
-
-    def outage(self) -> None:
-        return None
-
     def serves_periodic(self) -> bool:
         return self.can_save()
-
-    def refusal(self, session: SessionCore) -> UnsavableError | None:
-        return None  # only the listeners know
 
     def is_saved(self, session: SessionCore) -> bool:
         """Whether a session was saved since its end began, and its data has not changed since."""
@@ -75,9 +66,6 @@ class ListenerSaver:
 
     def forget(self, session: SessionCore) -> None:
         self._saved.pop(session, None)
-
-    def close(self) -> None:
-        pass
 
     async def serve(self, worker: Worker) -> bool:
         autosave = self._autosave

@@ -354,7 +354,7 @@ class SessionManager(ManagerCore, Generic[T]):
         changes. O(users), in slices.
         """
         longest = parse_duration(deadline, "deadline", shortest=0)
-        persist = self._server.link is not None if persist is None else yes_or_no("persist", persist)
+        persist = self._server.saver.is_store if persist is None else yes_or_no("persist", persist)
         report = await self._draining.drain(persist, longest)
         if self._server.closed:
             self._server.warning.detach()
@@ -506,7 +506,7 @@ class SessionManager(ManagerCore, Generic[T]):
 
     def _add(self, name: ManagerEvent, listener: Listener, *, once: bool) -> Listener:
         self._server.table.require_thread()
-        if known_event(name, MANAGER_EVENTS) == "persist_user_data" and self._server.link is not None:
+        if known_event(name, MANAGER_EVENTS) == "persist_user_data" and self._server.saver.is_store:
             raise UnknownEventError(
                 "a manager with a store saves by itself and emits no 'persist_user_data'; to copy live state into the "
                 "data right before it is saved, give SessionManager a function before_save="

@@ -23,8 +23,9 @@ from ..loop import Loop
 from ..options import Options
 from ..ownership.claims import Claims
 from ..process import Identity, at_exit, is_forked_worker
-from ..saving.autosave import Autosave, Saver, Settled
+from ..saving.autosave import Autosave, Settled
 from ..saving.requests import Requests
+from ..saving.saver import Saver
 from ..saving.to_listeners import ListenerSaver, plain_bytes
 from ..saving.to_store import StoreSaver
 from ..saving.verdicts import Lost
@@ -138,8 +139,7 @@ class Server:
         self.table.reseed(self.identity.random.getrandbits(64))
         self.table.bind_thread()
         self.table.bind_loop(loop)
-        if self.store_saver is not None:
-            self.store_saver.begin()
+        self.saver.begin()
         if is_forked_worker():
             at_exit(self.warning)
 
