@@ -233,20 +233,9 @@ operation("SessionTable.find_by_user")(lambda world: world.table.find_by_user(wo
 refused("SessionTable.find_by_user: of another type", lambda world: world.table.find_by_user(1.0))  # type: ignore[arg-type]
 operation("SessionTable.active_session")(lambda world: world.table.active_session(world.user_id))
 operation("SessionTable.sessions_now")(lambda world: world.table.sessions_now())
-for name in (
-    "state",
-    "failures",
-    "versions",
-    "saved_at",
-    "is_ending",
-    "epoch",
-    "is_marked",
-    "stored",
-    "lose",
-    "is_lost",
-    "is_final",
-    "is_released",
-):
+OF_ONE = ("state", "failures", "versions", "saved_at", "is_ending", "epoch", "is_marked", "stored")
+FLAGS = ("lose", "is_lost", "is_final", "is_released")
+for name in (*OF_ONE, *FLAGS):
     operation(f"SessionTable.{name}")(lambda world, name=name: getattr(world.table, name)(world.session))  # type: ignore[misc]
     refused(
         f"SessionTable.{name}: of another table", lambda world, name=name: getattr(world.unsaved, name)(world.session)
