@@ -35,13 +35,14 @@ from ..wording import quote
 from .releases import Releases
 from .turns import Turns
 
-__all__ = ["CLAIMS_IN_A_CALL", "CLAIM_CALLS", "Claims"]
+__all__ = ["CLAIMED_AT_A_TIME", "CLAIMS_IN_A_CALL", "CLAIM_CALLS", "Claims"]
 
 T = TypeVar("T")
 
 CLAIMS_IN_A_CALL = 64
 CLAIM_CALLS = 4
 """At a time. Where each user is claimed by a call of its own, there are as many calls as one would have users."""
+CLAIMED_AT_A_TIME = CLAIMS_IN_A_CALL * CLAIM_CALLS
 LOOKS_AT_DOUBTFUL = (SECOND, 5 * SECOND, 30 * SECOND)
 """How long after a claim that had no answer somebody looks whether it came to anything."""
 ENDED_REMEMBERED = 10_000

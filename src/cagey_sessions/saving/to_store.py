@@ -17,13 +17,12 @@ from functools import partial
 
 from .._core import SaveBatch, SaveBatches, SessionCore, SessionTable
 from ..clock import Clock, TimerHandle
-from ..data.encoding import Encoding
-from ..data.sanitizer import Sanitizer
+from ..data import Encoding, Sanitizer
 from ..errors import EncodingError, ListenerCancelledError, StoreUnavailableError, UnsavableError
 from ..events.reports import Reports
 from ..loop import Loop
 from ..options import Options
-from ..ownership.claims import Claims
+from ..ownership import Claims
 from ..process import Identity
 from ..stores import Outcome, Record, Verdict
 from ..stores.link import StoreLink

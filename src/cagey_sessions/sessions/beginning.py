@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .._core import SessionCore, check_user_id
 from ..errors import ListenerError, ManagerClosedError, StoreModeError
-from ..events.listeners import listener_error
+from ..events import listener_error
 from ..options import yes_or_no
 from ..records import EndReason
 from .ending import Ending, Endings

@@ -25,8 +25,8 @@ from ..errors import (
     UserErasedError,
     WouldDeadlockError,
 )
+from ..events import listener_error
 from ..events.deadlocks import Kind, Wait, listening, waiting_for, would_deadlock
-from ..events.listeners import listener_error
 from ..events.reports import drop_tracebacks, fresh
 from ..options import yes_or_no
 from ..records import EndReason, UnsavedUser

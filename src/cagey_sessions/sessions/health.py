@@ -10,7 +10,7 @@ from itertools import islice
 from ..errors import StoreError
 from ..options import SECOND
 from ..records import Health, Statistics
-from ..saving.to_store import MOST_ROWS
+from ..saving import MOST_ROWS
 from ..wording import MOST_NAMED, name_some
 from .ending import Endings
 from .server import Server

@@ -22,7 +22,7 @@ from ..errors import (
     UserNotFoundError,
 )
 from ..options import SECOND, one_of
-from ..ownership.claims import Claims
+from ..ownership import Claims
 from ..stores import Claim, Record
 from ..stores.link import StoreLink
 from ..user_code import END_OF_PROCESS
