@@ -14,7 +14,7 @@ LEFTOVERS = build/lib* build/temp* build/bdist*
 ASV_BENCH := track_(find_hot|timer_schedule|save_total|lag|bytes)[(]
 GROWTH := find_1e6,timer_schedule,timer_refresh,timer_cancel,timer_expire,tick_idle,timer_schedule_uvloop,timer_refresh_uvloop
 
-.PHONY: help demo test test-debug check-core lint types coverage format bench bench-adapters figures plots mutants simulation \
+.PHONY: help demo test test-debug check-core lint types coverage format bench bench-adapters shape figures plots mutants simulation \
   crash nightly diagrams docs shots dist workflows clean
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make dist        sdist and wheels for each Python here, installed and used outside the checkout (PYTHONS='...')"
 	@echo "make format      ruff's formatter"
 	@echo "make bench       benchmarks against what one would use instead (BENCH_ARGS='--quick')"
+	@echo "make shape       how many functions and modules a call passes through, and the shape of the sources (SHAPE_ARGS=)"
 	@echo "make figures     the whole run and the growth runs into docs/plots, then make plots"
 	@echo "make plots       docs/plots/*.svg and the tables of docs/performance.md from the figures there"
 	@echo "make simulation  random servers, databases and crashes in virtual time (SIMULATION_ARGS='--seeds 2000')"
@@ -144,6 +145,10 @@ bench-adapters: $(VENV)/bench
 	HOME=$(CURDIR)/build/asv $(BIN)/asv check --python=same
 	HOME=$(CURDIR)/build/asv CAGEY_BENCH_MANY=1000 CAGEY_BENCH_MOST=2000 \
 	  $(BIN)/asv run --python=same --quick --dry-run --show-stderr --bench '$(ASV_BENCH)'
+
+# beside another checkout: there --json FILE, here --against FILE
+shape: $(VENV)/dev
+	$(BIN)/python -m benchmarks.shape $(SHAPE_ARGS)
 
 # minutes; a goal that is missed is a figure, too
 figures: $(VENV)/bench

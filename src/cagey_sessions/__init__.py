@@ -30,8 +30,7 @@ from . import errors
 from ._core import SessionCall
 from ._version import __version__
 from .clock import Clock, TimerHandle
-from .data.codecs import Codec, dataclass_codec, msgspec_codec
-from .data.sanitizer import UserDataWarning
+from .data import Codec, UserDataWarning, dataclass_codec, msgspec_codec
 from .errors import *  # noqa: F403 - its __all__ is ours, see below
 from .options import Duration
 from .records import (
@@ -47,9 +46,7 @@ from .records import (
     Statistics,
     UnsavedUser,
 )
-from .sessions.manager import SessionManager, create
-from .sessions.session import Session
-from .sessions.snapshot import read_snapshot
+from .sessions import Session, SessionManager, create, read_snapshot
 
 __all__ = [
     "Clock",
@@ -78,3 +75,8 @@ __all__ = [
     "read_snapshot",
 ]
 __all__ += errors.__all__
+
+
+def __dir__() -> list[str]:
+    """The public names, and not the modules that they come from."""
+    return [*__all__, *({"stores", "testing"} & globals().keys())]

@@ -328,9 +328,9 @@ def test_without_any_cache_installed_the_other_rows_are_there():
     assert caches == "[]"
 
 
-def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_benchmarks(*arguments: str, module: str = "benchmarks") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,
@@ -374,3 +374,31 @@ def test_memory_is_measured_in_a_process_of_its_own():
     with workload.prepare(Sizes(many=1, most=20_000)) as pair:
         assert pair.ours() > 0
         assert pair.base() > 0
+
+
+def test_the_shape_of_calls_and_sources_is_counted_and_compared(tmp_path):
+    file = tmp_path / "shape.json"
+    done = run_benchmarks("--json", str(file), module="benchmarks.shape")
+    assert done.returncode == 0, done.stderr
+    written = json.loads(file.read_text())
+    calls, sources = written["calls"], written["sources"]
+    assert {"login", "persist_now", "destroy", "listener: persist_now", "listener: destroy"} < set(calls)
+    for name, row in calls.items():
+        for figure in ("calls", "modules", "changes of module", "changes of package"):
+            assert row[figure] >= row[f"{figure}, no stores"] > 0, f"{name}: {figure}"
+        assert row["calls"] > row["changes of module"] >= row["changes of package"]
+        assert name in done.stdout
+    assert all(count > 0 for count in sources["lines"].values())
+    assert sources["lines"]["all"] > sources["lines"]["outside stores"]
+    assert all(
+        row["number"] > 0 and row["arrows"] > 0 and row["floors"] > 0 for row in sources.values() if "arrows" in row
+    )
+
+    written["calls"]["login"]["calls"] += 7
+    del written["calls"]["destroy"]
+    file.write_text(json.dumps(written))
+    done = run_benchmarks("--against", str(file), module="benchmarks.shape")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^ +before +now +change$", done.stdout, re.MULTILINE)
+    assert re.search(r"^login: calls +(\d+) +\d+ +-\d+$", done.stdout, re.MULTILINE)
+    assert re.search(r"^destroy: calls +- +\d+$", done.stdout, re.MULTILINE)

@@ -280,6 +280,17 @@ class TableMachine(Machine):
         self.twins.begin_end(self.pick(number))
 
     @precondition(Machine.some_live)
+    @rule(number=ANYBODY, flag=st.sampled_from(("lose", "final", "released")), on=st.booleans())
+    def flag(self, number: int, flag: str, on: bool) -> None:
+        session = self.pick(number)
+        if flag == "lose":
+            self.twins.lose(session)
+        elif flag == "final":
+            self.twins.set_final(session, on)
+        else:
+            self.twins.set_released(session, on)
+
+    @precondition(Machine.some_live)
     @rule(number=ANYBODY, begin=st.booleans() | st.just(True))
     def forget(self, number: int, begin: bool) -> None:
         session = self.pick(number)
@@ -297,6 +308,9 @@ class TableMachine(Machine):
         self.twins.identify(session, user_id, 1, Data())
         self.twins.ask(session)
         self.twins.begin_end(session)
+        self.twins.lose(session)
+        self.twins.set_final(session, True)
+        self.twins.set_released(session, True)
         self.twins.forget(session)
         self.twins.settle((session, self.twins.person[session].version), True, None)
 

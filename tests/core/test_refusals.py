@@ -98,6 +98,12 @@ OPERATIONS: dict[str, Callable[[SessionTable, Any], Any]] = {
     "forget": lambda table, session: table.forget(session),
     "state": lambda table, session: table.state(session),
     "is_ending": lambda table, session: table.is_ending(session),
+    "lose": lambda table, session: table.lose(session),
+    "is_lost": lambda table, session: table.is_lost(session),
+    "set_final": lambda table, session: table.set_final(session, False),
+    "is_final": lambda table, session: table.is_final(session),
+    "set_released": lambda table, session: table.set_released(session, True),
+    "is_released": lambda table, session: table.is_released(session),
     "own": lambda table, session: table.own(session, 1, 1, 1),
     "epoch": lambda table, session: table.epoch(session),
     "fix": lambda table, session: table.fix(session, 1),
@@ -117,6 +123,10 @@ def test_every_call_that_takes_a_session_is_tried():
     assert with_session == set(OPERATIONS)
 
 
+OF_THE_GONE = {"state": "gone", "is_ending": True, "is_lost": True, "is_final": False, "is_released": True}
+"""What can be asked of a session that was forgotten, from any thread, and the answer."""
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_raw_session_is_refused_by_the_table(name):
     """Or, by the two that only ask whether it is over, said to be."""
@@ -126,7 +136,7 @@ def test_a_raw_session_is_refused_by_the_table(name):
     except UsageError:
         pass
     else:
-        assert (name, answer) in (("state", "gone"), ("is_ending", True))
+        assert answer == OF_THE_GONE[name]
     assert len(table) == table.armed == table.counters.due == 0
 
 
@@ -153,7 +163,7 @@ def test_what_is_no_session_is_refused(name, what):
 
 GUARDED: dict[str, Callable[[SessionTable, Any], Any]] = {
     # any thread may ask whether a session is over
-    **{name: call for name, call in OPERATIONS.items() if name not in ("state", "is_ending")},
+    **{name: call for name, call in OPERATIONS.items() if name not in OF_THE_GONE},
     "create": lambda table, session: table.create(),
     "find_by_key": lambda table, session: table.find_by_key("key"),
     "find_by_user": lambda table, session: table.find_by_user(1),

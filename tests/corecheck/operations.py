@@ -233,11 +233,16 @@ operation("SessionTable.find_by_user")(lambda world: world.table.find_by_user(wo
 refused("SessionTable.find_by_user: of another type", lambda world: world.table.find_by_user(1.0))  # type: ignore[arg-type]
 operation("SessionTable.active_session")(lambda world: world.table.active_session(world.user_id))
 operation("SessionTable.sessions_now")(lambda world: world.table.sessions_now())
-for name in ("state", "failures", "versions", "saved_at", "is_ending", "epoch", "is_marked", "stored"):
+OF_ONE = ("state", "failures", "versions", "saved_at", "is_ending", "epoch", "is_marked", "stored")
+FLAGS = ("lose", "is_lost", "is_final", "is_released")
+for name in (*OF_ONE, *FLAGS):
     operation(f"SessionTable.{name}")(lambda world, name=name: getattr(world.table, name)(world.session))  # type: ignore[misc]
     refused(
         f"SessionTable.{name}: of another table", lambda world, name=name: getattr(world.unsaved, name)(world.session)
     )  # type: ignore[misc]
+operation("SessionTable.set_released")(lambda world: world.table.set_released(world.session, True))
+operation("SessionTable.set_final")(lambda world: world.table.set_final(world.session, False))
+refused("SessionTable.set_final: of a live one", lambda world: world.table.set_final(world.session, True))
 operation("SessionTable.is_current")(lambda world: world.table.is_current(world.session, 2**63 + 1))
 operation("SessionTable.is_stored")(lambda world: world.table.is_stored(world.session, 2**62, 2**63 + 1))
 operation("SessionTable.own")(lambda world: world.table.own(world.session, 2**40, 2**41, 2**63 + 1, 2**63 + 2))
@@ -572,8 +577,10 @@ class Steps:
         self.steps = 0
 
     @property
-    def ownership(self) -> Any:
+    def _server(self) -> Any:
         return self
+
+    _beginnings = _logins = _endings = _server
 
     async def open(self, user_id: Any, default: object, when_active: str) -> Any:
         return self.table.create()

@@ -398,8 +398,8 @@ FAULTS = [
     Fault(
         "what a last listener changes is not saved",
         "sessions/ending.py",
-        "if not self._is_to_be_released(session) and self._saver.is_saved(session):",
-        "if ending.last_error is None and not self._is_to_be_released(session):",
+        "if not self._saver.has_to_release(session) and self._saver.is_saved(session):",
+        "if ending.last_error is None and not self._saver.has_to_release(session):",
         ENDING,
     ),
     Fault(

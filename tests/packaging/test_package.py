@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,44 @@ def test_imports_only_point_down():
     assert len(imported_rooms(PACKAGE / "sessions" / "server.py")) > 5, "the parser sees imports"
 
 
+PUBLIC_PACKAGES = ("stores", "testing")
+MOST_NAMES = 8
+PARTS_OF_STORES = {"contract", "file_lock", "link", "memory", "rows", "urls"}
+"""Modules of `stores` that are fronts themselves: for those who write a store, and for the rest of the library."""
+
+
+def front(package: str) -> set[str]:
+    """The names that a package has for the other ones; a module among them is one with all that is in it."""
+    module = importlib.import_module(f"cagey_sessions.{package}")
+    return set(getattr(module, "__all__", ())) | (PARTS_OF_STORES if package == "stores" else set())
+
+
+def imports_of_others(path: Path) -> Iterator[tuple[str, str]]:
+    """The packages that a module imports something from, besides its own, and the name or the module that it takes."""
+    parts = path.relative_to(PACKAGE).parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            module = [*parts[: len(parts) - node.level], *(node.module or "").split(".")]
+            package, *inner = [part for part in module if part] or [""]
+            if package and package != parts[0] and (PACKAGE / package).is_dir():
+                yield from ((package, inner[0] if inner else alias.name) for alias in node.names)
+
+
+def test_from_outside_only_the_front_of_a_package_is_imported():
+    packages = [path.parent.name for path in PACKAGE.glob("*/__init__.py")]
+    assert len(packages) == 9
+    for package in packages:
+        assert package in PUBLIC_PACKAGES or len(front(package)) <= MOST_NAMES, package
+    taken = [(path, *each) for path in PACKAGE.rglob("*.py") for each in imports_of_others(path)]
+    wrong = [
+        f"{path.relative_to(PACKAGE)} takes {name} of {package}"
+        for path, package, name in taken
+        if name not in front(package) and path.name != "__main__.py"
+    ]
+    assert not wrong
+    assert len(taken) > 100, "the parser sees imports"
+
+
 def test_every_package_says_what_lives_there_and_what_must_not():
     """And so does every file of the core; a module says in its first sentence what it does."""
     packages = [path for path in PACKAGE.glob("*/__init__.py") if path.parent.name not in ("stores", "testing")]
@@ -82,6 +121,12 @@ def test_every_package_says_what_lives_there_and_what_must_not():
         assert "must not:" in head, path
     for path in PACKAGE.rglob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or path.stem == "_version", path
+
+
+def test_completion_shows_the_public_names():
+    importlib.import_module("cagey_sessions.testing")
+    shown = {name for name in dir(cagey_sessions) if not name.startswith("_")}
+    assert shown == (set(cagey_sessions.__all__) - {"__version__"}) | {"stores", "testing"}
 
 
 def test_the_public_names_are_those_of_all():

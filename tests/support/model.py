@@ -84,6 +84,9 @@ class Person:
     stored_changes: int = 0
     digest: int = 0
     stored_digest: int = 0
+    lost: bool = False
+    final: bool = False
+    released: bool = False
 
     @property
     def gone(self) -> bool:
@@ -432,6 +435,20 @@ class Model:
         self._move(person, "end")
         if person.key is not None:
             del self.by_key[person.key]
+
+    def lose(self, person: Person) -> None:
+        self._require_row(person)
+        person.lost = True
+
+    def set_final(self, person: Person, final: bool) -> None:
+        self._require_row(person)
+        if final and not person.ending:
+            raise Refused(UsageError)
+        person.final = final
+
+    def set_released(self, person: Person, released: bool) -> None:
+        self._require_row(person)
+        person.released = released
 
     def forget(self, person: Person) -> None:
         self._require_row(person)

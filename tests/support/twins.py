@@ -284,6 +284,20 @@ class Twins:
     def begin_end(self, session: Session) -> None:
         self.agree(lambda: self.model.begin_end(self.person[session]), lambda: self.table.begin_end(session))
 
+    def lose(self, session: Session) -> None:
+        self.agree(lambda: self.model.lose(self.person[session]), lambda: self.table.lose(session))
+
+    def set_final(self, session: Session, final: bool) -> None:
+        self.agree(
+            lambda: self.model.set_final(self.person[session], final), lambda: self.table.set_final(session, final)
+        )
+
+    def set_released(self, session: Session, released: bool) -> None:
+        self.agree(
+            lambda: self.model.set_released(self.person[session], released),
+            lambda: self.table.set_released(session, released),
+        )
+
     def forget(self, session: Session) -> None:
         accepted, _ = self.agree(lambda: self.model.forget(self.person[session]), lambda: self.table.forget(session))
         if accepted:
@@ -370,6 +384,9 @@ class Twins:
     def compare_handle(self, session: Session, person: Person) -> None:
         assert self.table.state(session) == person.state
         assert self.table.is_ending(session) == (person.ending or person.gone)
+        assert self.table.is_lost(session) == (person.lost or person.gone)
+        assert self.table.is_final(session) == (person.final and not person.gone)
+        assert self.table.is_released(session) == (person.released or person.gone)
         assert session.key == person.key
         assert session.user_id == person.user_id
         assert type(session.user_id) is type(person.user_id)

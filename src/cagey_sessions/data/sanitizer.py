@@ -41,21 +41,16 @@ class UserDataWarning(UserWarning):
 
 
 class Sanitizer:
-    """What is watched for one manager.
-
-    `fingerprint` takes data to something that changes when the data does, or to None; `report` is told of errors.
-    """
+    """What is watched for one manager; `report` is told of errors."""
 
     def __init__(
         self,
         table: SessionTable,
         encoding: Encoding,
-        fingerprint: Callable[[object], object],
         report: Callable[[Exception, SessionCore | None], None],
     ) -> None:
         self._table = table
         self._encoding = encoding
-        self._fingerprint = fingerprint
         self._report = report
         self._told: set[tuple[str, object]] = set()
         self._holder: dict[int, SessionCore] = {}
@@ -157,7 +152,7 @@ class Sanitizer:
             return
         try:
             data = session.user_data
-            fingerprint = self._fingerprint(data)
+            fingerprint = self._encoding.try_dump(data)
         except END_OF_PROCESS:
             raise
         except BaseException as error:
@@ -176,7 +171,7 @@ class Sanitizer:
             live = self._table.active_session(user_id)
             if live is not None and live.alive and live.user_data is data:
                 continue  # the program has handed it on to a newer session
-            if self._fingerprint(data) == fingerprint:
+            if self._encoding.try_dump(data) == fingerprint:
                 self._ended.append((user_id, data, fingerprint))
                 continue
             self._warn(

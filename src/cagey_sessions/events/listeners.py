@@ -16,7 +16,7 @@ from types import AsyncGeneratorType, GeneratorType
 from typing import Literal, TypeAlias, get_args
 
 from .._core import SessionCore
-from ..data.sanitizer import Sanitizer
+from ..data import Sanitizer
 from ..errors import InvalidListenerError, ListenerError
 from ..options import known_event, name_of
 from ..user_code import as_exception, current_task, is_for_this_task
@@ -64,6 +64,16 @@ class Listeners:
         self._sanitizer = sanitizer
         self._hear = hear  # is told when an event gets its first listener, and when it has lost its last
         self._by_name: dict[str, list[_Registration]] = {}
+
+    @classmethod
+    def of_manager(cls, sanitizer: Sanitizer | None, hear: Callable[[str, bool], None]) -> Listeners:
+        """No listeners yet, for the events of a manager."""
+        return cls(MANAGER_EVENTS, sanitizer, hear)
+
+    @classmethod
+    def of_session(cls, sanitizer: Sanitizer | None = None) -> Listeners:
+        """No listeners yet, for the events of a session."""
+        return cls(SESSION_EVENTS, sanitizer)
 
     def add(self, name: str, function: Listener, *, once: bool) -> None:
         """Register a listener. Raises `UnknownEventError`, `InvalidListenerError`. O(1)."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from .._core import Digest
-from ..data.encoding import Encoding
+from ..data import Encoding
 from ..errors import OptionError, SnapshotError, StoreInUseError, StoreLayoutError
 from ..options import path_text
 from ..paths import RefusedNameError, target_of

@@ -35,13 +35,14 @@ from ..wording import quote
 from .releases import Releases
 from .turns import Turns
 
-__all__ = ["CLAIMS_IN_A_CALL", "CLAIM_CALLS", "Claims"]
+__all__ = ["CLAIMED_AT_A_TIME", "CLAIMS_IN_A_CALL", "CLAIM_CALLS", "Claims"]
 
 T = TypeVar("T")
 
 CLAIMS_IN_A_CALL = 64
 CLAIM_CALLS = 4
 """At a time. Where each user is claimed by a call of its own, there are as many calls as one would have users."""
+CLAIMED_AT_A_TIME = CLAIMS_IN_A_CALL * CLAIM_CALLS
 LOOKS_AT_DOUBTFUL = (SECOND, 5 * SECOND, 30 * SECOND)
 """How long after a claim that had no answer somebody looks whether it came to anything."""
 ENDED_REMEMBERED = 10_000
@@ -78,20 +79,13 @@ class Claims:
         """Users whose sessions are over; the engine may lose that they were released."""
         self._draining = False
 
-    async def outlast(self, user_id: int | str) -> None:
-        """Where nothing fences off a late write, wait for the end of any before the user is read."""
-        while (write := self._link.writes.get(user_id)) is not None and not write.done():
-            if not await self._loop.wait(write, self._link.timeout):
-                raise StoreUnavailableError(
-                    f"an earlier write of user {quote(user_id)} has not returned, and would land on top of what follows"
-                )
-
     async def claim(self, user_id: int | str) -> Claim:
         """Claim one user, in one call of the store with whoever asks at the same time.
 
         Raises `OwnedElsewhereError` and `CorruptRecordError`, and `StoreUnavailableError` after as long as callers are
         made to wait.
         """
+        await self._link.outlast(user_id)
         claim = await self._link.persistently(lambda until: self._wait_for_claim(user_id, until))
         if not claim.granted:
             raise OwnedElsewhereError(

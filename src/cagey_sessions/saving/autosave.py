@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextvars import Context
-from typing import Any, Protocol
+from typing import Any
 
 from .._core import SaveBatch, SessionCore, SessionTable
 from ..clock import Clock, TimerHandle
@@ -23,9 +23,10 @@ from ..options import SECOND, Options
 from ..process import Identity
 from ..records import Receipt
 from .in_flight import Flight, Flights, SaveOutcome
+from .saver import Saver
 from .workers import Worker, WorkerPool
 
-__all__ = ["Autosave", "Saver", "Settled"]
+__all__ = ["Autosave", "Settled"]
 
 AVERAGE_OVER = 16
 """The duration of a save is averaged over about so many saves."""
@@ -48,74 +49,6 @@ LONGEST_RETRY_FOR_CALLER = SECOND
 
 Settled = Callable[[SessionCore, Exception | None], None]
 """Is told that a save of a session that is being ended has come to its end."""
-
-
-class Saver(Protocol):
-    """How saves are performed."""
-
-    one_at_a_time: bool
-    """Whether a worker takes all there is before another is needed."""
-    unchanged: int
-    """How many saves found the data as it was stored already."""
-
-    @property
-    def fenced(self) -> int:
-        """How many sessions have lost their users to others."""
-        ...
-
-    patience: int | None
-    """For how many nanoseconds a caller waits while attempts fail; None if the first failure is the answer."""
-
-    def bind(self, autosave: Autosave) -> None:
-        """Save for this one from now on."""
-        ...
-
-    def can_save(self) -> bool:
-        """Whether anybody would perform a save."""
-        ...
-
-    def require(self) -> None:
-        """Raise `NothingSavesError` unless anybody would perform a save."""
-        ...
-
-    def outage(self) -> Exception | None:
-        """Why no save can be made at the moment, if so."""
-        ...
-
-    def refusal(self, session: SessionCore) -> UnsavableError | None:
-        """Why the data of a session cannot be saved as it is, as far as can be told without saving it."""
-        ...
-
-    def is_saved(self, session: SessionCore) -> bool:
-        """Whether the data of a session that is being ended is known to be saved as it is now."""
-        ...
-
-    def forget_unseen(self, session: SessionCore) -> None:
-        """Do not count a save of data whose changes since cannot be seen."""
-        ...
-
-    def forget(self, session: SessionCore) -> None:
-        """A session has ended: nothing is kept of it."""
-        ...
-
-    def close(self) -> None:
-        """Stop all timers."""
-        ...
-
-    def may_start(self) -> bool:
-        """Whether a worker may begin now; if not, `Autosave.employ` is called when it may."""
-        ...
-
-    def serves_periodic(self) -> bool:
-        """Whether those may be taken now whose time has come."""
-        ...
-
-    async def serve(self, worker: Worker) -> bool:
-        """Take a load of work and save it: False if there was none.
-
-        Between `Worker.start`, called as soon as all is taken, and the end every session taken is settled.
-        """
-        ...
 
 
 class Autosave:
@@ -188,9 +121,9 @@ class Autosave:
             return self.gave_up
         self._table.ask(session)
         flights = self._flights
-        outcome = flights.join(flights.ask(session), until or flights.patience_ends())
+        flight = flights.ask(session)
         self.employ()
-        return await outcome
+        return await flights.join(session, flight, until or flights.patience_ends())
 
     async def settle(self, session: SessionCore, until: int | None, outcome: SaveOutcome = None) -> SaveOutcome:
         """Wait until no save of a session is under way or asked for, or patience ends.
@@ -202,7 +135,7 @@ class Autosave:
                 return self.gave_up  # the save may be under way for ever
             if flight.is_resolved:
                 return flight.outcome  # it is known as far as it will be: it is not waited for any longer
-            outcome = await self._flights.join(flight, until)
+            outcome = await self._flights.join(session, flight, until)
             if until is not None and self._clock.now() >= until:
                 break
         return outcome
@@ -281,7 +214,6 @@ class Autosave:
             if timer is not None:
                 timer.cancel()
         self._timer = self._watch_timer = self._pause = None
-        self._flights.close()
 
     def in_flight(self) -> list[SessionCore]:
         """The sessions whose saves are under way."""
@@ -501,7 +433,7 @@ class Autosave:
         later = self._flights.asked.setdefault(session, flight)
         if later is not flight:  # somebody has asked meanwhile; all of them wait for the same save from now on
             later.error = error
-            later.waiters += flight.waiters
+            later.waiters |= flight.waiters
         if not self._saver.may_start() and self._table.state(session) in ("idle", "ending"):
             self._table.ask(session)  # nothing is tried by the clock now: be among the first when it is
         self.arm()

@@ -1,14 +1,17 @@
-"""Saves that somebody waits for, or that are under way. What lives here: who waits for which, and until when. What must
-not: when a save begins, or what becomes of its session.
+"""Saves that are under way, or that a caller waits for: who waits for which, and until when.
+
+A caller waits until its own deadline. If attempts fail meanwhile the next one counts, so at the deadline the caller is
+told that the save has not succeeded yet; the session stays due.
 """
 
 from __future__ import annotations
 
 import asyncio
 from contextvars import Context
+from functools import partial
 
 from .._core import SessionCore
-from ..clock import Clock, TimerHandle
+from ..clock import Clock
 from ..errors import SessionEndedError, StoreUnavailableError
 from ..options import SECOND
 from ..records import Receipt
@@ -17,10 +20,6 @@ __all__ = ["Flight", "Flights", "SaveOutcome"]
 
 SaveOutcome = Exception | Receipt | None
 """Of a save: what went wrong, or the receipt of the store, or None where a listener has saved."""
-
-PATIENCE_GRID = SECOND // 20
-"""Callers whose patience ends within the same fraction of a second are told together."""
-SHORTEST_DELAY = SECOND // 1000
 
 
 class Flight:
@@ -35,37 +34,23 @@ class Flight:
         self.outcome: SaveOutcome = None
         """As far as whoever waits will hear of it, even if the save is still under way."""
         self.started: int = 0
-        self.waiters: list[tuple[int | None, asyncio.Future[SaveOutcome]]] = []
-        """Each with the end of their patience."""
+        self.waiters: dict[asyncio.Future[SaveOutcome], None] = {}
+        """A future for each caller that waits."""
         self.error: Exception | None = None
         """Of the last attempt."""
 
     @property
     def has_waiters(self) -> bool:
-        return bool(self.waiters) and any(not future.done() for _, future in self.waiters)
+        """Whether any caller still waits; one that was cancelled just now does not."""
+        return any(not future.done() for future in self.waiters)
 
     def resolve(self, outcome: SaveOutcome) -> None:
         if not self.is_resolved:
             self.is_resolved, self.outcome = True, outcome
-            if self.waiters:
-                self._tell(self.waiters, outcome)
-                self.waiters = []
-
-    def lose_patience(self, now: int, patience: int) -> None:
-        """Tell those who have waited long enough; if nobody is left it is not waited for any longer."""
-        late = [waiter for waiter in self.waiters if waiter[0] is not None and waiter[0] <= now]
-        if late:
-            outcome = _out_of_patience(patience, self.error)
-            self._tell(late, outcome)
-            self.waiters = [waiter for waiter in self.waiters if waiter[0] is None or waiter[0] > now]
-            if not self.waiters:
-                self.resolve(outcome)
-
-    @staticmethod
-    def _tell(waiters: list[tuple[int | None, asyncio.Future[SaveOutcome]]], outcome: SaveOutcome) -> None:
-        for _, future in waiters:
-            if not future.done():
-                future.set_result(outcome)
+            waiters, self.waiters = self.waiters, {}
+            for future in waiters:
+                if not future.done():
+                    future.set_result(outcome)
 
 
 class Flights:
@@ -79,10 +64,6 @@ class Flights:
         self.under_way: dict[SessionCore, Flight] = {}
         self._clock = clock
         self._patience = patience
-        self._context = Context()
-        self._timer: TimerHandle | None = None
-        self._timer_time = 0
-        self._closed = False
 
     def ask(self, session: SessionCore) -> Flight:
         """The next save of a session; callers that come before it starts share it."""
@@ -113,44 +94,45 @@ class Flights:
         """Until when a caller who comes now waits while attempts fail; None if the first failure is the answer."""
         if self._patience is None:
             return None
-        return -(-(self._clock.now() + self._patience) // PATIENCE_GRID) * PATIENCE_GRID
+        return self._clock.now() + self._patience
 
-    def join(self, flight: Flight, until: int | None) -> asyncio.Future[SaveOutcome]:
-        """Another caller waits: for the outcome, or at the end of their patience its lack."""
+    async def join(self, session: SessionCore, flight: Flight, until: int | None) -> SaveOutcome:
+        """Another caller waits for a save: its outcome, or when the caller's patience ends the lack of one."""
+        if flight.is_resolved:
+            return flight.outcome
         future: asyncio.Future[SaveOutcome] = asyncio.get_running_loop().create_future()
-        flight.waiters.append((until, future))
+        flight.waiters[future] = None
+        timer = None
         if until is not None:
-            self._set_timer(until)
-        return future
+            lose_patience = partial(self._lose_patience, session, future)
+            timer = self._clock.call_later(max(0, until - self._clock.now()), lose_patience, Context())
+        try:
+            return await future
+        finally:
+            self._leave(session, future)
+            if timer is not None:
+                timer.cancel()
 
-    def _set_timer(self, when: int) -> None:
-        if self._closed or (self._timer is not None and self._timer_time <= when):
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_time = when
-        delay = max(when - self._clock.now(), SHORTEST_DELAY)
-        self._timer = self._clock.call_later(delay, self._lose_patience, self._context)
+    def _leave(self, session: SessionCore, future: asyncio.Future[SaveOutcome]) -> Flight | None:
+        """A caller waits no longer: the save that it waited for, if that is still to come to its end."""
+        for flights in (self.asked, self.under_way):
+            flight = flights.get(session)
+            if flight is not None and future in flight.waiters:
+                del flight.waiters[future]
+                return flight
+        return None
 
-    def _lose_patience(self) -> None:
-        """Tell callers who have waited long enough; their sessions stay due."""
-        self._timer = None
-        now = self._clock.now()
-        for flight in (*self.asked.values(), *self.under_way.values()):
-            flight.lose_patience(now, self._patience or 0)
-        for session in [session for session, flight in self.asked.items() if flight.is_resolved]:
-            del self.asked[session]
-        flights = (*self.asked.values(), *self.under_way.values())
-        next_time = min((until for flight in flights for until, _ in flight.waiters if until), default=None)
-        if next_time is not None:
-            self._set_timer(next_time)
-
-    def close(self) -> None:
-        """Stop the timer."""
-        self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _lose_patience(self, session: SessionCore, future: asyncio.Future[SaveOutcome]) -> None:
+        """A caller has waited long enough. A save that nobody is left to wait for is resolved; the session stays
+        due."""
+        flight = self._leave(session, future)
+        outcome = _out_of_patience(self._patience or 0, None if flight is None else flight.error)
+        if not future.done():
+            future.set_result(outcome)
+        if flight is not None and not flight.has_waiters:
+            flight.resolve(outcome)
+            if self.asked.get(session) is flight:
+                del self.asked[session]
 
 
 def _out_of_patience(patience: int, last: Exception | None) -> StoreUnavailableError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .._core import SessionTable
 from ..errors import StoreError, StoreUnavailableError
-from ..ownership.claims import Claims
+from ..ownership import Claims
 from ..process import Identity
 from ..stores import Claim
 from ..stores.contract import claims_of

@@ -16,8 +16,9 @@ from ..events.deadlocks import Kind, Wait, saves_inside, waiting_for, would_dead
 from ..events.reports import fresh
 from ..records import Receipt
 from ..wording import name_some
-from .autosave import Autosave, Saver
+from .autosave import Autosave
 from .in_flight import SaveOutcome
+from .saver import Saver
 
 __all__ = ["Requests"]
 

@@ -8,30 +8,31 @@ from __future__ import annotations
 
 import asyncio
 
-import orjson
-
-from .._core import SessionCore, SessionTable, is_plain
-from ..data.sanitizer import Sanitizer
-from ..errors import ListenerCancelledError, NothingSavesError, UnsavableError
+from .._core import SessionCore, SessionTable
+from ..data import Encoding, Sanitizer
+from ..errors import ListenerCancelledError, NothingSavesError
+from ..events import Listeners, listener_error
 from ..events.deadlocks import Kind, Wait, listening
-from ..events.listeners import Listeners, listener_error
 from .autosave import Autosave
+from .saver import Saver
 from .workers import Worker
 
-__all__ = ["ListenerSaver", "plain_bytes"]
+__all__ = ["ListenerSaver"]
 
 
-class ListenerSaver:
+class ListenerSaver(Saver):
     """Has the program save, one session at a time."""
 
+    is_store = False
     one_at_a_time = False
     patience: int | None = None
-    unchanged = 0
-    fenced = 0
 
-    def __init__(self, table: SessionTable, listeners: Listeners, sanitizer: Sanitizer | None) -> None:
+    def __init__(
+        self, table: SessionTable, listeners: Listeners, encoding: Encoding, sanitizer: Sanitizer | None
+    ) -> None:
         self._table = table
         self._listeners = listeners
+        self._encoding = encoding
         self._sanitizer = sanitizer
         self._saved: dict[SessionCore, bytes | None] = {}
         """Sessions that were saved while they were being ended: the data, or None where changes cannot be seen."""
@@ -50,24 +51,15 @@ class ListenerSaver:
                 "that writes session.user_data to your database"
             )
 
-    def may_start(self) -> bool:
-        return True
-
-    def outage(self) -> None:
-        return None
-
     def serves_periodic(self) -> bool:
         return self.can_save()
-
-    def refusal(self, session: SessionCore) -> UnsavableError | None:
-        return None  # only the listeners know
 
     def is_saved(self, session: SessionCore) -> bool:
         """Whether a session was saved since its end began, and its data has not changed since."""
         if session not in self._saved:
             return False
         saved = self._saved[session]
-        return saved is None or saved == plain_bytes(session.user_data)
+        return saved is None or saved == self._encoding.try_dump(session.user_data)
 
     def forget_unseen(self, session: SessionCore) -> None:
         if self._saved.get(session) is None:
@@ -75,9 +67,6 @@ class ListenerSaver:
 
     def forget(self, session: SessionCore) -> None:
         self._saved.pop(session, None)
-
-    def close(self) -> None:
-        pass
 
     async def serve(self, worker: Worker) -> bool:
         autosave = self._autosave
@@ -87,7 +76,7 @@ class ListenerSaver:
             return False
         session, version, flight = taken
         is_ending = self._table.is_ending(session)
-        data = plain_bytes(session.user_data) if is_ending else None
+        data = self._encoding.try_dump(session.user_data) if is_ending else None
         self._saved.pop(session, None)
         error: Exception | None = ListenerCancelledError("the event loop was shut down during the save")
         try:
@@ -118,13 +107,3 @@ class ListenerSaver:
             errors.append(ListenerCancelledError("a listener was removed while the save was under way"))
         if errors:
             raise listener_error("persist_user_data", errors)
-
-
-def plain_bytes(data: object) -> bytes | None:
-    """Bytes that change when the data does; None for data that is not JSON, whose changes cannot be seen."""
-    if not is_plain(data):
-        return None  # a serialiser may call different values equal, or crash on them
-    try:
-        return orjson.dumps(data)
-    except TypeError:  # a lone surrogate, or an int of more than 64 bits
-        return None

@@ -17,13 +17,12 @@ from functools import partial
 
 from .._core import SaveBatch, SaveBatches, SessionCore, SessionTable
 from ..clock import Clock, TimerHandle
-from ..data.encoding import Encoding
-from ..data.sanitizer import Sanitizer
+from ..data import Encoding, Sanitizer
 from ..errors import EncodingError, ListenerCancelledError, StoreUnavailableError, UnsavableError
 from ..events.reports import Reports
 from ..loop import Loop
 from ..options import Options
-from ..ownership.claims import Claims
+from ..ownership import Claims
 from ..process import Identity
 from ..stores import Outcome, Record, Verdict
 from ..stores.link import StoreLink
@@ -33,6 +32,7 @@ from .autosave import Autosave
 from .in_flight import Flight
 from .pacing import Pacing
 from .reclaiming import Reclaiming
+from .saver import Saver
 from .verdicts import Lost, Row, Settlement
 from .workers import Worker
 from .writing import MOST_ROWS, Hanging, Writer
@@ -46,9 +46,10 @@ BYTES_AT_ONCE = 64 * 1024
 ROWS_DOUBTED_AT_ONCE = 4096
 
 
-class StoreSaver:
+class StoreSaver(Saver):
     """Saves to one store."""
 
+    is_store = True
     one_at_a_time = True
 
     def __init__(
@@ -133,34 +134,47 @@ class StoreSaver:
                 known.add(fixed)
         return frozenset(known)
 
+    def has_to_release(self, session: SessionCore) -> bool:
+        return (
+            self._link.store.shared
+            and session.user_id is not None
+            and not self._table.is_released(session)
+            and not self._table.is_lost(session)
+        )
+
+    async def release(self, session: SessionCore) -> None:
+        assert session.user_id is not None
+        await self._claims.release(session.user_id, self._table.epoch(session))
+
     def forget(self, session: SessionCore) -> None:
-        """A session is gone."""
         self._settlement.forget(session)
+        if session.user_id is not None:
+            self._claims.see_end(session.user_id)
 
     @property
-    def fenced(self) -> int:
-        """How many sessions have lost their users to others."""
+    def fenced(self) -> int:  # type: ignore[override]
         return self._settlement.fenced
 
     @property
-    def unsavable(self) -> Collection[SessionCore]:
-        """Sessions whose data cannot be saved as it is."""
+    def unsavable(self) -> Collection[SessionCore]:  # type: ignore[override]
         return self._settlement.unsavable
 
-    def close(self) -> None:
-        """Stop all timers."""
+    def drain(self, draining: bool) -> None:
+        self._claims.drain(draining)
+
+    async def close(self, until: int) -> None:
         self._pacing.close()
         if self._doubt_timer is not None:
             self._doubt_timer.cancel()
             self._doubt_timer = None
+        await self._claims.settle(until)
+        await self._link.close()
+        self._claims.close()
 
     # What may be done now
 
     def can_save(self) -> bool:
         return True
-
-    def require(self) -> None:
-        pass
 
     def outage(self) -> StoreUnavailableError | None:
         return StoreUnavailableError(f"{self._link.name} is down") if self._link.down else None
@@ -379,9 +393,6 @@ class StoreSaver:
             if inspect.iscoroutine(result):
                 result.close()
             raise EncodingError("before_save returned something to await; it has to be done when it returns")
-
-    def forget_unseen(self, session: SessionCore) -> None:
-        pass  # the digest of any data can be compared
 
     def is_saved(self, session: SessionCore) -> bool:
         """Whether the store is known to have the data of a session as it is now."""

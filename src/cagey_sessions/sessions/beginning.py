@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .._core import SessionCore, check_user_id
 from ..errors import ListenerError, ManagerClosedError, StoreModeError
-from ..events.listeners import listener_error
+from ..events import listener_error
 from ..options import yes_or_no
 from ..records import EndReason
 from .ending import Ending, Endings
@@ -66,7 +66,7 @@ class Beginnings:
         try:
             await endings.end(older, True, EndReason.REPLACED)
         except ListenerError as error:
-            if server.link is None or older.alive:
+            if not server.saver.is_store or older.alive:
                 raise
             # it is saved and has ended, and its listeners are no concern of the newer session
             server.reports.error(error, older)
@@ -85,7 +85,7 @@ class Beginnings:
         server = self._server
         server.enter()
         server.refuse_if_ending(session)
-        if server.link is not None:
+        if server.saver.is_store:
             raise StoreModeError(
                 "this manager has a store: `await session.login(user_id, default=...)` loads the user's data and "
                 "identifies in one step"

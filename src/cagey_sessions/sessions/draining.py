@@ -114,8 +114,7 @@ class _Attempt:
         if server.sanitizer is not None:
             server.sanitizer.look_at_all_ended()
         server.autosave.drain()
-        if server.claims is not None:
-            server.claims.drain(True)
+        server.saver.drain(True)
         # in a context of its own: a listener that calls for the end of everybody is not waited for by it
         self._task = server.loop.spawn(self._run(deadline), "drain", Context())
         self._task.add_done_callback(self._see_stopped)
@@ -153,11 +152,7 @@ class _Attempt:
         server.autosave.close()
         if server.sanitizer is not None:
             server.sanitizer.look_at_all_ended()
-        server.saver.close()
-        if server.link is not None and server.claims is not None:
-            await server.claims.settle(server.clock.now() + AFTER_DEADLINE)
-            await server.link.close()
-            server.claims.close()
+        await server.saver.close(server.clock.now() + AFTER_DEADLINE)
         self._spilling.close()
         server.close()
         self.outcome.set_result(self.report())
@@ -170,8 +165,7 @@ class _Attempt:
             self._sweep.cancel()
         self._endings.drain = None
         self._server.autosave.drain(False)
-        if self._server.claims is not None:
-            self._server.claims.drain(False)
+        self._server.saver.drain(False)
         self.outcome.cancel()
 
     async def _wait_quiet(self, limit: int) -> bool:

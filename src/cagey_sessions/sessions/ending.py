@@ -25,8 +25,8 @@ from ..errors import (
     UserErasedError,
     WouldDeadlockError,
 )
+from ..events import listener_error
 from ..events.deadlocks import Kind, Wait, listening, waiting_for, would_deadlock
-from ..events.listeners import listener_error
 from ..events.reports import drop_tracebacks, fresh
 from ..options import yes_or_no
 from ..records import EndReason, UnsavedUser
@@ -133,7 +133,6 @@ class Endings:
         self._saver = server.saver
         self._listeners = server.listeners
         self._reports = server.reports
-        self._link = server.link
         self.under_way: dict[SessionCore, Ending] = {}
         self.at_work: int = 0
         """How many have a task that does not wait for a listener of ``before_destroy``."""
@@ -164,7 +163,7 @@ class Endings:
         save then, one under way keeps what was asked of it.
         """
         self._server.enter()
-        if persist is None and self._link is not None:
+        if persist is None and self._saver.is_store:
             persist = True
         elif persist is not None:
             yes_or_no("persist", persist)
@@ -217,7 +216,7 @@ class Endings:
             self._listeners.is_heard("before_destroy", session)
             or self._listeners.is_heard("destroy", session)
             or self._table.state(session) not in ("none", "idle", "due")
-            or self._is_to_be_released(session)
+            or self._saver.has_to_release(session)
         ):
             return False
         self._table.begin_end(session)
@@ -296,28 +295,6 @@ class Endings:
         if ending.parked:
             self.resume(session, ending)
 
-    # Releases
-
-    def _is_to_be_released(self, session: SessionCore) -> bool:
-        """Whether other processes wait for this one to let go of the user."""
-        return (
-            self._link is not None
-            and self._link.store.shared
-            and session.user_id is not None
-            and not self._table.is_released(session)
-            and not self._table.is_lost(session)
-        )
-
-    async def _release(self, session: SessionCore) -> None:
-        """Let go of a user whom no save lets go of."""
-        assert session.user_id is not None and self._server.claims is not None
-        if self._gave_up():
-            return  # other nodes wait until this one is dead
-        try:
-            await self._server.claims.release(session.user_id, self._table.epoch(session))
-        except Exception as error:
-            self._reports.error(error, session)
-
     # The steps of an end
 
     async def _end(self, session: SessionCore, ending: Ending) -> None:
@@ -346,7 +323,7 @@ class Endings:
                 ending.reason = EndReason.UNSAVED
         elif isinstance(outcome, Exception) and ending.reason not in _LOSSES:
             self._reports.error(outcome, session)
-        if self._is_to_be_released(session):
+        if self._saver.has_to_release(session):
             await self._release(session)
         if self.under_way.get(session) is not ending:
             return
@@ -367,6 +344,15 @@ class Endings:
             self.at_work += 1
             self._look()
 
+    async def _release(self, session: SessionCore) -> None:
+        """Let go of a user whom no save lets go of."""
+        if self._gave_up():
+            return  # other nodes wait until this one is dead
+        try:
+            await self._saver.release(session)
+        except Exception as error:
+            self._reports.error(error, session)
+
     def _is_hopeless(self, error: Exception) -> bool:
         """Whether a last save that has failed is not worth another attempt."""
         return self._gave_up() or (self.drain is not None and isinstance(error, UnsavableError))
@@ -374,7 +360,7 @@ class Endings:
     async def _save_last(self, session: SessionCore, ending: Ending, until: int | None) -> Exception | None:
         """Save a session that is being ended, again while its data changes meanwhile: what went wrong, if anything."""
         for _ in range(MOST_LAST_SAVES):
-            if not self._is_to_be_released(session) and self._saver.is_saved(session):
+            if not self._saver.has_to_release(session) and self._saver.is_saved(session):
                 return None
             if self._gave_up():
                 return ending.last_error or self._autosave.gave_up
@@ -411,7 +397,7 @@ class Endings:
     def _tell_of_parking(self, session: SessionCore, ending: Ending, error: Exception) -> Exception:
         """What a caller hears of a last save that failed."""
         note = "the session is hidden and keeps its user; its last save is tried again until it succeeds"
-        if self._link is None:
+        if not self._saver.is_store:
             parts = error.exceptions if isinstance(error, ListenerError) else [error]
             failed = listener_error("persist_user_data", [*ending.errors, *parts])
             failed.add_note(note)
@@ -441,7 +427,7 @@ class Endings:
         ending.move(Stage.ENDED)
         self._let_go(session, ending.reason)
         error: Exception | None = listener_error("destroy", ending.errors) if ending.errors else None
-        if ending.reason is EndReason.UNSAVED and ending.last_error is not None and self._link is None:
+        if ending.reason is EndReason.UNSAVED and ending.last_error is not None and not self._saver.is_store:
             error = ListenerError(
                 "the last save had not succeeded when the manager's deadline passed",
                 [ending.last_error, *ending.errors],
@@ -460,8 +446,6 @@ class Endings:
 
     def _let_go(self, session: SessionCore, reason: EndReason) -> None:
         """The very end: the handle is dead from here on."""
-        if session.user_id is not None and self._server.claims is not None:
-            self._server.claims.see_end(session.user_id)
         if session._listeners is not None:
             session._listeners.clear()
         if self._server.sanitizer is not None:

@@ -6,7 +6,7 @@ import time
 
 from .._core import SessionCore
 from ..errors import UnsavableError
-from ..files.spill import SpillEntry
+from ..files import SpillEntry
 from ..records import SnapshotEntry
 from .server import Server
 

@@ -10,7 +10,7 @@ from itertools import islice
 from ..errors import StoreError
 from ..options import SECOND
 from ..records import Health, Statistics
-from ..saving.to_store import MOST_ROWS
+from ..saving import MOST_ROWS
 from ..wording import MOST_NAMED, name_some
 from .ending import Endings
 from .server import Server
@@ -35,10 +35,10 @@ def statistics(server: Server, endings: Endings) -> Statistics:
         overdue=server.autosave.overdue()[0],
         oldest_unsaved=None if oldest is None else server.autosave.age(oldest),
         saved=counters.saved,
-        unchanged=0 if server.store_saver is None else server.store_saver.unchanged + counters.skipped,
+        unchanged=server.saver.unchanged + counters.skipped,
         failed=counters.failed,
-        fenced=0 if server.store_saver is None else server.store_saver.fenced,
-        unsavable=0 if server.store_saver is None else len(server.store_saver.unsavable),
+        fenced=server.saver.fenced,
+        unsavable=len(server.saver.unsavable),
         store=None if server.link is None else server.link.name,
         store_up=server.link is None or not server.link.down,
         store_latency=0.0 if server.link is None else server.link.latency,
@@ -80,8 +80,8 @@ def _troubles(server: Server, endings: Endings, found: Statistics) -> Iterator[s
         yield f"the oldest unsaved state is {found.oldest_unsaved:.1f} s old"
     if found.overdue:
         yield f"saves that take longer than the interval: {found.overdue}"
-    if server.store_saver is not None and found.unsavable:
-        some = [session.user_id for session in islice(server.store_saver.unsavable, MOST_NAMED + 1)]
+    if found.unsavable:
+        some = [session.user_id for session in islice(server.saver.unsavable, MOST_NAMED + 1)]
         names = name_some([user_id for user_id in some if user_id is not None])
         yield f"users whose data cannot be saved as it is: {found.unsavable} ({names})"
     if endings.drain is not None:

@@ -22,7 +22,7 @@ from ..errors import (
     UserNotFoundError,
 )
 from ..options import SECOND, one_of
-from ..ownership.claims import Claims
+from ..ownership import Claims
 from ..stores import Claim, Record
 from ..stores.link import StoreLink
 from ..user_code import END_OF_PROCESS
@@ -132,7 +132,6 @@ class Loading:
     async def load(self, user_id: int | str, default: Any) -> Loaded:
         """Claim a user and read or make their data. If that fails, the user is let go of."""
         claims, link = self.claims, self.require_store()
-        await claims.outlast(user_id)
         losses = link.losses
         claim = await claims.claim(user_id)
         try:

@@ -5,6 +5,7 @@ forgotten. What must not: anything a session does by itself.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, cast, ov
 
 from .._core import ManagerCore, SessionCall, direct
 from ..clock import Clock, SystemClock
-from ..data.encoding import MAX_BYTES, Encoding
+from ..data import MAX_BYTES, Encoding
 from ..errors import OptionError, UnknownEventError, UnsavableError
-from ..events.listeners import MANAGER_EVENTS, Listener, ManagerEvent
-from ..files.spill import Spill
+from ..events import Listener, ManagerEvent
+from ..files import Spill
 from ..options import PERSIST_EVENTS, Duration, known_event, lacks, parse_duration, read_options, suggest, yes_or_no
 from ..records import DrainReport, EndReason, Health, SnapshotReport, SpillReport, Statistics
 from ..stores import Store
@@ -149,9 +150,8 @@ class SessionManager(ManagerCore, Generic[T]):
             for name, value in codec.items():
                 if value is not None:
                     raise OptionError(f"{name} needs a store; without one the program turns its data into bytes itself")
-        encoding = Encoding(
-            encode, decode, 0 if schema is None else schema, MAX_BYTES if max_bytes is None else max_bytes
-        )
+        most = max_bytes if max_bytes is not None else MAX_BYTES if store is not None else sys.maxsize
+        encoding = Encoding(encode, decode, 0 if schema is None else schema, most)
         if spill is not None and store is None:
             raise OptionError("spill needs a store; without one, a listener of 'persist_user_data' does the saving")
         checked = read_options(
@@ -354,7 +354,7 @@ class SessionManager(ManagerCore, Generic[T]):
         changes. O(users), in slices.
         """
         longest = parse_duration(deadline, "deadline", shortest=0)
-        persist = self._server.link is not None if persist is None else yes_or_no("persist", persist)
+        persist = self._server.saver.is_store if persist is None else yes_or_no("persist", persist)
         report = await self._draining.drain(persist, longest)
         if self._server.closed:
             self._server.warning.detach()
@@ -506,7 +506,7 @@ class SessionManager(ManagerCore, Generic[T]):
 
     def _add(self, name: ManagerEvent, listener: Listener, *, once: bool) -> Listener:
         self._server.table.require_thread()
-        if known_event(name, MANAGER_EVENTS) == "persist_user_data" and self._server.link is not None:
+        if type(name) is str and name == "persist_user_data" and self._server.saver.is_store:
             raise UnknownEventError(
                 "a manager with a store saves by itself and emits no 'persist_user_data'; to copy live state into the "
                 "data right before it is saved, give SessionManager a function before_save="

@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from .._core import Counters, SessionCore, SessionTable
 from ..clock import Clock
-from ..data.encoding import Encoding
-from ..data.sanitizer import Sanitizer
-from ..errors import SessionEndedError, WrongLoopError
-from ..events.listeners import MANAGER_EVENTS, Listeners
+from ..data import Encoding, Sanitizer
+from ..errors import FencedError, SessionEndedError, UserErasedError, WrongLoopError
+from ..events import Listeners
 from ..events.reports import Reports, say
-from ..files.spill import Spill
+from ..files import Spill
 from ..loop import Loop
 from ..options import Options
-from ..ownership.claims import Claims
+from ..ownership import Claims
 from ..process import Identity, at_exit, is_forked_worker
-from ..saving.autosave import Autosave, Saver, Settled
-from ..saving.requests import Requests
-from ..saving.to_listeners import ListenerSaver, plain_bytes
-from ..saving.to_store import StoreSaver
-from ..saving.verdicts import Lost
+from ..saving import Autosave, ListenerSaver, Requests, Saver, StoreSaver
 from ..stores import Store
 from ..stores.link import StoreLink
 from ..threads import in_thread
@@ -46,8 +42,8 @@ class Server:
     """The parts of one manager. Saves go to `store`, if there is one, as `encoding` writes them; to listeners
     otherwise.
 
-    `host` is what sessions know as theirs. `on_lost` and `on_settled` are told of losses and of saves; see `Lost` and
-    `Settled`.
+    `host` is what sessions know as theirs. `on_lost` is told that a session has lost its user, and `on_settled` that a
+    save of an ending session is over, and with what error.
     """
 
     def __init__(
@@ -59,8 +55,8 @@ class Server:
         store: Store | None,
         encoding: Encoding,
         spill: Spill | None,
-        on_lost: Lost,
-        on_settled: Settled,
+        on_lost: Callable[[SessionCore, FencedError | UserErasedError], None],
+        on_settled: Callable[[SessionCore, Exception | None], None],
     ) -> None:
         self.options = options
         self.clock = clock
@@ -71,16 +67,15 @@ class Server:
         self.table: SessionTable = SessionTable(session_type, host, stored=store is not None)
         self.sanitizer: Sanitizer | None = None
         if options.debug:
-            fingerprint = plain_bytes if store is None else encoding.try_dump
-            self.sanitizer = Sanitizer(self.table, encoding, fingerprint, self._report)
-        self.listeners: Listeners = Listeners(MANAGER_EVENTS, self.sanitizer, self.table.hear)
+            self.sanitizer = Sanitizer(self.table, encoding, self._report)
+        self.listeners: Listeners = Listeners.of_manager(self.sanitizer, self.table.hear)
         self.reports: Reports = Reports(options.log, self.listeners, self.loop.spawn)
         self.link: StoreLink | None = None
         self.claims: Claims | None = None
         self.store_saver: StoreSaver | None = None
         self.saver: Saver
         if store is None:
-            self.saver = ListenerSaver(self.table, self.listeners, self.sanitizer)
+            self.saver = ListenerSaver(self.table, self.listeners, encoding, self.sanitizer)
         else:
             link = self.link = StoreLink(
                 store,
@@ -138,8 +133,7 @@ class Server:
         self.table.reseed(self.identity.random.getrandbits(64))
         self.table.bind_thread()
         self.table.bind_loop(loop)
-        if self.store_saver is not None:
-            self.store_saver.begin()
+        self.saver.begin()
         if is_forked_worker():
             at_exit(self.warning)
 

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
 
 from .._core import SessionCore, direct
-from ..events.listeners import SESSION_EVENTS, Listener, Listeners, SessionEvent
+from ..events import Listener, Listeners, SessionEvent
 from ..records import EndReason, Receipt
 from .ending import Endings
 from .loading import NO_DEFAULT
@@ -165,7 +165,7 @@ class Session(SessionCore, Generic[T]):
         if self._listeners is not None:
             self._listeners.remove(name, listener)
         else:
-            Listeners(SESSION_EVENTS).remove(name, listener)
+            Listeners.of_session().remove(name, listener)
 
     def _add(self, name: SessionEvent, listener: Listener, *, once: bool) -> Listener:
         self._own_listeners().add(name, listener, once=once)
@@ -175,5 +175,5 @@ class Session(SessionCore, Generic[T]):
         self._require_alive()
         listeners: Listeners | None = self._listeners
         if listeners is None:
-            listeners = self._listeners = Listeners(SESSION_EVENTS, self._host._server.sanitizer)
+            listeners = self._listeners = Listeners.of_session(self._host._server.sanitizer)
         return listeners

@@ -20,10 +20,10 @@ from ..errors import (
     StoreUnavailableError,
     UnsavableError,
 )
-from ..files.spill import Plan
-from ..ownership.claims import CLAIM_CALLS, CLAIMS_IN_A_CALL, Claims
+from ..files import Plan
+from ..ownership import CLAIMED_AT_A_TIME, Claims
 from ..process import at_exit
-from ..saving.to_store import MOST_BYTES, MOST_ROWS
+from ..saving import MOST_BYTES, MOST_ROWS
 from ..stores import Claim, Outcome, Verdict
 from ..stores.contract import verdicts_of
 from ..stores.link import StoreLink
@@ -35,7 +35,7 @@ from .server import Server
 
 __all__ = ["Spilling"]
 
-REPLAYED_AT_A_TIME = CLAIMS_IN_A_CALL * CLAIM_CALLS
+REPLAYED_AT_A_TIME = CLAIMED_AT_A_TIME
 
 
 class Spilling:

@@ -202,11 +202,7 @@ class Users:
                 await link.persistently(lambda _: link.ask(link.store.load, user_id))  # is it there at all?
                 await self._end_erased(user_id)
 
-            async def erase(_: int) -> bool:
-                await self._loading.claims.outlast(user_id)
-                return await link.erase(user_id, server.owner).answer()
-
-            erased = await link.persistently(erase)
+            erased = await link.persistently(lambda _: link.erase(user_id, server.owner))
             await self._end_erased(user_id)
             if server.spill is not None and server.spill.drop(user_id):
                 await self._spilling.write_spill()

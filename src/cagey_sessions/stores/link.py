@@ -20,6 +20,7 @@ from ..loop import Loop
 from ..options import SECOND
 from ..process import Identity
 from ..user_code import END_OF_PROCESS, is_for_this_task
+from ..wording import quote
 from . import Record, Store, Verdict
 
 __all__ = ["FIRST_RETRY", "LONGEST_RETRY", "Call", "CallTimedOutError", "StoreLink"]
@@ -121,7 +122,7 @@ class StoreLink:
         self._prepare = prepare
         self._opening: asyncio.Task[None] | None = None
         self._calls: dict[asyncio.Task[Any], None] = {}  # in the order in which they began
-        self.writes: dict[int | str, asyncio.Task[Any]] = {}
+        self._writes: dict[int | str, asyncio.Task[Any]] = {}
         """The writes and erasures under way by user, where the store fences off nothing that comes late."""
         self._last_success = -1
         self._failing: list[frozenset[int | str]] = []
@@ -266,22 +267,34 @@ class StoreLink:
         self._remember(call.task, user_ids)
         return call
 
-    def erase(self, user_id: int | str, owner: str) -> Call[bool]:
-        """Begin a call of `Store.erase`, and know of it as of a write."""
+    async def erase(self, user_id: int | str, owner: str) -> bool:
+        """Call `Store.erase`, and know of it as of a write."""
+        await self.outlast(user_id)
         call = self.start((user_id,), self.store.erase, user_id, owner)
         self._remember(call.task, [user_id])
-        return call
+        return await call.answer()
+
+    async def outlast(self, user_id: int | str) -> None:
+        """Where nothing fences off a late write, wait for the end of any before the user is claimed or erased.
+
+        Raises `StoreUnavailableError` if it has not come within the deadline of a call.
+        """
+        while (write := self._writes.get(user_id)) is not None and not write.done():
+            if not await self.loop.wait(write, self.timeout):
+                raise StoreUnavailableError(
+                    f"an earlier write of user {quote(user_id)} has not returned, and would land on top of what follows"
+                )
 
     def _remember(self, task: asyncio.Task[Any], user_ids: list[int | str]) -> None:
         if self.store.fenced:
             return
         for user_id in user_ids:
-            self.writes[user_id] = task
+            self._writes[user_id] = task
 
         def forget(_: object) -> None:
             for user_id in user_ids:
-                if self.writes.get(user_id) is task:
-                    del self.writes[user_id]
+                if self._writes.get(user_id) is task:
+                    del self._writes[user_id]
 
         task.add_done_callback(forget)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..errors import OptionError
 from ..options import SECOND
-from ..sessions.manager import SessionManager
+from ..sessions import SessionManager
 from ..stores import Outcome
 from ..wording import quote
 from .store import MILLISECOND

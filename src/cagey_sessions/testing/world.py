@@ -16,9 +16,7 @@ from ..clock import Clock
 from ..errors import UsageError
 from ..options import SECOND, Duration, parse_duration
 from ..records import DrainReport
-from ..sessions.loading import NO_DEFAULT
-from ..sessions.manager import SessionManager
-from ..sessions.session import Session
+from ..sessions import NO_DEFAULT, Session, SessionManager
 from ..stores import Record, Store
 from ..stores.memory import Row
 from ..wording import quote

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from .._core import check_user_id, decode_plain
-from ..data.encoding import LAST_SCHEMA, Encoding
+from ..data import LAST_SCHEMA, Encoding
 from ..errors import InvalidUserIdError, OptionError, OwnedElsewhereError, SnapshotError, StoreError
 from ..files.format import CHUNK, NewFile
 from ..options import suggest
