@@ -100,6 +100,7 @@ def encode(faulty: Faulty) -> dict[str, Any]:
 HOOKS = {"before_save": before_save, "encode": encode}
 
 
+@pytest.mark.guarantee("I10")
 @pytest.mark.parametrize("tracking", ["content", "marked"])
 @pytest.mark.parametrize("hook", HOOKS)
 async def test_a_hook_of_one_user_stops_no_save_of_another(hook, tracking, raised, clock, tmp_path):
@@ -346,6 +347,7 @@ async def test_a_log_that_raises_stops_nothing(raised, clock, store):
 # Functions and stores of the program's
 
 
+@pytest.mark.guarantee("I10")
 @pytest.mark.parametrize("kind", ["sync", "async"])
 async def test_a_load_that_raises_for_one_user_stops_no_login_of_another(kind, raised, clock):
     faulty = Faulty(raised)

@@ -35,6 +35,7 @@ from support.cluster import Cluster, spill_gold
 ENTRY = SpillEntry("ann", None, 3, "node", 0, 0, b"{}", 0.0, bytes(16), frozenset())
 
 
+@pytest.mark.guarantee("I17")
 async def test_damaged_lines_are_kept_byte_for_byte_and_reported(cluster):
     await spill_gold(cluster, bob=5)
     lines = cluster.path.read_bytes().splitlines()

@@ -154,6 +154,7 @@ class Node:
         return [(entry.user_id, orjson.loads(entry.body)) for entry in found.entries]
 
 
+@pytest.mark.guarantee("I31")
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 async def test_nothing_newer_is_overwritten_and_nothing_spilled_is_lost(clock, tmp_path, seed):

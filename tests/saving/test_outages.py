@@ -16,6 +16,7 @@ from support import SECOND, ScriptedStore, add_users, changed, end, let_time_pas
 OUTAGE_USERS = 3000
 
 
+@pytest.mark.guarantee("I3")
 async def test_destroy_while_the_store_is_down_keeps_the_session_hidden_until_it_is_saved(clock, store, manager):
     session = await changed(manager)
     events = []
@@ -340,6 +341,7 @@ async def test_rows_that_are_refused_one_at_a_time_are_no_outage_while_others_ar
     await end(clock, manager)
 
 
+@pytest.mark.guarantee("I32")
 async def test_after_an_outage_everybody_is_saved_within_an_interval_and_never_in_a_herd(clock):
     """40 s without a store, interval 30 s: memory grows by marks; then at most 1.5 x users / interval in any second."""
     interval = 30

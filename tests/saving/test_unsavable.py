@@ -12,7 +12,6 @@ from support import changed, end, let_time_pass
 
 
 async def test_unsavable_data_is_told_once_and_costs_nobody_else_anything(clock, store, manager):
-    """Cases 12 and 66."""
     heard = []
     manager.on("unsavable", lambda session, error: heard.append((session, error.path)))
     sessions = [await changed(manager, number) for number in range(20)]

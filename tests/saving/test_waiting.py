@@ -58,8 +58,8 @@ async def test_a_save_asked_for_during_a_save_waits_for_a_later_one(make_manager
     await manager.destroy()
 
 
+@pytest.mark.fault("A change made before the call, while an earlier save was under way, was not covered.")
 async def test_a_save_of_everybody_is_a_save_of_what_everybody_has_now(make_manager, db, clock):
-    """Seen in the demo: a change made before the call, during a save that had begun before it, was not covered."""
     manager = make_manager(interval=None, max_in_flight=2)
     sessions = [await add_user(manager, user_id) for user_id in range(6)]
     db.delay = "50ms"

@@ -1,4 +1,4 @@
-"""Case 65: cancelling a public await, wherever it can be cancelled, cuts no save and leaves nothing half done."""
+"""Cancelling a public await, wherever it can be cancelled, cuts no save and leaves nothing half done."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ CALLS = {
 }
 
 
+@pytest.mark.guarantee("I14")
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("slow", [False, True])
 async def test_cancelled_at_every_await(make_manager, db, clock, call, slow):
@@ -199,8 +200,9 @@ def test_a_loop_that_ends_in_the_middle_of_a_save_is_quiet_also_with_a_listener_
     assert "destroyed but it is pending" not in err
 
 
+@pytest.mark.guarantee("I14")
 async def test_cancelling_callers_cancels_no_call_of_the_store(clock, store, manager):
-    """Case 79: a thousand callers who lose patience; the saves go on."""
+    """A thousand callers who lose patience; the saves go on."""
     session = await changed(manager)
     store.delay = "10ms"
     for number in range(50):

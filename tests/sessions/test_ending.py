@@ -37,6 +37,7 @@ async def test_data_can_be_read_until_the_destroy_listeners_are_done_and_not_aft
     await manager.destroy()
 
 
+@pytest.mark.guarantee("I11")
 async def test_a_dead_handle_never_swallows_a_write(make_manager):
     manager = make_manager()
     session = await add_user(manager, 1)

@@ -156,6 +156,7 @@ async def test_logins_of_one_user_at_once_end_with_one_session(clock, store, man
     await end(clock, manager)
 
 
+@pytest.mark.guarantee("I8")
 async def test_nothing_is_there_to_save_before_the_load_has_finished(clock, store, manager):
     store.put(1, b'{"gold":9}')
     before = store.backing.rows[1].record
@@ -358,6 +359,7 @@ async def test_a_live_user_whose_row_turns_out_damaged_is_saved_when_it_is_mende
     await end(clock, manager)
 
 
+@pytest.mark.guarantee("I6")
 async def test_bad_input_changes_nothing(clock, store, manager):
     session = await manager.create()
     calls = [

@@ -135,6 +135,7 @@ def test_signal_handlers_are_left_alone():
     assert done.stdout == "['mine'] True\n"
 
 
+@pytest.mark.guarantee("I28")
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork on Windows")
 def test_a_forked_child_can_neither_use_nor_warn_about_the_manager():
     done = python(
@@ -212,6 +213,7 @@ def test_a_listener_that_ends_the_process_can():
     assert "unsaved users: 3" in done.stderr
 
 
+@pytest.mark.guarantee("I26")
 @pytest.mark.slow
 def test_twenty_thousand_calls_leave_nothing_behind():
     done = python(

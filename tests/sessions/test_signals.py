@@ -67,6 +67,7 @@ def script(request: pytest.FixtureRequest) -> Any:
     return run
 
 
+@pytest.mark.guarantee("I22")
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
 def test_a_signal_saves_everybody_and_ends_with_0(script, number):
     done = script(
@@ -112,6 +113,7 @@ def test_a_signal_in_the_middle_of_saves(script):
     assert done.stdout == "{-1} 200\n"
 
 
+@pytest.mark.guarantee("I22")
 @pytest.mark.parametrize(("store", "deadline"), [("Dead", "0s"), ("Dead", "1s"), ("Slow", "500ms")])
 def test_a_store_that_does_not_take_it_in_time_ends_with_1_and_names_who(script, store, deadline):
     done = script(
@@ -155,6 +157,7 @@ def test_a_slow_store_with_time_enough_ends_with_0(script):
     assert done.stdout == "500\n"
 
 
+@pytest.mark.guarantee("I22")
 @pytest.mark.parametrize("second", ["SIGTERM", "SIGINT"])
 def test_a_second_signal_is_logged_and_aborts_nothing(script, second):
     done = script(

@@ -425,6 +425,7 @@ def test_a_file_cut_at_any_byte(tmp_path):
         assert len(found.entries) == max(0, data[: length + 1].count(b"\n") - 1) or found.complete
 
 
+@pytest.mark.guarantee("I17")
 def test_a_file_with_any_bit_flipped(tmp_path):
     data = written(tmp_path / "all")
     for place in range(len(data)):
@@ -502,6 +503,7 @@ def test_a_line_with_a_right_checksum_and_a_wrong_content_is_set_aside(tmp_path,
     assert [(bad.line, bad.raw) for bad in found.damaged] == [(3, line(content))]
 
 
+@pytest.mark.guarantee("I30")
 def test_a_newer_format_is_refused_by_name(tmp_path):
     data = written(tmp_path / "all")
     lines = data.splitlines()
@@ -531,6 +533,7 @@ def test_a_file_that_is_not_there_or_is_a_folder(tmp_path):
         read_snapshot(tmp_path)
 
 
+@pytest.mark.guarantee("I30")
 def test_the_golden_file_of_format_1(tmp_path):
     assert written(tmp_path / "all") == GOLDEN.read_bytes(), "what is written has changed: that is a new format"
     found = read_snapshot(GOLDEN)
@@ -589,6 +592,7 @@ async def test_the_steps_of_a_snapshot(tmp_path):
     ]
 
 
+@pytest.mark.guarantee("I18")
 @pytest.mark.crashes
 @pytest.mark.parametrize("moment", ["before", "during", "after"])
 @pytest.mark.parametrize("chunk", [1, 2**20])
@@ -609,6 +613,7 @@ async def test_a_crash_at_any_step_leaves_the_whole_old_file_or_the_whole_new_on
     assert len(seen) == 2
 
 
+@pytest.mark.guarantee("I18")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
 @pytest.mark.parametrize("step", ["create", "write", "sync", "close", "replace"])
 async def test_a_disk_that_refuses_is_reported_and_the_old_file_stays(tmp_path, step, code):

@@ -28,6 +28,7 @@ from support.cluster import spill_gold
 ENTRY = SpillEntry("ann", None, 3, "node", 0, 0, b"{}", 0.0, bytes(16), frozenset())
 
 
+@pytest.mark.guarantee("I31")
 async def test_somebody_has_taken_over_and_saved(cluster, tmp_path):
     await spill_gold(cluster)
     other = await cluster.start(spill=tmp_path / "other")
