@@ -27,7 +27,7 @@ from cagey_sessions import (
     read_snapshot,
 )
 from cagey_sessions.stores import CallbackStore, MemoryStore
-from support import add_user, let_time_pass, turns
+from support import add_user, inside, let_time_pass, turns
 
 
 class Unusual(BaseException):
@@ -315,7 +315,7 @@ async def test_a_listener_of_reports_that_raises_is_logged(event, kind, raised, 
     if event == "unsavable":
         (await manager.open(1, default={})).user_data = {"a set": {1}}
     else:
-        manager._server.reports.error(OSError("told"), None)
+        inside(manager).reports.error(OSError("told"), None)
     other = await manager.open(2, default={})
     other.user_data["gold"] = 1
     await clock.advance("1s")

@@ -11,7 +11,7 @@ import pytest
 from cagey_sessions import EndReason, StoreUnavailableError
 from cagey_sessions.ownership.claims import CLAIM_CALLS
 from cagey_sessions.stores import Outcome, Verdict
-from support import ScriptedStore, changed, edit, end, let_time_pass, turns
+from support import ScriptedStore, changed, edit, end, inside, let_time_pass, turns
 
 
 @pytest.mark.parametrize("epoch", [-1, "1", None])
@@ -187,7 +187,7 @@ async def test_a_late_answer_for_a_session_that_is_gone_touches_nothing_of_the_n
     newer = await manager.open(1)
     await clock.advance("5s")
     assert newer.alive
-    assert store.owner_of(1) == manager._server.owner
-    assert store.backing.rows[1].epoch == manager._server.table.epoch(newer)
+    assert store.owner_of(1) == inside(manager).owner
+    assert store.backing.rows[1].epoch == inside(manager).table.epoch(newer)
     store.delay = 0
     await end(clock, manager)

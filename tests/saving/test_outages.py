@@ -11,7 +11,7 @@ import pytest
 
 from cagey_sessions import DrainError, EndReason, SessionManager, StoreUnavailableError
 from cagey_sessions.stores import Outcome, Verdict
-from support import SECOND, ScriptedStore, add_users, changed, end, let_time_pass, turns
+from support import SECOND, ScriptedStore, add_users, changed, end, inside, let_time_pass, turns
 
 OUTAGE_USERS = 3000
 
@@ -150,7 +150,7 @@ async def test_a_release_that_never_returns_does_not_keep_the_store_down(clock, 
     task = asyncio.ensure_future(session.persist_now())
     await turns()
     assert not manager.statistics().store_up
-    manager._server.claims.let_go(9, 1)  # as after a cancelled login
+    inside(manager).claims.let_go(9, 1)  # as after a cancelled login
     await clock.advance("5s")
     assert (await task).changed, "saves come before releases"
     assert store.stored(1) == {"n": 1}
@@ -190,7 +190,7 @@ async def test_two_poison_rows_are_not_an_outage(clock, store, manager):
     store.delay = "5ms"
     await clock.advance("31s")
     said = []
-    manager._server.link._say = lambda level, message, *args: said.append(message % args)
+    inside(manager).link._say = lambda level, message, *args: said.append(message % args)
     for _ in range(5):
         for session in sessions:
             session.user_data["n"] += 1
@@ -209,7 +209,7 @@ async def test_after_an_outage_a_waiting_caller_is_retried_before_periodic_saves
     await clock.advance("40s")
     store.down = False
     await clock.advance("1500ms")
-    last = sessions[list(manager._server.table.oldest_first())[-1].user_id]
+    last = sessions[list(inside(manager).table.oldest_first())[-1].user_id]
     last.user_data["n"] = 9
     store.verdict_of[last.user_id] = Verdict(Outcome.FAILED, "locked for a moment")
     task = asyncio.ensure_future(last.persist_now())

@@ -10,7 +10,7 @@ import pytest
 from cagey_sessions import SessionManager, StoreUnavailableError
 from cagey_sessions.stores import CallbackStore, Outcome
 from cagey_sessions.stores.memory import Row
-from support import ManualClock, ScriptedStore, changed, edit, end, let_time_pass, turns
+from support import ManualClock, ScriptedStore, changed, edit, end, inside, let_time_pass, turns
 
 
 async def play(clock: ManualClock, opening: asyncio.Task[Any]) -> None:
@@ -307,8 +307,8 @@ async def test_an_end_behind_an_unfenced_call_that_nobody_waited_for_is_told_wit
     manager = SessionManager(store=store, clock=clock)
     session = await changed(manager)
     store.script = ["hang"]
-    manager._server.table.ask(session)
-    manager._server.autosave.employ()
+    inside(manager).table.ask(session)
+    inside(manager).autosave.employ()
     await clock.advance("60s")
     assert store.open_calls == 1
     before = clock.now()

@@ -8,7 +8,7 @@ import pytest
 
 from cagey_sessions import SessionEndedError, StoreUnavailableError
 from cagey_sessions.stores import Outcome, Verdict
-from support import add_user, changed, end, let_time_pass, turns
+from support import add_user, changed, end, inside, let_time_pass, turns
 
 
 async def test_a_later_caller_waits_for_the_whole_save_timeout(clock, store, manager):
@@ -117,7 +117,7 @@ async def test_who_waits_for_the_next_attempt_hears_of_an_end_at_once(clock, sto
     store.verdict_of[1] = Verdict(Outcome.FAILED, "for now")
     task = asyncio.ensure_future(session.persist_now())
     await turns()
-    assert manager._server.table.state(session) in ("idle", "due")
+    assert inside(manager).table.state(session) in ("idle", "due")
     await session.destroy(persist=False)
     with pytest.raises(SessionEndedError):
         await task

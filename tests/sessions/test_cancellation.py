@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cagey_sessions import SessionManager
-from support import ScriptedStore, changed, edit, end, turns
+from support import ScriptedStore, changed, edit, end, inside, turns
 
 
 async def add_user(manager, user_id, key=None):
@@ -156,7 +156,7 @@ def test_a_loop_that_ends_in_the_middle_of_a_call_is_quiet(capfd, clock, call):
                 store.script = ["hang"]
 
             work = {
-                "login": lambda: manager._logins.login(manager._server.table.create(), 2, {"n": 0}, "replace"),
+                "login": lambda: manager._logins.login(inside(manager).table.create(), 2, {"n": 0}, "replace"),
                 "open": lambda: manager.open(2, default={"n": 0}),
                 "edit": lambda: edit(manager, 2),
                 "erase": lambda: manager.erase(1),
@@ -188,8 +188,8 @@ def test_a_loop_that_ends_in_the_middle_of_a_save_is_quiet_also_with_a_listener_
         manager.on("error", tell)
         session = await changed(manager)
         store.script = ["hang"]
-        manager._server.table.ask(session)
-        manager._server.autosave.employ()
+        inside(manager).table.ask(session)
+        inside(manager).autosave.employ()
         await turns()
         assert store.open_calls == 1
 

@@ -18,7 +18,7 @@ from cagey_sessions import (
     UnsavableError,
 )
 from cagey_sessions.stores import Outcome, Verdict
-from support import SECOND, Db, ScriptedStore, add_user, add_users, changed, edit, let_time_pass, turns
+from support import SECOND, Db, ScriptedStore, add_user, add_users, changed, edit, inside, let_time_pass, turns
 
 
 class SlowToRelease(ScriptedStore):
@@ -382,7 +382,7 @@ async def test_an_end_after_the_deadline_does_not_wait_for_a_save_that_hangs(clo
     slow = await add_user(manager, "slow")
     slow.on("before_destroy", lambda: clock.sleep("25500ms"))
     hangs = await add_user(manager, "hangs")
-    while not manager._server.autosave.in_flight():
+    while not inside(manager).autosave.in_flight():
         await clock.advance("100ms")
     hangs.on("before_destroy", lambda: clock.sleep("25500ms"))
     with pytest.raises(DrainError) as caught:

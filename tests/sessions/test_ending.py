@@ -9,7 +9,7 @@ import weakref
 import pytest
 
 from cagey_sessions import DrainError, ListenerError, NothingSavesError, SessionEndedError, SessionManager
-from support import SECOND, add_user, let_time_pass, turns
+from support import SECOND, add_user, inside, let_time_pass, turns
 
 
 async def test_data_can_be_read_until_the_destroy_listeners_are_done_and_not_after(make_manager, db):
@@ -257,7 +257,7 @@ async def test_a_destroyed_session_lets_go_of_its_data_at_once(make_manager, clo
         del data
         await session.destroy()
         assert references[-1]() is None
-    assert manager._server.table.armed == 0
+    assert inside(manager).table.armed == 0
     assert clock.pending <= 1, "one timer for a manager, not one for a session"
     await manager.destroy()
 

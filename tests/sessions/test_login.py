@@ -28,7 +28,7 @@ from cagey_sessions import (
     UserActiveError,
     UserNotFoundError,
 )
-from support import ScriptedStore, changed, end, let_time_pass, turns
+from support import ScriptedStore, changed, end, inside, let_time_pass, turns
 
 
 async def test_login_owns_loads_and_identifies(clock, store, manager):
@@ -42,7 +42,7 @@ async def test_login_owns_loads_and_identifies(clock, store, manager):
     assert (session.user_id, session.user_data) == ("alice", {"gold": 7})
     assert heard == [(session, "alice", {"gold": 7})]
     assert manager.find_by_user("alice") is session
-    assert store.owner_of("alice") == manager._server.owner
+    assert store.owner_of("alice") == inside(manager).owner
     session.user_data["gold"] += 1
     receipt = await session.persist_now()
     assert (receipt.version, receipt.changed, receipt.store) == (42, True, "ScriptedStore")
@@ -86,7 +86,7 @@ async def test_who_is_live_on_another_node_stays_there(clock, store, manager):
     here = await manager.create()
     with pytest.raises(OwnedElsewhereError) as refused:
         await here.login(1, default={})
-    assert refused.value.owner == other._server.owner
+    assert refused.value.owner == inside(other).owner
     assert here.user_id is None
     await there.destroy()
     await here.login(1)
@@ -457,7 +457,7 @@ async def test_a_login_tries_the_last_save_of_the_earlier_session_at_once(clock,
     with pytest.raises(StoreUnavailableError):
         await let_time_pass(clock, session.destroy())
     await clock.advance("40s")
-    while manager._server.table.state(session) != "ending":  # a retry has just failed
+    while inside(manager).table.state(session) != "ending":  # a retry has just failed
         await clock.advance("10ms")
     store.down = False
     again = await let_time_pass(clock, manager.open(1), "1s")

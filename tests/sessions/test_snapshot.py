@@ -27,6 +27,7 @@ from support import (
     HeldDisk,
     ScriptedStore,
     end_of_threads,
+    inside,
     made_by_another_user,
     needs_links,
     turns,
@@ -200,7 +201,7 @@ def names(folder: Path) -> list[str]:
 async def a_snapshot_held_at(step: str, disk: HeldDisk, path: Path, manager: SessionManager) -> asyncio.Task:
     """One whose thread is in the middle of a step."""
     await manager.open("new", default={"text": "x" * 1000})
-    work = asyncio.create_task(take_snapshot(manager._server, path, disk))
+    work = asyncio.create_task(take_snapshot(inside(manager), path, disk))
     await disk.is_reached(step)
     return work
 
@@ -261,7 +262,7 @@ async def test_a_time_limit_of_the_caller_is_told_apart_from_another_cancellatio
 
         async def within(seconds: float) -> None:
             async with asyncio.timeout(seconds):
-                await take_snapshot(manager._server, tmp_path / "all", disk)
+                await take_snapshot(inside(manager), tmp_path / "all", disk)
 
         work = asyncio.create_task(within(60))
         await disk.is_reached("write")
@@ -308,7 +309,7 @@ def test_a_loop_that_is_closed_meanwhile_leaves_the_old_file_and_nothing_else(tm
     manager = SessionManager()
 
     async def begin() -> asyncio.Task:
-        work = asyncio.create_task(take_snapshot(manager._server, tmp_path / "all", disk))
+        work = asyncio.create_task(take_snapshot(inside(manager), tmp_path / "all", disk))
         await disk.is_reached(step)
         return work
 
@@ -336,7 +337,7 @@ async def test_where_there_are_no_more_threads_it_is_written_without_one(tmp_pat
             patch.setattr(threading.Thread, "start", refuse)
             await manager.snapshot(tmp_path / "all")
             with pytest.raises(SnapshotError):
-                await take_snapshot(manager._server, tmp_path / "all", FaultyDisk(fail={"sync": errno.EIO}))
+                await take_snapshot(inside(manager), tmp_path / "all", FaultyDisk(fail={"sync": errno.EIO}))
     assert read_snapshot(tmp_path / "all").complete and names(tmp_path) == ["all"]
 
 
@@ -551,7 +552,7 @@ async def test_a_body_as_deep_as_can_be_saved(tmp_path):
             child = []
             live.append(child)
             try:
-                manager._server.encoding.dump(manager.find_by_user(1).user_data)
+                inside(manager).encoding.dump(manager.find_by_user(1).user_data)
             except Exception:
                 live.clear()
                 break
@@ -570,7 +571,7 @@ async def a_snapshot(path: Path, disk: FaultyDisk) -> None:
             session = await manager.create()
             await session.set_user(user_id, {})
         try:
-            await take_snapshot(manager._server, path, disk)
+            await take_snapshot(inside(manager), path, disk)
         finally:
             await manager.destroy(False)
 

@@ -22,7 +22,7 @@ from cagey_sessions import (
 from cagey_sessions.files.spill import Spill, SpillEntry
 from cagey_sessions.stores import Outcome, Verdict
 from cagey_sessions.stores.memory import Row
-from support import ScriptedStore, let_time_pass, turns
+from support import ScriptedStore, inside, let_time_pass, turns
 from support.cluster import spill_gold
 
 ENTRY = SpillEntry("ann", None, 3, "node", 0, 0, b"{}", 0.0, bytes(16), frozenset())
@@ -234,7 +234,7 @@ async def test_all_threads_of_the_loop_may_be_taken(cluster):
 async def test_what_is_remembered_of_the_store_is_what_the_core_remembers(cluster):
     ScriptedStore(cluster.clock, backing=cluster.backing).put("ann", b'{ "gold" : 1 }', version=5)
     manager = await cluster.start()
-    table, saver = manager._server.table, manager._server.store_saver
+    table, saver = inside(manager).table, inside(manager).store_saver
     ann, new = await manager.open("ann"), await manager.open("new", default={"gold": 0})
 
     def check(session, versions):
@@ -308,7 +308,7 @@ async def test_a_manager_without_async_with_replays_at_the_first_call_that_needs
     assert manager.spill_report is None
     assert (await manager.open("ann")).user_data == {"gold": 2}
     await cluster.clock.advance("1s")
-    await manager._server.link.open()
+    await inside(manager).link.open()
     manager._spilling.begin()
     await manager._spilling.wait()
     assert not cluster.path.exists()

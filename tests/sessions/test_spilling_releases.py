@@ -9,7 +9,7 @@ import pytest
 
 from cagey_sessions import SpillConflictError, StoreUnavailableError
 from cagey_sessions.stores import Outcome, Verdict
-from support import ScriptedStore, let_time_pass, turns
+from support import ScriptedStore, inside, let_time_pass, turns
 from support.cluster import Cluster, spill_gold
 
 
@@ -70,7 +70,7 @@ async def test_who_could_not_be_replayed_and_logs_in_before_the_release_is_repea
     sessions = [await let_time_pass(cluster.clock, manager.open(each, default={"gold": 0})) for each in ("ann", "bob")]
     await cluster.clock.advance("1m")
     for session in sessions:
-        assert session.alive and cluster.store.owner_of(session.user_id) == manager._server.owner
+        assert session.alive and cluster.store.owner_of(session.user_id) == inside(manager).owner
         session.user_data["gold"] += 10
     assert_no_conflict(cluster)
     await manager.destroy()
@@ -101,7 +101,7 @@ async def test_who_was_in_the_store_already_is_let_go_of_for_others(cluster, tmp
     await other.__aenter__()
     session = await other.open("ann")
     await cluster.clock.advance("1m")
-    assert session.alive and cluster.store.owner_of("ann") == other._server.owner
+    assert session.alive and cluster.store.owner_of("ann") == inside(other).owner
     session.user_data["gold"] = 3
     await other.destroy()
     await manager.destroy()
@@ -165,7 +165,7 @@ async def test_whose_claim_had_no_answer_and_who_could_not_be_replayed_is_kept_f
     store.claim_many = lose  # type: ignore[method-assign]
     manager = await let_time_pass(cluster.clock, asyncio.create_task(cluster.start(store=store)))
     assert manager.spill_report.pending == ("ann",)
-    assert store.owner_of("ann") == manager._server.owner
+    assert store.owner_of("ann") == inside(manager).owner
     store.down, store.claim_many = False, claim_many  # type: ignore[method-assign]
     await cluster.clock.advance("1m")
     assert store.owner_of("ann") == ""
