@@ -21,8 +21,8 @@ from cagey_sessions import (
     SessionEndedError,
 )
 from cagey_sessions._core import DEBUG
-from model import END_OF_TIME
-from twins import KEYS, USERS, Clingy, Data, Moody, Text, Twins, Unruly, fail
+from support.model import END_OF_TIME
+from support.twins import KEYS, USERS, Clingy, Data, Moody, Text, Twins, Unruly, fail
 
 RIMS = [64**level for level in range(1, 11)]
 TEN_YEARS = 10 * 365 * 24 * 3600 * 1000

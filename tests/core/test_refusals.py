@@ -18,7 +18,7 @@ import pytest
 
 from cagey_sessions import Session, UsageError, WrongLoopError
 from cagey_sessions._core import SessionTable
-from core_objects import identified, python
+from support.core_objects import identified, python
 
 # A raw object
 
