@@ -21,6 +21,9 @@ __all__ = ["Flight", "Flights", "SaveOutcome"]
 SaveOutcome = Exception | Receipt | None
 """Of a save: what went wrong, or the receipt of the store, or None where a listener has saved."""
 
+GRACE = SECOND // 20
+"""A caller hears so much later than a call of the store that began with it: by then the store counts as down."""
+
 
 class Flight:
     """A save that is asked for or under way, and who waits for it."""
@@ -94,7 +97,7 @@ class Flights:
         """Until when a caller who comes now waits while attempts fail; None if the first failure is the answer."""
         if self._patience is None:
             return None
-        return self._clock.now() + self._patience
+        return self._clock.now() + self._patience + GRACE
 
     async def join(self, session: SessionCore, flight: Flight, until: int | None) -> SaveOutcome:
         """Another caller waits for a save: its outcome, or when the caller's patience ends the lack of one."""
