@@ -202,7 +202,7 @@ def assert_traced(text: str, *functions: str) -> None:
 
 
 @pytest.mark.parametrize("hook", ["before_save", "encode"])
-async def test_a_hook_that_raises_while_nobody_waits_is_found_in_the_log(clock, caplog, hook):
+async def test_a_hook_that_raises_while_no_caller_waits_is_found_in_the_log(clock, caplog, hook):
     def of_a_user(value: Any) -> Any:
         data = value.user_data if hook == "before_save" else value
         return _raise() if data.get("bad") else value

@@ -137,7 +137,7 @@ async def test_a_hook_of_one_user_stops_no_save_of_another(hook, tracking, raise
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-async def test_who_cannot_be_saved_for_another_reason_is_spilled_beside_a_hook_that_raises(
+async def test_a_user_unsaved_for_another_reason_is_spilled_beside_a_hook_that_raises(
     hook, raised, clock, tmp_path, store
 ):
     faulty = Faulty(raised)
@@ -492,7 +492,7 @@ async def test_the_cancellation_of_a_call_ends_the_listener_it_waits_for(make_ma
     await manager.destroy()
 
 
-async def test_an_end_whose_task_somebody_cancels_raises_that_at_nobody_else(make_manager, clock, db):
+async def test_the_cancellation_of_the_task_of_an_end_is_raised_at_no_other_caller(make_manager, clock, db):
     manager = make_manager()
     await add_user(manager, 1)
     db.script = ["1s"]

@@ -302,7 +302,7 @@ async def test_a_link_that_another_user_has_made_is_refused_at_once(tmp_path, cl
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
-async def test_a_pipe_is_no_spill_and_nobody_waits_for_it(cluster):
+async def test_a_pipe_in_place_of_the_spill_is_refused_at_once(cluster):
     os.mkfifo(cluster.path)
     manager = cluster.manager()
     with pytest.raises(SnapshotError, match="no regular file"):

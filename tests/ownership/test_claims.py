@@ -15,7 +15,7 @@ from support import ScriptedStore, changed, edit, end, inside, let_time_pass, tu
 
 
 @pytest.mark.parametrize("epoch", [-1, "1", None])
-async def test_a_claim_with_a_wrong_epoch_identifies_nobody(clock, store, manager, epoch):
+async def test_a_claim_with_a_wrong_epoch_is_refused(clock, store, manager, epoch):
     session = await manager.create()
     original = store.claim_many
 
@@ -30,7 +30,7 @@ async def test_a_claim_with_a_wrong_epoch_identifies_nobody(clock, store, manage
     await end(clock, manager)
 
 
-async def test_a_claim_that_is_granted_too_late_is_let_go_of(clock, store, manager):
+async def test_a_claim_that_is_granted_too_late_is_released(clock, store, manager):
     store.claim_script = ["15s"]
     with pytest.raises(StoreUnavailableError):
         await let_time_pass(clock, manager.open(1, default={"n": 0}))
@@ -103,7 +103,7 @@ async def test_an_edit_cancelled_at_any_turn_lets_go_of_its_claim(clock, store, 
     await end(clock, manager)
 
 
-async def test_a_claim_made_again_that_comes_late_is_let_go_of(clock, store, manager):
+async def test_a_claim_made_again_that_comes_late_is_released(clock, store, manager):
     """The reclaim of a fenced or missing row is given up, the session is let go of, and then the claim is granted."""
     session = await changed(manager)
     gate = asyncio.Event()

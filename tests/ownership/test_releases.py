@@ -120,7 +120,7 @@ async def test_a_release_that_goes_on_failing_is_given_up_and_said(clock, store,
     await assert_all_is_quiet(clock, store)
 
 
-async def test_a_queue_full_of_those_who_fail_keeps_nobody_else_back(clock, store, manager):
+async def test_a_queue_full_of_failing_releases_delays_no_other(clock, store, manager):
     """More of them than calls at a time, and the others behind them."""
     sessions = [await manager.open(number, default={}) for number in range(20)]
     store.failing = frozenset(range(1, 20, 2))
@@ -151,7 +151,7 @@ async def test_an_outage_is_no_reason_to_give_up(clock, store, manager, caplog):
     await let_time_pass(clock, manager.destroy())
 
 
-async def test_one_row_that_cannot_be_let_go_of_does_not_keep_its_batch(clock, store, manager):
+async def test_one_row_that_cannot_be_released_does_not_hold_up_its_batch(clock, store, manager):
     sessions = [await manager.open(number, default={}) for number in range(300)]
     store.failing = frozenset({77})
     ends = asyncio.gather(*(session.destroy(persist=False) for session in sessions))
@@ -182,7 +182,7 @@ async def test_a_store_that_does_not_answer_for_each_user_is_said(clock, store, 
     await let_time_pass(clock, manager.destroy())
 
 
-async def test_those_who_leave_together_are_let_go_of_in_batches(clock, store, manager):
+async def test_users_who_leave_together_are_released_in_batches(clock, store, manager):
     users = 5 * RELEASES_IN_A_CALL
     sessions = await asyncio.gather(*(manager.open(number, default={}) for number in range(users)))
     store.gate = asyncio.Event()
@@ -199,7 +199,7 @@ async def test_those_who_leave_together_are_let_go_of_in_batches(clock, store, m
     await let_time_pass(clock, manager.destroy())
 
 
-async def test_only_the_newest_claim_of_a_user_is_let_go_of(clock, store, manager):
+async def test_only_the_newest_claim_of_a_user_is_released(clock, store, manager):
     await manager.__aenter__()
     owner = inside(manager).owner
     epochs = [(await store.claim_many(["ann"], owner))[0].epoch for _ in range(5)]
@@ -211,7 +211,7 @@ async def test_only_the_newest_claim_of_a_user_is_let_go_of(clock, store, manage
     await let_time_pass(clock, manager.destroy())
 
 
-async def test_who_has_a_session_by_a_later_claim_is_not_let_go_of_and_the_store_is_not_asked(clock, store, manager):
+async def test_a_user_with_a_session_by_a_later_claim_is_not_released_and_the_store_is_not_asked(clock, store, manager):
     session = await manager.open("ann", default={})
     calls = store.calls
     for epoch in range(inside(manager).table.epoch(session) + 1):
@@ -246,7 +246,7 @@ async def test_after_a_storm_of_cancelled_logins_everybody_is_free_within_second
 
 
 @pytest.mark.parametrize("turn", range(12))
-async def test_who_comes_into_the_queue_as_it_runs_empty_is_let_go_of(clock, store, manager, turn):
+async def test_a_user_queued_as_the_queue_runs_empty_is_released(clock, store, manager, turn):
     """At any turn of the loop: those at work may all be about to end."""
     await manager.__aenter__()
     owner = inside(manager).owner
@@ -314,7 +314,7 @@ async def test_a_release_that_is_answered_while_the_store_closes_makes_no_call(c
     await assert_all_is_quiet(clock, store)
 
 
-async def test_nobody_is_looked_after_when_the_manager_has_ended(clock, store, manager):
+async def test_no_release_is_begun_after_the_manager_has_ended(clock, store, manager):
     """Claims had no answer; one of them comes after the end."""
     store.gate = asyncio.Event()
     opening = [asyncio.create_task(manager.open(each, default={})) for each in ("ann", "bob")]
@@ -467,7 +467,7 @@ async def test_a_release_whose_task_is_cancelled_by_somebody_is_made_all_the_sam
     await end(clock, manager)
 
 
-async def test_a_user_claimed_again_for_a_last_save_is_let_go_of_without_it(clock, store, manager):
+async def test_a_user_claimed_again_for_a_last_save_is_released_without_that_save(clock, store, manager):
     """Released with the last save, claimed again for a change, not saved: `destroy(persist=False)` releases again."""
     session = await changed(manager)
     store.script = ["50ms"]

@@ -36,7 +36,7 @@ async def test_a_lost_reply_to_the_last_save_and_a_change_are_no_takeover(clock,
     await end(clock, manager)
 
 
-async def test_who_was_erased_and_made_anew_elsewhere_is_not_written_over(clock, store, manager):
+async def test_a_user_erased_and_made_anew_elsewhere_is_not_written_over(clock, store, manager):
     """Versions begin again after an erasure: a lower one in the store is not an older one of ours."""
     session = await changed(manager)
     for number in range(5):
@@ -174,7 +174,7 @@ async def test_a_record_that_is_gone_and_taken_by_another_node_is_fenced_off(clo
     await end(clock, manager, other)
 
 
-async def test_who_was_taken_over_ends_unsaved_and_says_so(clock, store, manager):
+async def test_a_session_that_was_taken_over_ends_unsaved_and_says_so(clock, store, manager):
     heard = []
     manager.on("error", lambda error, session: heard.append((error, session)))
     session = await changed(manager)
@@ -199,7 +199,7 @@ async def test_who_was_taken_over_ends_unsaved_and_says_so(clock, store, manager
 
 
 @pytest.mark.parametrize("when", ["destroy", "drain"])
-async def test_who_was_taken_over_hears_it_at_the_end_at_the_latest(clock, store, manager, when):
+async def test_a_takeover_is_told_at_the_end_of_the_session_at_the_latest(clock, store, manager, when):
     session = await changed(manager)
     store.bury(inside(manager).owner)
     other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)

@@ -41,7 +41,7 @@ async def test_destroy_while_the_store_is_down_keeps_the_session_hidden_until_it
     await end(clock, manager)
 
 
-async def test_a_parked_session_may_be_let_go_of(clock, store, manager):
+async def test_a_session_whose_end_waits_for_the_store_may_be_ended_unsaved(clock, store, manager):
     session = await changed(manager)
     store.down = True
     with pytest.raises(StoreUnavailableError):
@@ -78,7 +78,7 @@ async def test_a_drain_outlives_a_short_outage(clock, store, manager):
     assert all(store.stored(number) == {"n": 1} for number in range(300))
 
 
-async def test_who_asks_or_leaves_does_not_wait_behind_those_whose_time_has_come(clock, store, manager):
+async def test_requests_and_ends_do_not_wait_behind_periodic_saves(clock, store, manager):
     """Right after an outage, with everybody due."""
     sessions = [await changed(manager, number) for number in range(2000)]
     store.down = True

@@ -110,7 +110,7 @@ async def test_whatever_one_listener_does_the_others_are_saved(make_manager, db,
     await manager.destroy(True)
 
 
-async def test_saves_end_though_nobody_else_holds_them(make_manager, db, clock):
+async def test_a_save_under_way_is_not_garbage_collected(make_manager, db, clock):
     manager = make_manager(interval="1s")
     futures = []
 
@@ -130,7 +130,7 @@ async def test_saves_end_though_nobody_else_holds_them(make_manager, db, clock):
     await let_time_pass(clock, manager.destroy())
 
 
-async def test_a_save_nobody_performs_is_an_error(clock):
+async def test_a_save_without_a_listener_that_saves_is_an_error(clock):
     manager = SessionManager(interval="1s", clock=clock)
     errors = []
     manager.on("error", lambda error, session: errors.append(error))

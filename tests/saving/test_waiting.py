@@ -92,7 +92,7 @@ async def test_a_caller_who_asks_late_waits_for_the_whole_save_timeout(clock, st
     await end(clock, manager)
 
 
-async def test_who_waits_for_a_save_of_a_session_that_ends_without_it_hears_of_that(clock, store, manager):
+async def test_a_caller_who_waits_for_a_save_is_told_that_the_session_has_ended_without_it(clock, store, manager):
     """Not, at the end of their own patience, that a session which is gone stays due."""
     session = await changed(manager)
     store.down = True
@@ -110,7 +110,7 @@ async def test_who_waits_for_a_save_of_a_session_that_ends_without_it_hears_of_t
     await end(clock, manager)
 
 
-async def test_who_waits_for_the_next_attempt_hears_of_an_end_at_once(clock, store, manager):
+async def test_a_caller_who_waits_for_the_next_attempt_is_told_of_an_end_at_once(clock, store, manager):
     """Between two attempts a session has no save under way, and may end here and now."""
     store.shared = False
     session = await changed(manager)

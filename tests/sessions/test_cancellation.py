@@ -101,7 +101,7 @@ async def test_one_of_several_waiting_callers_can_be_cancelled(make_manager, db,
     await manager.destroy()
 
 
-async def test_one_of_several_who_end_a_session_can_be_cancelled(make_manager, db, clock):
+async def test_one_of_several_callers_of_destroy_can_be_cancelled(make_manager, db, clock):
     manager = make_manager(interval=None)
     session = await add_user(manager, 1)
     db.delay = "10ms"
@@ -122,7 +122,7 @@ async def test_one_of_several_who_end_a_session_can_be_cancelled(make_manager, d
     assert drains[1].done()
 
 
-async def test_a_failure_nobody_waits_for_any_more_goes_to_the_error_event(make_manager, db, clock):
+async def test_a_failure_that_no_caller_waits_for_any_more_goes_to_the_error_event(make_manager, db, clock):
     manager = make_manager(interval=None)
     errors = []
     manager.on("error", lambda error, session: errors.append(session))

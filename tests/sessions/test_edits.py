@@ -62,7 +62,7 @@ async def test_an_edit_that_was_written_is_saved_whatever_claim_of_ours_comes_af
     await end(clock, manager)
 
 
-async def test_an_edit_writes_over_nobody_who_has_taken_over_and_saved_meanwhile(clock, store, manager):
+async def test_an_edit_does_not_overwrite_what_another_owner_has_saved_meanwhile(clock, store, manager):
     """Not even once they have let go of the user, so that the claim made again is granted."""
     store.put(1, b'{"n":0}')
     other = MemoryStore(store.backing)

@@ -80,7 +80,7 @@ async def test_nothing_can_be_assigned_that_no_save_would_see(make_manager):
     await manager.destroy()
 
 
-async def test_everybody_who_ends_a_session_joins_one_end(make_manager, db, clock):
+async def test_all_callers_of_destroy_join_one_end(make_manager, db, clock):
     manager = make_manager()
     session = await add_user(manager, 1)
     events = []

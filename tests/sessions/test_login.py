@@ -68,7 +68,7 @@ async def test_a_default_is_a_value_of_which_each_gets_a_copy_or_a_function(cloc
     assert [store.stored(user_id) for user_id in (1, 2, 3)] == [{"bag": ["sword"]}, {"bag": []}, {"made": True}]
 
 
-async def test_an_unknown_user_without_a_default_is_not_found_and_let_go_of(clock, store, manager):
+async def test_an_unknown_user_without_a_default_is_not_found_and_released(clock, store, manager):
     session = await manager.create()
     with pytest.raises(UserNotFoundError, match="'zoe'"):
         await session.login("zoe")
@@ -79,7 +79,7 @@ async def test_an_unknown_user_without_a_default_is_not_found_and_let_go_of(cloc
     await end(clock, manager)
 
 
-async def test_who_is_live_on_another_node_stays_there(clock, store, manager):
+async def test_a_user_who_is_live_on_another_node_stays_there(clock, store, manager):
     other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
     there = await other.create()
     await there.login(1, default={"n": 1})
@@ -179,7 +179,7 @@ async def test_nothing_is_there_to_save_before_the_load_has_finished(clock, stor
     await end(clock, manager)
 
 
-async def test_a_cancelled_login_identifies_nobody_and_its_claim_is_let_go_of(clock, store, manager):
+async def test_a_cancelled_login_sets_no_user_and_its_claim_is_released(clock, store, manager):
     """At each of its steps; the next login works."""
     for step in range(40):
         store.claim_script = ["10ms"]
@@ -254,7 +254,7 @@ async def test_a_login_gives_up_after_the_save_timeout(clock, store, manager):
         (b'{"gold":1}', 7, NewerSchemaError),
     ],
 )
-async def test_what_cannot_be_read_starts_nobody_and_is_kept(clock, store, manager, body, schema, error):
+async def test_data_that_cannot_be_read_starts_no_session_and_is_kept(clock, store, manager, body, schema, error):
     store.put(1, body, schema=schema)
     session = await manager.create()
     with pytest.raises(error) as raised:

@@ -242,7 +242,7 @@ def test_what_ends_the_process_is_not_called_but_put_back(script):
     assert done.stdout == "True 0 3\n"
 
 
-def test_who_replaces_our_handler_meanwhile_keeps_theirs(script):
+def test_a_handler_that_replaces_ours_meanwhile_stays(script):
     done = script(
         """
         theirs = lambda *_: None
@@ -299,7 +299,7 @@ def test_somebody_elses_destroy_ends_the_wait(script):
     assert done.stdout == "3\n1 True\n1\n"
 
 
-def test_a_destroy_that_saves_nobody_on_purpose_is_no_failure(script):
+def test_a_destroy_without_saves_is_no_failure(script):
     done = script(
         """
         async def main():
@@ -352,7 +352,7 @@ def test_a_listener_that_raises_is_logged_and_no_failure(script):
     assert "ERROR at the end of the manager: listener main.<locals>.<lambda> of event 'destroy' raised" in done.stderr
 
 
-def test_a_cancelled_wait_puts_the_handlers_back_and_destroys_nobody(script):
+def test_a_cancelled_wait_puts_the_handlers_back_and_ends_no_session(script):
     done = script(
         """
         async def main():

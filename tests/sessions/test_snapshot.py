@@ -93,7 +93,7 @@ async def test_a_snapshot_without_a_store(tmp_path, make_manager):
     await manager.destroy()
 
 
-async def test_who_cannot_be_encoded_is_left_out_and_named(tmp_path):
+async def test_a_user_who_cannot_be_encoded_is_left_out_and_named(tmp_path):
     async with SessionManager(store=MemoryStore()) as manager:
         for user_id in range(3):
             await manager.open(user_id, default={})
@@ -170,7 +170,7 @@ async def test_the_loop_goes_on_while_a_large_snapshot_is_written(tmp_path):
         assert (tmp_path / "all").stat().st_size > 4_000_000
 
 
-async def test_after_the_end_no_snapshot_of_nobody_takes_the_place_of_another(tmp_path):
+async def test_a_snapshot_after_the_end_is_refused_and_leaves_the_file(tmp_path):
     written(tmp_path / "all")
     async with SessionManager(store=MemoryStore()) as manager:
         pass
@@ -376,7 +376,7 @@ async def test_the_temporary_file_is_made_by_no_link(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
-def test_a_pipe_is_no_snapshot_and_nobody_waits_for_it(tmp_path):
+def test_a_pipe_in_place_of_a_snapshot_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SnapshotError, match="no regular file"):
         read_snapshot(tmp_path / "pipe")
