@@ -478,7 +478,7 @@ def fail_to_dump(data: object) -> bytes:
 @operation("SaveBatch: data that cannot be encoded")
 def _(world: World) -> None:
     session, batch = fill(world, fail_to_dump)
-    ((_, version),) = batch.odd()
+    ((_, version),) = batch.left_out()
     world.table.fail(session, version)
     world.leave(session)
 

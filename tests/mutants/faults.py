@@ -103,7 +103,7 @@ FAULTS = [
     Fault(
         "a lost row is not claimed again",
         "saving/verdicts.py",
-        "        elif outcome is Outcome.MISSING:\n            row.unowned = True\n",
+        "        elif outcome is Outcome.MISSING:\n            row.move(Stage.UNOWNED)\n",
         "        elif outcome is Outcome.MISSING:\n            self.acknowledge(row, record.saved_at)\n",
         SAVING,
     ),
@@ -145,7 +145,7 @@ FAULTS = [
     Fault(
         "a save that may have been written is forgotten",
         "saving/to_store.py",
-        "self._settlement.unknown.setdefault(session, set()).add((row.version, fingerprint))",
+        "self._results.unknown.setdefault(session, set()).add((row.version, fingerprint))",
         "pass",
         (
             *SAVING,
@@ -202,7 +202,7 @@ FAULTS = [
         "saving/writing.py",
         "        call = self._link.write(records)\n",
         "        import asyncio as later; await later.sleep(0)\n"
-        "        import orjson; live = self._settlement._table.active_session\n"
+        "        import orjson; live = self._results._table.active_session\n"
         "        records = [record._replace(body=orjson.dumps(live(record.user_id).user_data))\n"
         "                   for record in records]\n        call = self._link.write(records)\n",
         SAVING,
@@ -644,7 +644,7 @@ FAULTS = [
     Fault(
         "a spill forgets the saves that nobody answered",
         "saving/to_store.py",
-        "        known = set(self._settlement.unknown.get(session, ()))\n",
+        "        known = set(self._results.unknown.get(session, ()))\n",
         "        known: set[tuple[int, int]] = set()\n",
         SPILL,
     ),
@@ -760,7 +760,7 @@ FAULTS = [
     Fault(
         "the next deadline is counted from the end of the save",
         "saving/autosave.py",
-        "        taken_at = flight.started // self.tick\n",
+        "        taken_at = save.started // self.tick\n",
         "        taken_at = self.now_tick()\n",
         (*SAVING, *ENDING),
     ),

@@ -259,7 +259,7 @@ async def test_what_is_remembered_of_the_store_is_what_the_core_remembers(cluste
     await saving
     check(new, [2])
     await manager.destroy()
-    assert not saver._settlement.unknown
+    assert not saver._results.unknown
 
 
 async def test_a_row_that_fails_its_batch_holds_up_no_other_replay(cluster):

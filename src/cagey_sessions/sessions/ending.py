@@ -306,7 +306,7 @@ class Endings:
             if self.under_way.get(session) is not ending:
                 return  # ended by force meanwhile
             ending.move(Stage.SETTLING)
-        until = self._autosave.patience_ends()
+        until = self._autosave.caller_deadline()
         outcome = await self._autosave.settle(session, until)
         if self.under_way.get(session) is not ending:
             return

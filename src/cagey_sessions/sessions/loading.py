@@ -82,7 +82,7 @@ class Loading:
         assert self._server.claims is not None
         return self._server.claims
 
-    def patience_ends(self) -> int:
+    def caller_deadline(self) -> int:
         """Until when a call that begins now waits for its turn with a user."""
         return self._server.clock.now() + self._server.options.save_timeout
 

@@ -47,7 +47,7 @@ class Logins:
         self._beginnings.refuse_if_closed()
         self._identifying.add(session)
         try:
-            async with loading.claims.turns.take(user_id, loading.patience_ends()):
+            async with loading.claims.turns.take(user_id, loading.caller_deadline()):
                 await loading.make_room(user_id, when_active)
                 loaded = await loading.load(user_id, default)
                 try:
@@ -69,7 +69,7 @@ class Logins:
         joins = when_active == "join"
         if joins and (live := self._join(user_id)) is not None:
             return live
-        async with loading.claims.turns.take(user_id, loading.patience_ends()):
+        async with loading.claims.turns.take(user_id, loading.caller_deadline()):
             if joins and (live := self._join(user_id)) is not None:
                 return live  # a call that had the turn before has made it
             await loading.make_room(user_id, when_active)

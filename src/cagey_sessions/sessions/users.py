@@ -83,7 +83,7 @@ class Users:
         self._loading.require_store()
         self._loading.check(user_id, default, "join", WHEN_ACTIVE)
         self._beginnings.refuse_if_closed()
-        async with self._loading.claims.turns.take(user_id, self._loading.patience_ends()) as frame:
+        async with self._loading.claims.turns.take(user_id, self._loading.caller_deadline()) as frame:
             live = server.table.find_by_user(user_id)
             if live is not None:
                 frame.confine()
@@ -197,7 +197,7 @@ class Users:
         session = server.table.active_session(user_id)
         if session is not None and would_deadlock(Wait(session, Kind.END)):
             raise WouldDeadlockError("this listener would wait for an end that waits for this listener")
-        async with self._loading.claims.turns.take(user_id, self._loading.patience_ends()):
+        async with self._loading.claims.turns.take(user_id, self._loading.caller_deadline()):
             if not link.store.fenced:  # then the last write has to come first
                 await link.persistently(lambda _: link.ask(link.store.load, user_id))  # is it there at all?
                 await self._end_erased(user_id)
