@@ -158,6 +158,10 @@ class TableMachine(Machine):
         if self.twins.create(key):
             self.twins.identify(self.twins.live[-1], user_id, interval, Data())
 
+    @rule(user_id=SOME_USER, data=st.booleans() | st.just(True))
+    def hold(self, user_id: int | str, data: bool) -> None:
+        self.twins.hold(user_id, Data() if data else None)
+
     @precondition(lambda self: self.crowds < 1)
     @rule(interval=INTERVALS)
     def a_crowd_comes(self, interval: int) -> None:

@@ -234,12 +234,20 @@ refused("SessionTable.find_by_user: of another type", lambda world: world.table.
 operation("SessionTable.active_session")(lambda world: world.table.active_session(world.user_id))
 operation("SessionTable.sessions_now")(lambda world: world.table.sessions_now())
 OF_ONE = ("state", "failures", "versions", "saved_at", "is_ending", "epoch", "is_marked", "stored")
-FLAGS = ("lose", "is_lost", "is_final", "is_released")
+FLAGS = ("lose", "is_lost", "is_final", "is_released", "is_silent")
 for name in (*OF_ONE, *FLAGS):
     operation(f"SessionTable.{name}")(lambda world, name=name: getattr(world.table, name)(world.session))  # type: ignore[misc]
     refused(
         f"SessionTable.{name}: of another table", lambda world, name=name: getattr(world.unsaved, name)(world.session)
     )  # type: ignore[misc]
+
+
+@operation("SessionTable.hold")
+def hold(world: World) -> None:
+    world.leave(world.table.hold("held", [world.host]))
+
+
+refused("SessionTable.hold: of a user who is there", lambda world: world.table.hold(world.user_id, [world.host]))
 operation("SessionTable.set_released")(lambda world: world.table.set_released(world.session, True))
 operation("SessionTable.set_final")(lambda world: world.table.set_final(world.session, False))
 refused("SessionTable.set_final: of a live one", lambda world: world.table.set_final(world.session, True))

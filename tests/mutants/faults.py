@@ -477,8 +477,8 @@ FAULTS = [
     Fault(
         "a load that fails keeps the claim",
         "sessions/loading.py",
-        "        except BaseException:\n            claims.let_go(user_id, claim.epoch)\n            raise\n\n    def _dump",
-        "        except BaseException:\n            raise\n\n    def _dump",
+        "        except BaseException:\n            claims.let_go(user_id, claim.epoch)\n            raise\n\n    def own(",
+        "        except BaseException:\n            raise\n\n    def own(",
         USERS,
     ),
     Fault(
@@ -540,10 +540,24 @@ FAULTS = [
     ),
     Fault(
         "an edit that may be written says that it is not",
-        "sessions/users.py",
-        "                may_be_written = True\n",
-        "                pass\n",
-        (*USERS, "tests/sessions/test_draining.py", "tests/sessions/test_last_save.py"),
+        "saving/verdicts.py",
+        "                if self.failures(row)\n",
+        "                if False\n",
+        USERS,
+    ),
+    Fault(
+        "an edit is written although its block has raised",
+        "sessions/ending.py",
+        "        self.begin_end(session, persist=False, reason=EndReason.DESTROYED)\n\n    async def write(",
+        "        self.begin_end(session, persist=True, reason=EndReason.DESTROYED)\n\n    async def write(",
+        USERS,
+    ),
+    Fault(
+        "an edit that was told to have failed is written later",
+        "sessions/ending.py",
+        "            ending.persist = False\n            self.resume(session, ending)\n",
+        "            self.resume(session, ending)\n",
+        USERS,
     ),
     Fault(
         "a release whose task is cancelled is forgotten",

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from cagey_sessions import (
-    EncodingError,
     FencedError,
     StoreUnavailableError,
     UnsavableError,
@@ -188,7 +187,7 @@ async def test_an_edit_that_raises_writes_nothing(clock, store, manager):
     await turns()
     assert store.stored(1) == {"n": 0}
     assert store.owner_of(1) == ""
-    with pytest.raises(EncodingError):
+    with pytest.raises(UnsavableError):
         async with manager.edit(1) as data:
             data["n"] = object()
     await turns()

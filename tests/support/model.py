@@ -87,6 +87,7 @@ class Person:
     lost: bool = False
     final: bool = False
     released: bool = False
+    silent: bool = False
 
     @property
     def gone(self) -> bool:
@@ -175,7 +176,7 @@ class Model:
 
     def find_by_user(self, user_id: int | str) -> Person | None:
         person = self.active_session(user_id)
-        return None if person is None or person.ending else person
+        return None if person is None or person.ending or person.silent else person
 
     def has_due(self, periodic: bool) -> bool:
         return self._next_lane(periodic) is not None
@@ -212,12 +213,13 @@ class Model:
         self.armed += 1
         self.arms += 1
 
-    def _grow_young(self, person: Person, ages: list[Person]) -> None:
+    def _grow_young(self, person: Person) -> None:
         for people in (self.anonymous, self.identified):
             if person in people:
                 people.remove(person)
         person.age = next(self._number)
-        ages.append(person)
+        if not person.silent:
+            self.identified.append(person)
 
     # The calls
 
@@ -230,6 +232,19 @@ class Model:
         if key is not None:
             self.by_key[key] = person
         self.created += 1
+        return person
+
+    def hold(self, user_id: int | str, user_data: object) -> Person:
+        wrong: list[type[CageySessionsError]] = []
+        if user_data is None:
+            wrong.append(InvalidUserDataError)
+        if self.active_session(user_id) is not None:
+            wrong.append(UserActiveError)
+        if wrong:
+            raise Refused(*wrong)
+        person = Person(None, next(self._number), silent=True)
+        self.people.add(person)
+        self.identify(person, user_id, user_data, 0, 0)
         return person
 
     def identify(self, person: Person, user_id: int | str, user_data: object, now: int, interval: int) -> None:
@@ -250,7 +265,7 @@ class Model:
         self._move(person, "identify")
         person.user_id, person.user_data, person.saved_at = user_id, user_data, now
         self.by_user[type(user_id), user_id] = person
-        self._grow_young(person, self.identified)
+        self._grow_young(person)
         person.due = (0, 0)
         if interval:
             self._arm(person, now + interval)
@@ -348,7 +363,7 @@ class Model:
             person.due = self.due_after(person, now, interval) if now + interval <= last else (last, last)
             self._wind(person, *person.due)
             person.saved_at = now
-            self._grow_young(person, self.identified)
+            self._grow_young(person)
             self.saved += 1
             self.skipped += 1
 
@@ -406,7 +421,7 @@ class Model:
             person.stored_digest = person.digest
         person.acknowledged = version
         person.saved_at = taken_at
-        self._grow_young(person, self.identified)
+        self._grow_young(person)
         self.saved += 1
         return True
 
@@ -454,12 +469,11 @@ class Model:
         self._require_row(person)
         self._move(person, "forget")
         self.people.remove(person)
-        if person.user_id is None:
-            self.anonymous.remove(person)
-        else:
-            self.identified.remove(person)
+        if person.user_id is not None:
             del self.by_user[type(person.user_id), person.user_id]
-        self.ended += 1
+        if not person.silent:
+            (self.anonymous if person.user_id is None else self.identified).remove(person)
+            self.ended += 1
 
     def end(self, person: Person, reason: str) -> None:
         person.end_reason = reason

@@ -182,6 +182,13 @@ class Twins:
         finally:
             Moody.before = None
 
+    def hold(self, user_id: int | str, user_data: object) -> None:
+        accepted, made = self.agree(
+            lambda: self.model.hold(user_id, user_data), lambda: self.table.hold(user_id, user_data)
+        )
+        if accepted:
+            self.meet(*made)
+
     def identify(self, session: Session, user_id: int | str, interval: int, user_data: object) -> None:
         person = self.person[session]
         accepted, _ = self.agree(
@@ -348,13 +355,15 @@ class Twins:
         counters = table.counters
         assert counters.created == model.created
         assert counters.ended == model.ended
-        assert counters.identified == len(model.by_user)
+        assert counters.identified == len(model.identified)
+        assert counters.silent == sum(person.silent for person in model.people)
         assert counters.in_flight == model.in_flight
         assert counters.due == model.due
         assert counters.saved == model.saved
         assert counters.skipped == model.skipped
         assert counters.failed == model.failed
-        assert len(table) == len(model.people)
+        counted = {person for person in model.people if not person.silent}
+        assert len(table) == len(counted)
         assert table.armed == model.armed
         assert table.oldest_save == model.oldest_save
         for periodic in (False, True):
@@ -366,9 +375,9 @@ class Twins:
             assert table.find_by_user(user_id) is self.session[model.find_by_user(user_id)]
             assert table.active_session(user_id) is self.session[model.active_session(user_id)]
         everybody = table.sessions_now()
-        assert len(everybody) == len(model.people)
-        assert {self.person[session] for session in everybody} == model.people
-        for session in everybody:
+        assert len(everybody) == len(counted)
+        assert {self.person[session] for session in everybody} == counted
+        for session in self.live:
             self.compare_live(session)
         for session in self.gone[-5:]:
             self.compare_gone(session)
@@ -384,6 +393,7 @@ class Twins:
     def compare_handle(self, session: Session, person: Person) -> None:
         assert self.table.state(session) == person.state
         assert self.table.is_ending(session) == (person.ending or person.gone)
+        assert self.table.is_silent(session) == (person.silent and not person.gone)
         assert self.table.is_lost(session) == (person.lost or person.gone)
         assert self.table.is_final(session) == (person.final and not person.gone)
         assert self.table.is_released(session) == (person.released or person.gone)

@@ -380,7 +380,7 @@ class StoreSaver(Saver):
         """The data of a session as it is to be stored now. Raises `UnsavableError`."""
         assert session.user_id is not None
         try:
-            if self._before_save is not None:
+            if self._before_save is not None and not self._table.is_silent(session):  # it has no live state
                 self._copy_live_state(self._before_save, session)
             return self.encoding.dump(session.user_data)
         except END_OF_PROCESS:

@@ -154,7 +154,7 @@ class Results:
         """Its data cannot be saved as it is."""
         row.move(Stage.SETTLED)
         fault = str(error), error.path
-        if self.unsavable.get(row.session) != fault and row.session.alive:
+        if self.unsavable.get(row.session) != fault and row.session.alive and not self._table.is_silent(row.session):
             self.unsavable[row.session] = fault
             self._reports.unsavable(error, row.session)
         self._autosave.fail(row.session, row.version, row.save, error, report=False)
@@ -166,13 +166,21 @@ class Results:
             f"somebody else has taken over user {quote(row.user_id)}: "
             "what this session had not saved by then is not saved"
         )
+        if self._table.is_silent(row.session):
+            outcome = (
+                "whether this edit was written before that is not known"
+                if self.failures(row)
+                else "nothing was written"
+            )
+            message = f"another server has taken over user {quote(row.user_id)}; {outcome}"
         self._drop(row, FencedError(message, user_id=row.user_id))
 
     def _drop(self, row: Row, error: FencedError | UserErasedError) -> None:
         row.move(Stage.SETTLED)
         self.forget(row.session)
         self._autosave.drop(row.session, row.version, row.save, error)
-        self._reports.error(error, row.session)
+        if not self._table.is_silent(row.session):  # the call that holds the user raises it
+            self._reports.error(error, row.session)
         self._on_lost(row.session, error)
 
     def forget(self, session: SessionCore) -> None:

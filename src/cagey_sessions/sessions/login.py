@@ -134,11 +134,4 @@ class Logins:
         server.refuse_if_ending(session)
         self._beginnings.refuse_if_closed()
         server.autosave.identify(session, loaded.user_id, loaded.data)
-        if loaded.version and server.link is not None and loaded.losses != server.link.losses:
-            # the engine may have an older record by now: what was loaded counts as changed
-            server.table.own(session, loaded.epoch, loaded.version, loaded.stored ^ 1, loaded.stored)
-            session.mark_changed()
-        elif loaded.version:
-            server.table.own(session, loaded.epoch, loaded.version, loaded.digest, loaded.stored)
-        else:
-            server.table.own(session, loaded.epoch)
+        self._loading.own(session, loaded)
