@@ -350,7 +350,7 @@ def told(room: str) -> tuple[str, str]:
     text = " ".join(text.split())
     found = re.search(r"What lives here: (.*?)\.? What must not: (.*?)\.(?: |$)", text)
     if found is None:
-        return f"{re.split(r'[.:] ', text)[0].rstrip('.')}.", "-"
+        return re.split(r"(?<=\.) ", text)[0], "-"
     return sentence(found[1]), sentence(found[2])
 
 
