@@ -49,7 +49,7 @@ async def outlast(work: asyncio.Future[T], limit: float | None = None, patience:
     outcome, or `patience` seconds (`PATIENCE` by default) after the first cancellation. Raises `TimeoutError` if the
     work is not done within `limit` seconds. Work that is given up on is not stopped.
     """
-    work.add_done_callback(_look_at)
+    work.add_done_callback(_mark_retrieved)
     loop = asyncio.get_running_loop()
     until = None if limit is None else loop.time() + limit
     cancelled: asyncio.CancelledError | None = None
@@ -74,7 +74,7 @@ async def outlast(work: asyncio.Future[T], limit: float | None = None, patience:
     return work.result()
 
 
-def _look_at(work: asyncio.Future[Any]) -> None:
+def _mark_retrieved(work: asyncio.Future[Any]) -> None:
     """Mark the error as retrieved: if the waiting task is gone, asyncio would print it as never retrieved."""
     if not work.cancelled():
         work.exception()

@@ -55,7 +55,7 @@ class Sanitizer:
         self._table = table
         self._encoding = encoding
         self._report = report
-        self._told: set[tuple[str, object]] = set()
+        self._warned: set[tuple[str, object]] = set()
         self._holder: dict[int, SessionCore] = {}
         """By the id of a container, the session that held it at its last save. Only a hint: an id may be used again."""
         self._held: dict[SessionCore, set[int]] = {}
@@ -63,9 +63,9 @@ class Sanitizer:
         self._was_marked = True
 
     def _warn(self, kind: str, who: object, text: str, session: SessionCore | None = None) -> None:
-        if (kind, who) in self._told:
+        if (kind, who) in self._warned:
             return
-        self._told.add((kind, who))
+        self._warned.add((kind, who))
         try:
             warnings.warn(text, UserDataWarning, stacklevel=2)
         except END_OF_PROCESS:
@@ -122,7 +122,7 @@ class Sanitizer:
             if other is not session:
                 # looked up again: the other may have let go of it, and the id may be of a new object
                 place = _place_of(part, other.user_data) if other.alive else None
-                if place is not None and ("shared", other.user_id) not in self._told:
+                if place is not None and ("shared", other.user_id) not in self._warned:
                     self._warn(
                         "shared",
                         user_id,

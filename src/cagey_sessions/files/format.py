@@ -299,7 +299,7 @@ class _Reader:
                 else:
                     entries.append(self._entry(content))
             except _Damaged as error:
-                damaged.append(DamagedEntry(number, _told_id(raw), raw, str(error)))
+                damaged.append(DamagedEntry(number, _readable_id(raw), raw, str(error)))
         frame = header or footer
         if frame is None:
             raise SnapshotError(
@@ -374,7 +374,7 @@ def _object(content: bytes) -> dict[str, Any]:
     return fields
 
 
-def _told_id(raw: bytes) -> int | str | None:
+def _readable_id(raw: bytes) -> int | str | None:
     """The user id in a damaged line, if it can still be read; it may be damaged, too."""
     match = _ID.search(raw)
     if match is None:
