@@ -143,6 +143,7 @@ class Endings:
         self._drain: Drain | None = None
         self.end_wanted: asyncio.Event = asyncio.Event()
         """Set once the end of everybody has begun, or is about to."""
+        self._table.attend_ends(ending=self.under_way, waited_for=self.waited_for, destroyed=EndReason.DESTROYED)
 
     @property
     def drain(self) -> Drain | None:
