@@ -79,8 +79,9 @@ test: $(VENV)/dev test-debug
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 test-debug: $(DEBUG)/built
-	PYTHONPATH=$(DEBUG) CAGEY_TEST_EXAMPLES=40 $(BIN)/python -m pytest tests/test_manager_machine.py tests/test_store_users.py \
-	  tests/test_store_edits.py $(TEST_ARGS)
+	PYTHONPATH=$(DEBUG) CAGEY_TEST_EXAMPLES=40 $(BIN)/python -m pytest tests/random/test_manager_machine.py \
+	  tests/sessions/test_login.py tests/sessions/test_open.py tests/sessions/test_users.py tests/sessions/test_edits.py \
+	  $(TEST_ARGS)
 
 check-core: $(VENV)/dev $(DEBUG)/built $(SANITIZE)/built
 	PYTHONPATH=tests $(BIN)/python -m corecheck --debug $(DEBUG) --sanitize $(SANITIZE) $(CHECK_ARGS)
@@ -111,12 +112,11 @@ coverage: $(VENV)/dev
 	find $(COVERAGE) -name '*.so' -delete
 	cd $(COVERAGE) && CAGEY_SESSIONS_TRACE=1 CFLAGS=-O1 $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
 # scripts of the tests run anywhere, with src alone on the path
-	mv $(COVERAGE)/tests/traced.py $(COVERAGE)/src/
+	mv $(COVERAGE)/tests/support/traced.py $(COVERAGE)/src/
 	cd $(COVERAGE) && export PYTHONPATH=$(CURDIR)/$(COVERAGE)/src; \
 	CAGEY_TEST_EXAMPLES=20 CAGEY_TEST_HISTORIES=30 CAGEY_TEST_SEEDS=50 CAGEY_TEST_USERS=10000 PYTEST_TIMEOUT=600 \
 	  $(CURDIR)/$(BIN)/python -m coverage run -m pytest -q -o faulthandler_timeout=590 --ignore tests/mutants \
-	  --ignore tests/packaging --ignore tests/test_benchmarks.py --ignore tests/test_benchmark_base.py \
-	  --ignore tests/core/test_leaks.py \
+	  --ignore tests/packaging --ignore tests/benchmarks --ignore tests/core/test_leaks.py \
 	  -k 'not is_imported and not second_interpreter' $(TEST_ARGS); passed=$$?; \
 	$(CURDIR)/$(BIN)/python -m coverage combine --quiet && $(CURDIR)/$(BIN)/python -m coverage report && exit $$passed
 
@@ -185,9 +185,9 @@ nightly: $(VENV)/dev $(DEBUG)/built
 	$(MAKE) --no-print-directory crash CRASH_ARGS="--kills $(or $(NIGHTLY_KILLS),1000)"
 	$(MAKE) --no-print-directory mutants
 	PYTHONPATH=$(DEBUG) HYPOTHESIS_PROFILE=nightly CAGEY_TEST_EXAMPLES=$(or $(NIGHTLY_EXAMPLES),20000) \
-	  $(BIN)/python -m pytest tests/core tests/test_manager_machine.py --timeout 0 -o faulthandler_timeout=0
+	  $(BIN)/python -m pytest tests/core tests/random/test_manager_machine.py --timeout 0 -o faulthandler_timeout=0
 	CAGEY_TEST_HISTORIES=$(or $(NIGHTLY_HISTORIES),20000) \
-	  $(BIN)/python -m pytest tests/test_store_histories.py tests/test_spill_histories.py \
+	  $(BIN)/python -m pytest tests/random/test_store_histories.py tests/random/test_spill_histories.py \
 	  --timeout 0 -o faulthandler_timeout=0
 
 clean:

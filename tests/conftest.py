@@ -20,8 +20,8 @@ import pytest_timeout
 from cagey_sessions import SessionManager, UserDataWarning
 from cagey_sessions._core import living
 from cagey_sessions.testing.plugin import cagey_world  # noqa: F401 - as pytest finds it where the package is installed
-from cluster import Cluster
 from support import Db, ManualClock, ScriptedStore, descriptors, end_of_threads, threads_of_ours
+from support.cluster import Cluster
 
 
 def _eager_loop() -> asyncio.AbstractEventLoop:

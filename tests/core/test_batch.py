@@ -144,7 +144,7 @@ class Batches(RuleBasedStateMachine):
             assert self.plain.table.failures(session) == 0
             if record := self.plain.fix(session, version, self.now):
                 expected.append(record)
-        odd = [self.batched.fix(session, version, self.now) for session, version in batch.odd()]
+        odd = [self.batched.fix(session, version, self.now) for session, version in batch.left_out()]
         assert odd == [None] * len(odd), "what cannot be encoded"
         assert batch.records == expected
         assert all(type(each) is Record for each in batch.records)
@@ -315,7 +315,7 @@ def test_what_an_encoder_does_meanwhile_is_seen():
     due = Due(6, dump=dump)
     batch = due.batches.batch()
     assert batch.fill(6, 1000, 1, 9, 0.0) == 6
-    assert {session.user_id for session, _ in batch.odd()} == {0, 1, 3}
+    assert {session.user_id for session, _ in batch.left_out()} == {0, 1, 3}
     assert {record.user_id for record in batch.records} == {4, 5}
     assert batch.settle([Verdict(Outcome.SAVED)] * 2, 9, {}) == []
     assert due.table.counters.in_flight == 3
@@ -330,7 +330,7 @@ def test_an_encoder_that_is_interrupted_loses_nobody():
     batch = due.batches.batch()
     with pytest.raises(KeyboardInterrupt):
         batch.fill(2, 1000, 1, 9, 0.0)
-    assert len(batch.odd()) == due.table.counters.in_flight == 1
+    assert len(batch.left_out()) == due.table.counters.in_flight == 1
 
 
 @pytest.mark.parametrize("verdicts", [[], [None], [("saved",)], [Verdict("saved-ish")], [Verdict(Outcome.SAVED)] * 2])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cagey_sessions import EncodingError
 from cagey_sessions._core import decode_plain, encode_plain
-from plain_data import plain, shape
+from support.plain_data import plain, shape
 
 INTS = [0, 1, 10**17, 10**18, 2**53 + 1, 2**63 - 1, 2**63, 10**19, 2**64 - 1, -1, -(10**18), -(2**63)]
 TOO_WIDE = [2**64, 2**64 + 1, 2 * 10**19, 10**20, -(2**63) - 1, -(10**19), -(2**64), 10**300]

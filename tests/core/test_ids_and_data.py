@@ -21,7 +21,7 @@ from cagey_sessions import (
     UserActiveError,
 )
 from cagey_sessions._core import SessionTable, check_key, check_user_id
-from core_objects import identified
+from support.core_objects import identified
 
 # Keys and user ids
 

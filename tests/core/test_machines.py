@@ -21,8 +21,8 @@ from cagey_sessions import (
     SessionEndedError,
 )
 from cagey_sessions._core import DEBUG
-from model import END_OF_TIME
-from twins import KEYS, USERS, Clingy, Data, Moody, Text, Twins, Unruly, fail
+from support.model import END_OF_TIME
+from support.twins import KEYS, USERS, Clingy, Data, Moody, Text, Twins, Unruly, fail
 
 RIMS = [64**level for level in range(1, 11)]
 TEN_YEARS = 10 * 365 * 24 * 3600 * 1000
@@ -157,6 +157,10 @@ class TableMachine(Machine):
     def arrive(self, key: str | None, user_id: int | str, interval: int) -> None:
         if self.twins.create(key):
             self.twins.identify(self.twins.live[-1], user_id, interval, Data())
+
+    @rule(user_id=SOME_USER, data=st.booleans() | st.just(True))
+    def hold(self, user_id: int | str, data: bool) -> None:
+        self.twins.hold(user_id, Data() if data else None)
 
     @precondition(lambda self: self.crowds < 1)
     @rule(interval=INTERVALS)

@@ -9,7 +9,7 @@ import pytest
 
 from cagey_sessions import KeyTakenError, Session
 from cagey_sessions._core import DEBUG, SessionTable
-from core_objects import python
+from support.core_objects import python
 
 
 def test_a_deadline_whose_conversion_calls_back_changes_only_what_it_should():

@@ -16,7 +16,7 @@ import pytest
 
 from cagey_sessions import Session, UsageError
 from cagey_sessions._core import DEBUG, SessionCore, SessionTable, living
-from core_objects import identified, python
+from support.core_objects import identified, python
 
 # Case 77: manners
 

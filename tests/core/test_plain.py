@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from cagey_sessions import EncodingError
 from cagey_sessions._core import encode_plain, is_plain, path_of
 from cagey_sessions.data.encoding import MAX_BYTES
-from plain_data import plain, shape
+from support.plain_data import plain, shape
 
 
 @pytest.mark.slow

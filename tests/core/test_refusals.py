@@ -18,7 +18,7 @@ import pytest
 
 from cagey_sessions import Session, UsageError, WrongLoopError
 from cagey_sessions._core import SessionTable
-from core_objects import identified, python
+from support.core_objects import identified, python
 
 # A raw object
 
@@ -101,6 +101,7 @@ OPERATIONS: dict[str, Callable[[SessionTable, Any], Any]] = {
     "lose": lambda table, session: table.lose(session),
     "is_lost": lambda table, session: table.is_lost(session),
     "set_final": lambda table, session: table.set_final(session, False),
+    "is_silent": lambda table, session: table.is_silent(session),
     "is_final": lambda table, session: table.is_final(session),
     "set_released": lambda table, session: table.set_released(session, True),
     "is_released": lambda table, session: table.is_released(session),
@@ -123,7 +124,14 @@ def test_every_call_that_takes_a_session_is_tried():
     assert with_session == set(OPERATIONS)
 
 
-OF_THE_GONE = {"state": "gone", "is_ending": True, "is_lost": True, "is_final": False, "is_released": True}
+OF_THE_GONE = {
+    "state": "gone",
+    "is_ending": True,
+    "is_lost": True,
+    "is_final": False,
+    "is_released": True,
+    "is_silent": False,
+}
 """What can be asked of a session that was forgotten, from any thread, and the answer."""
 
 
@@ -165,6 +173,7 @@ GUARDED: dict[str, Callable[[SessionTable, Any], Any]] = {
     # any thread may ask whether a session is over
     **{name: call for name, call in OPERATIONS.items() if name not in OF_THE_GONE},
     "create": lambda table, session: table.create(),
+    "hold": lambda table, session: table.hold(7, {}),
     "find_by_key": lambda table, session: table.find_by_key("key"),
     "find_by_user": lambda table, session: table.find_by_user(1),
     "sessions_now": lambda table, session: table.sessions_now(),

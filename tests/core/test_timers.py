@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cagey_sessions import UsageError
 from cagey_sessions._core import TimingWheel
-from model import END_OF_TIME
+from support.model import END_OF_TIME
 
 RIMS = [64**level + by for level in range(1, 11) for by in (-1, 0, 1)]
 DELAYS = st.one_of(st.integers(0, 100), st.sampled_from(RIMS), st.integers(0, 2**62))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from cagey_sessions import Session, UsageError
 from cagey_sessions._core import DEBUG, SessionTable
-from model import END_OF_TIME, MOST_WALKS
+from support.model import END_OF_TIME, MOST_WALKS
 
 MANY = 300 if DEBUG else 10_000
 """A debug build looks at every row after every call."""

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from .operations import OPERATIONS
 
 ROOT = Path(__file__).parents[2]
-TESTS = ["tests/core", "tests/test_encoding.py"]
+TESTS = ["tests/core", "tests/data/test_encoding.py"]
 
 
 class Outcome(NamedTuple):

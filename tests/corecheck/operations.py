@@ -234,12 +234,20 @@ refused("SessionTable.find_by_user: of another type", lambda world: world.table.
 operation("SessionTable.active_session")(lambda world: world.table.active_session(world.user_id))
 operation("SessionTable.sessions_now")(lambda world: world.table.sessions_now())
 OF_ONE = ("state", "failures", "versions", "saved_at", "is_ending", "epoch", "is_marked", "stored")
-FLAGS = ("lose", "is_lost", "is_final", "is_released")
+FLAGS = ("lose", "is_lost", "is_final", "is_released", "is_silent")
 for name in (*OF_ONE, *FLAGS):
     operation(f"SessionTable.{name}")(lambda world, name=name: getattr(world.table, name)(world.session))  # type: ignore[misc]
     refused(
         f"SessionTable.{name}: of another table", lambda world, name=name: getattr(world.unsaved, name)(world.session)
     )  # type: ignore[misc]
+
+
+@operation("SessionTable.hold")
+def hold(world: World) -> None:
+    world.leave(world.table.hold("held", [world.host]))
+
+
+refused("SessionTable.hold: of a user who is there", lambda world: world.table.hold(world.user_id, [world.host]))
 operation("SessionTable.set_released")(lambda world: world.table.set_released(world.session, True))
 operation("SessionTable.set_final")(lambda world: world.table.set_final(world.session, False))
 refused("SessionTable.set_final: of a live one", lambda world: world.table.set_final(world.session, True))
@@ -478,7 +486,7 @@ def fail_to_dump(data: object) -> bytes:
 @operation("SaveBatch: data that cannot be encoded")
 def _(world: World) -> None:
     session, batch = fill(world, fail_to_dump)
-    ((_, version),) = batch.odd()
+    ((_, version),) = batch.left_out()
     world.table.fail(session, version)
     world.leave(session)
 
@@ -527,7 +535,8 @@ class Owner:
 
 
 def attend(table: Any) -> None:
-    table.attend(now=lambda: 5, tick=1, interval=10, arm=int, ending={}, waited_for={}, destroyed="destroyed")
+    table.keep_time(now=lambda: 5, tick=1, interval=10, arm=int)
+    table.attend_ends(ending={}, waited_for={}, destroyed="destroyed")
 
 
 def come_and_go(world: World, *, quietly: bool) -> None:
@@ -624,7 +633,14 @@ def enter_and_leave(world: World) -> None:
 
 operation("SessionCall")(lambda world: come_and_go(world, quietly=False))
 operation("SessionCall: entered")(enter_and_leave)
-for name in ("ManagerCore", "SessionTable.attend", "SessionTable.bind_loop", "SessionTable.hear", "SessionTable.admit"):
+for name in (
+    "ManagerCore",
+    "SessionTable.keep_time",
+    "SessionTable.attend_ends",
+    "SessionTable.bind_loop",
+    "SessionTable.hear",
+    "SessionTable.admit",
+):
     operation(name)(lambda world: come_and_go(world, quietly=True))
 for name in ("SessionCore.start", "SessionCore.set_user", "SessionCore.destroy"):
     operation(name)(lambda world: come_and_go(world, quietly=True))

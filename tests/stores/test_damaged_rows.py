@@ -17,7 +17,7 @@ from cagey_sessions import CorruptRecordError, SessionManager, StoreError, Unsav
 from cagey_sessions.stores import Claim, Outcome, Record
 from cagey_sessions.testing.conformance.base import SAVED
 from cagey_sessions.testing.store_conformance import claim, opened, record, save
-from raw_rows import BODY, ENGINES, RawRows
+from support.raw_rows import BODY, ENGINES, RawRows
 
 LONG = int("1" * 40)
 FENCE: list[dict[str, Any]] = [

@@ -15,7 +15,8 @@ import redis
 from cagey_sessions import SessionManager, StoreUnavailableError
 from cagey_sessions.stores import Outcome, PostgresStore
 from cagey_sessions.testing.store_conformance import opened, record, release, save
-from proxied import (
+from support import REDIS, execute
+from support.proxied import (
     BOUND,
     DROP,
     TIMEOUT,
@@ -30,7 +31,6 @@ from proxied import (
     under,
     until_it_works,
 )
-from support import REDIS, execute
 
 SAVED, ALREADY = Outcome.SAVED, Outcome.ALREADY
 PLACES = 6

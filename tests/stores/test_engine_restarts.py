@@ -11,7 +11,7 @@ import pytest
 from cagey_sessions import SessionManager, StoreUnavailableError
 from cagey_sessions.stores import Outcome, PostgresStore, RedisStore
 from cagey_sessions.testing.store_conformance import opened
-from engines import PostgresEngine, RedisEngine, need
+from support.engines import PostgresEngine, RedisEngine, need
 
 BOUND = 10
 """Seconds after which the return of the engine counts as not noticed; it takes one."""

@@ -19,9 +19,9 @@ from cagey_sessions import (
 from cagey_sessions.stores import PostgresStore
 from cagey_sessions.testing.conformance.base import ALREADY, FENCED, INVALID, SAVED
 from cagey_sessions.testing.store_conformance import claim, opened, record, release, save
-from shared_stores import SharedStoreConformance
 from support import POSTGRES as DSN
 from support import drop_schema, execute, execute_each, needs_server, new_role, until_a_lock_is_waited_for
+from support.shared_stores import SharedStoreConformance
 
 pytestmark = needs_server(DSN)
 

@@ -15,10 +15,10 @@ from cagey_sessions import OptionError, SessionManager, StoreError, StoreUnavail
 from cagey_sessions.stores import PostgresStore, PostgresTable
 from cagey_sessions.testing.conformance.base import SAVED
 from cagey_sessions.testing.store_conformance import claim, opened, record, save
-from engines import PgBouncerEngine, need
 from stores.test_postgres import TestPostgresStore as OfPostgresStore
 from stores.test_postgres_table import Both, Contract
 from support import POSTGRES, drop_schema, execute, needs_server
+from support.engines import PgBouncerEngine, need
 
 pytestmark = [need("pgbouncer"), needs_server(POSTGRES)]
 

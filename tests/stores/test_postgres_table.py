@@ -21,9 +21,9 @@ from cagey_sessions.testing.store_conformance import (
     record,
     save,
 )
-from players import ANN, COLUMNS, FENCES, SIDE, body, claimed, fetch, players, table
 from support import POSTGRES as DSN
 from support import execute, needs_server, until_a_lock_is_waited_for
+from support.players import ANN, COLUMNS, FENCES, SIDE, body, claimed, fetch, players, table
 
 pytestmark = needs_server(DSN)
 

@@ -10,9 +10,9 @@ import pytest
 from cagey_sessions import CorruptRecordError, RecordError, SessionManager, StoreError, StoreLayoutError
 from cagey_sessions.testing.conformance.base import INVALID, SAVED
 from cagey_sessions.testing.store_conformance import claim, opened, record, release, save
-from players import ANN, COLUMNS, FENCES, SIDE, body, claimed, fetch, players, table
 from support import POSTGRES as DSN
 from support import execute, needs_server
+from support.players import ANN, COLUMNS, FENCES, SIDE, body, claimed, fetch, players, table
 
 SORTED = orjson.OPT_SORT_KEYS
 """A jsonb has its members in an order of its own."""

@@ -19,9 +19,9 @@ from cagey_sessions import (
 from cagey_sessions.stores import PostgresTable
 from cagey_sessions.testing.conformance.base import ALREADY, INVALID, SAVED
 from cagey_sessions.testing.store_conformance import claim, opened, record, release, save
-from players import ANN, COLUMNS, FENCES, PLAYERS, SIDE, body, claimed, fetch, players, table
 from support import POSTGRES as DSN
 from support import drop_schema, execute, execute_each, needs_server, new_role, until_a_lock_is_waited_for
+from support.players import ANN, COLUMNS, FENCES, PLAYERS, SIDE, body, claimed, fetch, players, table
 
 pytestmark = needs_server(DSN)
 

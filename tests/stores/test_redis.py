@@ -29,9 +29,9 @@ from cagey_sessions.testing.store_conformance import (
     release,
     save,
 )
-from shared_stores import SharedStoreConformance
 from support import REDIS as URL
 from support import needs_server
+from support.shared_stores import SharedStoreConformance
 
 pytestmark = needs_server(URL)
 

@@ -13,7 +13,7 @@ from cagey_sessions import OwnedElsewhereError, SessionManager, StoreLayoutError
 from cagey_sessions.stores import Outcome, RedisStore
 from cagey_sessions.testing.conformance.base import stored
 from cagey_sessions.testing.store_conformance import claim, opened, record, release, save
-from engines import RedisEngine, SentinelEngine, free_port, need
+from support.engines import RedisEngine, SentinelEngine, free_port, need
 
 BOUND = 15
 """Seconds after which what takes one or two counts as never happening."""

@@ -36,7 +36,7 @@ from cagey_sessions.testing.store_conformance import (
     save,
 )
 from support import turns
-from watched_sqlite import blocking, reading, saved
+from support.watched_sqlite import blocking, reading, saved
 
 ENDLESS = "(WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT max(x) FROM n)"
 

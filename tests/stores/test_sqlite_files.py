@@ -18,7 +18,7 @@ from cagey_sessions.stores import SQLiteStore
 from cagey_sessions.stores.sqlite import store as sqlite
 from cagey_sessions.testing.conformance.base import INVALID, SAVED
 from cagey_sessions.testing.store_conformance import claim, opened, record, save
-from watched_sqlite import blocking, connect_really, saved
+from support.watched_sqlite import blocking, connect_really, saved
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from cagey_sessions.stores.sqlite import store as sqlite
 from cagey_sessions.testing.conformance.base import SAVED
 from cagey_sessions.testing.store_conformance import claim, opened, record, save
 from support import UNHURRIED, end_of_threads, turns
-from watched_sqlite import Writer, connect_really, reading, saved
+from support.watched_sqlite import Writer, connect_really, reading, saved
 
 no_sigkill = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL")
 

@@ -8,7 +8,7 @@
 # being ended, the data can be encoded, and the store says that it is saved. Nearly all saves are like that.
 #
 # Invariants
-#   - The save of every session in a batch is in flight. `settle`, `hand_over` and `odd` take sessions out of it, each
+#   - The save of every session in a batch is in flight. `settle`, `hand_over` and `left_out` take sessions out of it, each
 #     session once; what they do not settle is the caller's to settle.
 #   - Bytes, version, epoch and user id of a session are fixed with no Python code between them but the encoder's, and
 #     what that may have changed is looked at after it.
@@ -89,7 +89,7 @@ cdef class SaveBatches:
         batch.table = self.table
         batch.records = []
         batch.sessions = []
-        batch.odd_ones = []
+        batch.excluded = []
         return batch
 
     cdef bytes body_of(self, data):
@@ -110,7 +110,7 @@ cdef class SaveBatch:
     cdef readonly Py_ssize_t size           # bytes of all bodies
     cdef readonly uint64_t unchanged        # how many were as they are stored already
     cdef list sessions                      # None once settled or handed over
-    cdef list odd_ones
+    cdef list excluded
     cdef SessionCore taking                 # and the version it had
     cdef uint64_t version
     cdef Py_ssize_t left
@@ -154,7 +154,7 @@ cdef class SaveBatch:
         """Take up to `rows` sessions whose time has come, until their bodies have `size` bytes: how many were taken.
 
         `now` is the tick of it, and `saved_at` what the records say. Who has not changed counts as saved and is due
-        again within `interval` ticks. Who cannot be encoded, or is asked for meanwhile, is left to `odd`. O(rows), and
+        again within `interval` ticks. Who cannot be encoded, or is asked for meanwhile, is left to `left_out`. O(rows), and
         their bytes.
         """
         cdef SessionTable table = self.table
@@ -193,9 +193,9 @@ cdef class SaveBatch:
         return taken
 
     cdef int set_aside(self) except -1:
-        """Leave the one being taken to `odd`."""
+        """Leave the one being taken to `left_out`."""
         if self.taking is not None:
-            self.odd_ones.append((self.taking, self.version))
+            self.excluded.append((self.taking, self.version))
             self.taking = None
         return 0
 
@@ -244,11 +244,11 @@ cdef class SaveBatch:
         self.size += PyBytes_GET_SIZE(body)
         return True
 
-    def odd(self):
+    def left_out(self):
         """Take out those that something is special about, as (session, version): their bytes are not fixed."""
         self.set_aside()
-        odd_ones, self.odd_ones = self.odd_ones, []
-        return odd_ones
+        excluded, self.excluded = self.excluded, []
+        return excluded
 
     def settle(self, list verdicts not None, uint64_t interval, dict watched not None):
         """Settle all, if every verdict says that the bytes are stored; None, and nothing changes, otherwise.

@@ -28,7 +28,7 @@ cdef int check_table(SessionTable table) except -1:
 
 cdef int check_everything(SessionTable table) except -1:
     cdef uint32_t slot, after, bucket, level, lane
-    cdef uint64_t start, span, in_wheel = 0, in_lanes = 0, in_flight = 0, live = 0, keyed = 0, identified = 0, free = 0
+    cdef uint64_t start, span, in_wheel = 0, in_lanes = 0, in_flight = 0, live = 0, keyed = 0, identified = 0, free = 0, held = 0
     # both before anything is looked at: making one may run a collection, and that may run anything
     cdef set seen = set(), aged = set()
     for bucket in range(<uint32_t> FIRST_SLOT):
@@ -37,7 +37,7 @@ cdef int check_everything(SessionTable table) except -1:
             level = bucket // BUCKETS_PER_LEVEL
             assert listed(table.rows, bucket) == bool(
                 table.wheel.occupied[level] >> (bucket % BUCKETS_PER_LEVEL) & 1), f"bitmap of bucket {bucket}"
-        while slot != bucket and bucket not in (ANONYMOUS, IDENTIFIED):
+        while slot != bucket and bucket not in (ANONYMOUS, IDENTIFIED, SILENT):
             after = table.rows[slot].next
             assert table.rows[after].prev == slot, f"links of slot {slot}"
             assert slot >= FIRST_SLOT and slot not in seen, f"slot {slot} is listed twice"
@@ -57,14 +57,15 @@ cdef int check_everything(SessionTable table) except -1:
                 assert table.rows[slot].state == GONE, f"slot {slot} is free"
                 free += 1
             slot = after
-    for lane in (ANONYMOUS, IDENTIFIED):
+    for lane in (ANONYMOUS, IDENTIFIED, SILENT):
         slot = table.rows[lane].newer
         while slot != lane:
             assert table.rows[table.rows[slot].newer].older == slot, f"age links of slot {slot}"
             assert slot not in aged
             aged.add(slot)
             if table.rows[slot].state != GONE:
-                assert ((<SessionCore> table.sessions[slot]).user_id is None) == (lane == ANONYMOUS)
+                assert (table.rows[slot].flags & FLAG_SILENT != 0) == (lane == SILENT)
+                assert lane == SILENT or ((<SessionCore> table.sessions[slot]).user_id is None) == (lane == ANONYMOUS)
             slot = table.rows[slot].newer
     cdef SessionCore session
     cdef uint64_t marks = 0
@@ -81,6 +82,7 @@ cdef int check_everything(SessionTable table) except -1:
         in_flight += has_save_in_flight(table.rows[slot].state)
         if session.user_id is not None:
             identified += 1
+            held += (table.rows[slot].flags & FLAG_SILENT) != 0
             assert table.user_slot(session.user_id) == slot, f"user of slot {slot}"
         if session.key is not None:
             assert (table.key_slot(session.key) == slot) != is_ending(table.rows[slot].state), f"key of slot {slot}"
@@ -89,8 +91,8 @@ cdef int check_everything(SessionTable table) except -1:
         assert not table.rows[slot].marks & MARKED_BEFORE or has_save_in_flight(table.rows[slot].state)
         assert not table.rows[slot].flags & FLAG_FINAL or is_ending(table.rows[slot].state), f"slot {slot} lives"
     assert table.by_key.used == keyed
-    assert table.by_user.used == identified == table.counters.identified
-    assert live == table.counters.created - table.counters.ended
+    assert table.by_user.used == identified == table.counters.identified + held
+    assert live == table.counters.created - table.counters.ended + table.counters.silent
     assert live + free + marks == table.used - FIRST_SLOT
     assert in_wheel == table.wheel.armed and in_lanes == table.counters.due and in_flight == table.counters.in_flight
     bucket = wheel_next_bucket(&table.wheel, &start)

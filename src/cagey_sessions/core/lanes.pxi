@@ -108,7 +108,7 @@ cdef class SessionLanes(SessionRows):
         wheel_arm(&self.wheel, self.rows, slot, self.next_due(slot, here, interval) if interval <= left else NEVER - 1)
         self.rows[slot].saved_at = now
         self.age_remove(slot)
-        self.age_append(IDENTIFIED, slot)
+        self.age_append(self.age_list_of(slot), slot)
         self.counters.saved += 1
         self.counters.skipped += 1
 
@@ -336,7 +336,7 @@ cdef class SessionLanes(SessionRows):
         row.acknowledged = row.version
         row.saved_at = taken_at
         self.age_remove(slot)
-        self.age_append(IDENTIFIED, slot)
+        self.age_append(self.age_list_of(slot), slot)
         self.counters.saved += 1
         return 0
 

@@ -13,7 +13,7 @@
 #   - A row with state GONE is on the free list; every other row belongs to exactly one session, or is a mark of a walk.
 #   - `sessions[slot]` is the session whose `slot` is that number, else None; and no session keeps its slot beyond `forget`.
 #   - Rows from `used` on were never anybody's, and their memory was never touched.
-#   - Every row of a session is on one age list: anonymous, or identified.
+#   - Every row of a session is on one age list: anonymous, identified, or silent.
 #
 # Cost: every operation is O(1) amortised; only growing moves the array.
 
@@ -23,6 +23,7 @@ cdef enum:
     PERIODIC                # or its time has come
     ANONYMOUS
     IDENTIFIED
+    SILENT
     FREE
     FIRST_SLOT
 
@@ -60,6 +61,7 @@ cdef class Counters:
     cdef readonly uint64_t created
     cdef readonly uint64_t ended
     cdef readonly uint64_t identified
+    cdef readonly uint64_t silent
     cdef readonly uint64_t in_flight
     cdef readonly uint64_t due
     cdef readonly uint64_t saved
@@ -187,6 +189,11 @@ cdef class SessionRows:
         self.rows[slot].newer = age_list
         self.rows[newest].newer = slot
         self.rows[age_list].older = slot
+
+    @cython.final
+    cdef inline uint32_t age_list_of(self, uint32_t slot) noexcept:
+        """The list on which a row with a user is."""
+        return SILENT if self.rows[slot].flags & FLAG_SILENT else IDENTIFIED
 
     @cython.final
     cdef inline void age_remove(self, uint32_t slot) noexcept:

@@ -50,7 +50,7 @@ cdef class SessionTable(SessionLanes):
         index_init(&self.by_key)
         index_init(&self.by_user)
         self.salt = mixed(seed)
-        self.loud = LOUD_UNATTENDED
+        self.loud = LOUD_CLOSED
 
     def __dealloc__(self):
         PyMem_RawFree(self.by_key.entries)
@@ -100,19 +100,28 @@ cdef class SessionTable(SessionLanes):
             return 0
         return self.user_slot_hashed(user_id, self.hash_of_user(user_id))
 
-    def attend(self, *, now, uint64_t tick, uint64_t interval, arm, dict ending not None,
-               dict waited_for not None, destroyed,
-               user_id_type=None, bint stored=False, bint watched=False):
-        """Say all that a call has to know to be done in one step; see `SessionCall`."""
+    def keep_time(self, *, now, uint64_t tick, uint64_t interval, arm, user_id_type=None):
+        """Say what a call needs that gives a session its user in one step: see `SessionCall`.
+
+        `now` returns nanoseconds, `tick` has so many of them, `interval` so many ticks; `arm` is called when a deadline
+        may have become the next one. User ids are of `user_id_type`, if one is given.
+        """
         self.now = now
         self.tick = tick
         self.interval = interval
         self.arm = arm
+        self.user_id_type = user_id_type
+
+    def attend_ends(self, *, dict ending not None, dict waited_for not None, destroyed):
+        """Say what a call needs that ends a session in one step, and admit sessions.
+
+        `ending` has the sessions whose end is under way, each with what has its ``reason``, `waited_for` those whose end
+        somebody waits for, and `destroyed` is the reason of an ordinary end.
+        """
         self.ending = ending
         self.waited_for = waited_for
         self.destroyed = destroyed
-        self.user_id_type = user_id_type
-        self.loud = LOUD_STORED * stored | LOUD_WATCHED * watched
+        self.admit(True)
 
     def hear(self, str event not None, bint heard):
         """Whether anybody listens to an event on the manager, from now on."""
@@ -210,7 +219,9 @@ cdef class SessionTable(SessionLanes):
         self.check_thread()
         require_user_id(user_id)
         cdef uint32_t slot = self.user_slot(user_id)
-        return None if slot == 0 or is_ending(self.rows[slot].state) else self.session_at(slot)
+        if slot == 0 or is_ending(self.rows[slot].state) or self.rows[slot].flags & FLAG_SILENT:
+            return None
+        return self.session_at(slot)
 
     def active_session(self, user_id):
         """The session that holds a user's slot, even while it is ending, or None. O(1)."""
@@ -218,9 +229,9 @@ cdef class SessionTable(SessionLanes):
         return self.session_at(slot) if slot else None
 
     def sessions_now(self):
-        """A list of all sessions that have not been forgotten. O(capacity)."""
+        """A list of all sessions that have not been forgotten, but silent ones. O(capacity)."""
         self.check_thread()
-        return [session for session in self.sessions if session is not None]
+        return [session for session in self.sessions if session is not None and not self.is_silent(session)]
 
     def state(self, SessionCore session not None):
         """The state of a session's save, as a name from `SAVE_STATES`. O(1)."""
@@ -311,14 +322,42 @@ cdef class SessionTable(SessionLanes):
         step(row, IDENTIFY)
         row.saved_at = now
         self.age_remove(slot)
-        self.age_append(IDENTIFIED, slot)
-        self.counters.identified += 1
+        self.age_append(self.age_list_of(slot), slot)
+        self.counters.identified += not row.flags & FLAG_SILENT
         row.deadline = 0
         if interval:
             wheel_arm(&self.wheel, self.rows, slot, now + self.ticks_to_place(slot, now, interval))
         if CAGEY_DEBUG:
             check_table(self)
         return 0
+
+    def hold(self, user_id, user_data):
+        """Make a silent session of a user, to be written once, when it ends.
+
+        It is not due by the clock, `find_by_user`, `sessions_now` and walks do not meet it, and of the counters only
+        `silent` has it. Raises what `identify` raises. O(1) amortised.
+        """
+        self.check_thread()
+        cdef SessionCore session = self.add(None)
+        cdef uint32_t slot = session.slot
+        self.counters.created -= 1
+        self.counters.silent += 1
+        self.rows[slot].flags = FLAG_SILENT
+        self.age_remove(slot)
+        self.age_append(SILENT, slot)
+        try:
+            self.give_user(session, user_id, user_data, 0, 0)
+        except:
+            self.hide(session)
+            self.remove(session)
+            finish(session, self.destroyed)
+            raise
+        return session
+
+    def is_silent(self, SessionCore session not None):
+        """Whether a session was made by `hold`. O(1)."""
+        self.refuse_stranger(session)
+        return session.slot != 0 and (self.rows[session.slot].flags & FLAG_SILENT) != 0
 
     def begin_end(self, SessionCore session not None):
         """Hide a session from its key and stop its periodic saves; its user's slot stays taken. O(1)."""
@@ -370,14 +409,18 @@ cdef class SessionTable(SessionLanes):
         return self.clear(session, slot)
 
     cdef inline int clear(self, SessionCore session, uint32_t slot) except -1:
+        cdef bint is_silent = (self.rows[slot].flags & FLAG_SILENT) != 0
         self.age_remove(slot)
         if session.user_id is not None:
-            self.counters.identified -= 1
+            self.counters.identified -= not is_silent
             index_remove(&self.by_user, self.hash_of_user(session.user_id), slot)
         session.slot = 0
         put_item(self.sessions, slot, None)
         self.release(slot)
-        self.counters.ended += 1
+        if is_silent:
+            self.counters.silent -= 1
+        else:
+            self.counters.ended += 1
         if CAGEY_DEBUG:
             check_table(self)
         return 0

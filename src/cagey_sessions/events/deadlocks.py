@@ -40,18 +40,18 @@ class Wait(NamedTuple):
     kind: Kind
 
 
-Lend = Callable[[int], None]
+OnWaiting = Callable[[int], None]
 
 
 class Frame:
     """The listeners of one emit, or a block that has a turn: under way."""
 
-    __slots__ = ("host", "lend", "task", "wait", "waiting")
+    __slots__ = ("host", "on_waiting", "task", "wait", "waiting")
 
-    def __init__(self, wait: Wait, host: object, lend: Lend | None) -> None:
+    def __init__(self, wait: Wait, host: object, on_waiting: OnWaiting | None) -> None:
         self.wait: Wait | None = wait
         self.host: object = host
-        self.lend = lend
+        self.on_waiting = on_waiting
         self.task: asyncio.Task[Any] | None = None
         """The only task that is inside, if so."""
         self.waiting: int = 0
@@ -66,19 +66,19 @@ class Frame:
 
     def begin_waiting(self) -> None:
         self.waiting += 1
-        if self.waiting == 1 and self.lend is not None:
-            self.lend(1)
+        if self.waiting == 1 and self.on_waiting is not None:
+            self.on_waiting(1)
 
     def end_waiting(self) -> None:
         self.waiting -= 1
-        if self.waiting == 0 and self.lend is not None:
-            self.lend(-1)
+        if self.waiting == 0 and self.on_waiting is not None:
+            self.on_waiting(-1)
 
     def close(self) -> None:
         """The listeners have returned; tasks they have left behind wait for themselves."""
-        if self.waiting and self.lend is not None:
-            self.lend(-1)
-        self.wait = self.host = self.lend = None
+        if self.waiting and self.on_waiting is not None:
+            self.on_waiting(-1)
+        self.wait = self.host = self.on_waiting = None
 
 
 _frames: ContextVar[tuple[Frame, ...]] = ContextVar("cagey_sessions_frames", default=())
@@ -86,14 +86,14 @@ _waits: dict[Wait, Counter[Wait]] = {}
 
 
 @contextmanager
-def listening(wait: Wait, host: object, lend: Lend | None = None) -> Iterator[Frame]:
+def listening(wait: Wait, host: object, on_waiting: OnWaiting | None = None) -> Iterator[Frame]:
     """Within this block code runs that `wait` waits for.
 
     Tasks that such code starts inherit the frame, for it may well wait for them; once the block is left the frame is
-    empty, and what is still running counts as outside. While anything inside waits for something here, `lend` is told
-    so, once with 1 and then with -1.
+    empty, and what is still running counts as outside. While anything inside waits for something here, `on_waiting` is
+    told so, once with 1 and then with -1.
     """
-    frame = Frame(wait, host, lend)
+    frame = Frame(wait, host, on_waiting)
     outer = tuple(other for other in _frames.get() if other.wait is not None)
     token = _frames.set((*outer, frame))
     try:

@@ -22,7 +22,7 @@ from ..loop import Loop
 from ..options import SECOND, Options
 from ..process import Identity
 from ..records import Receipt
-from .in_flight import Flight, Flights, SaveOutcome
+from .in_flight import Save, SaveOutcome, Saves
 from .saver import Saver
 from .workers import Worker, WorkerPool
 
@@ -89,9 +89,9 @@ class Autosave:
         self._timer_due = 0
         self._watch_timer: TimerHandle | None = None
         self._turn_is_queued = False
-        self._flights = Flights(clock, saver.patience)
+        self._saves = Saves(clock, saver.timeout)
         self._batches: dict[SaveBatch, int] = {}
-        """Batches under way, and when each was begun; their sessions have a flight only if somebody asks for it."""
+        """Batches under way, and when each was begun; their sessions have a save only if somebody asks for it."""
         self._carried: dict[SessionCore, None] = {}
         """Sessions of which somebody waits for the next attempt."""
         self._workers = WorkerPool(options.max_in_flight, self._work)
@@ -120,41 +120,41 @@ class Autosave:
         if self.gave_up is not None:
             return self.gave_up
         self._table.ask(session)
-        flights = self._flights
-        flight = flights.ask(session)
+        saves = self._saves
+        save = saves.ask(session)
         self.employ()
-        return await flights.join(session, flight, until or flights.patience_ends())
+        return await saves.join(session, save, until or saves.caller_deadline())
 
     async def settle(self, session: SessionCore, until: int | None, outcome: SaveOutcome = None) -> SaveOutcome:
         """Wait until no save of a session is under way or asked for, or patience ends.
 
         Returns the outcome of the last one waited for, or the one given if there was none.
         """
-        while flight := self._under_way(session) or self._flights.asked.get(session):
+        while save := self._under_way(session) or self._saves.asked.get(session):
             if self.gave_up is not None:
                 return self.gave_up  # the save may be under way for ever
-            if flight.is_resolved:
-                return flight.outcome  # it is known as far as it will be: it is not waited for any longer
-            outcome = await self._flights.join(session, flight, until)
+            if save.is_resolved:
+                return save.outcome  # it is known as far as it will be: it is not waited for any longer
+            outcome = await self._saves.join(session, save, until)
             if until is not None and self._clock.now() >= until:
                 break
         return outcome
 
-    def _under_way(self, session: SessionCore) -> Flight | None:
-        flight = self._flights.under_way.get(session)
-        if flight is None and self._batches and "saving" in self._table.state(session):
+    def _under_way(self, session: SessionCore) -> Save | None:
+        save = self._saves.under_way.get(session)
+        if save is None and self._batches and "saving" in self._table.state(session):
             for batch, started in self._batches.items():
                 if session in batch.under_way():
-                    return self._flights.enter(session, started)
-        return flight
+                    return self._saves.enter(session, started)
+        return save
 
-    def patience_ends(self) -> int | None:
-        """See `Flights.patience_ends`."""
-        return self._flights.patience_ends()
+    def caller_deadline(self) -> int | None:
+        """See `Saves.caller_deadline`."""
+        return self._saves.caller_deadline()
 
     def forget(self, session: SessionCore) -> None:
-        """A session is past its last save; see `Flights.forget`."""
-        self._flights.forget(session)
+        """A session is past its last save; see `Saves.forget`."""
+        self._saves.forget(session)
 
     def stop(self, session: SessionCore, error: Exception) -> None:
         """Begin no save of a session any more: it has lost its user. The error is kept for whoever asks for one."""
@@ -177,7 +177,7 @@ class Autosave:
 
     def hasten(self, session: SessionCore) -> None:
         """Do not leave whoever waits for the next attempt to the timer: the session is to end."""
-        if session in self._flights.asked:
+        if session in self._saves.asked:
             self._table.ask(session)
 
     def kick(self) -> None:
@@ -189,7 +189,7 @@ class Autosave:
         if self._pause is None:
             self.employ()
 
-    def lend(self, slots: int) -> None:
+    def free_slots(self, slots: int) -> None:
         """A listener waits for another save, or does no longer: meanwhile its slot may be used for that one."""
         self._workers.free += slots
         if slots > 0:
@@ -205,7 +205,7 @@ class Autosave:
     def give_up(self, error: Exception) -> None:
         """From now on let nobody wait; what is under way goes on, and no more of it is started."""
         self.gave_up = error
-        self._flights.resolve_all(error)
+        self._saves.resolve_all(error)
 
     def close(self) -> None:
         """Stop all timers."""
@@ -217,7 +217,7 @@ class Autosave:
 
     def in_flight(self) -> list[SessionCore]:
         """The sessions whose saves are under way."""
-        return [*self._flights.under_way, *(session for batch in self._batches for session in batch.under_way())]
+        return [*self._saves.under_way, *(session for batch in self._batches for session in batch.under_way())]
 
     def age(self, tick: int) -> float:
         """How many seconds ago a tick was."""
@@ -227,9 +227,7 @@ class Autosave:
         """How many saves are under way for longer than the interval, and for how long the oldest, in nanoseconds."""
         now = self._clock.now()
         late = now - self._overdue_after
-        saves = {
-            session: flight.started for session, flight in self._flights.under_way.items() if flight.started <= late
-        }
+        saves = {session: save.started for session, save in self._saves.under_way.items() if save.started <= late}
         for batch, started in self._batches.items():
             if started <= late:
                 saves |= dict.fromkeys(batch.under_way(), started)
@@ -273,7 +271,7 @@ class Autosave:
                 self._loop.call_soon(self._turn, context=self._context)
                 break
         for session in list(self._carried):
-            if session not in self._flights.asked:
+            if session not in self._saves.asked:
                 self._carried.pop(session, None)
             elif self._table.state(session) == "due":
                 self._table.ask(session)  # somebody waits for it: not behind those whose time has come
@@ -327,7 +325,7 @@ class Autosave:
                 NothingSavesError("sessions are due to be saved, and nobody listens to 'persist_user_data'"), None
             )
         self.employ()  # somebody else may have cancelled a worker
-        if waiting or self._flights.under_way or self._batches:
+        if waiting or self._saves.under_way or self._batches:
             self._watch()
 
     async def _work(self, worker: Worker) -> None:
@@ -353,25 +351,25 @@ class Autosave:
 
     def settle_batch(self, batch: SaveBatch, verdicts: list[Any]) -> bool:
         """Settle the saves of a batch, if every verdict says that they are stored; see `SaveBatch.settle`."""
-        left = batch.settle(verdicts, self._interval_ticks, self._flights.under_way)
+        left = batch.settle(verdicts, self._interval_ticks, self._saves.under_way)
         if left is None:
             return False
         self.arm()
         return True
 
-    def take_odd(self, batch: SaveBatch) -> Iterator[tuple[SessionCore, int, Flight]]:
+    def take_left_out(self, batch: SaveBatch) -> Iterator[tuple[SessionCore, int, Save]]:
         """Take those out of a batch whose bytes are not fixed; they are like what `take` returns."""
-        for session, version in batch.odd():
-            yield session, version, self._flights.enter(session, self._batches[batch])
+        for session, version in batch.left_out():
+            yield session, version, self._saves.enter(session, self._batches[batch])
 
-    def end_batch(self, batch: SaveBatch) -> Iterator[tuple[SessionCore, int, Flight, int, int]]:
-        """What is left of a batch, to be settled: session, version, flight, digest, and place in `records`."""
+    def end_batch(self, batch: SaveBatch) -> Iterator[tuple[SessionCore, int, Save, int, int]]:
+        """What is left of a batch, to be settled: session, version, save, digest, and place in `records`."""
         started = self._batches.pop(batch, 0)
         for session, version, digest, place in batch.hand_over():
-            flight = self._flights.under_way.get(session) or self._flights.enter(session, started)
-            yield session, version, flight, digest, place
+            save = self._saves.under_way.get(session) or self._saves.enter(session, started)
+            yield session, version, save, digest, place
 
-    def take(self, *, periodic: bool = True) -> tuple[SessionCore, int, Flight] | None:
+    def take(self, *, periodic: bool = True) -> tuple[SessionCore, int, Save] | None:
         """The next session to save, with its version; from here on its save is under way. None if there is nobody.
 
         Without `periodic`, those only who are asked for.
@@ -380,60 +378,58 @@ class Autosave:
         if taken is None:
             return None
         session, version = taken
-        flight = self._flights.asked.pop(session, None) or Flight()
-        flight.started = self._clock.now()
-        self._flights.under_way[session] = flight
-        return session, version, flight
+        save = self._saves.asked.pop(session, None) or Save()
+        save.started = self._clock.now()
+        self._saves.under_way[session] = save
+        return session, version, save
 
-    def acknowledge(self, session: SessionCore, version: int, flight: Flight, receipt: Receipt | None) -> None:
+    def acknowledge(self, session: SessionCore, version: int, save: Save, receipt: Receipt | None) -> None:
         """A save has succeeded."""
-        del self._flights.under_way[session]
-        taken_at = flight.started // self.tick
+        del self._saves.under_way[session]
+        taken_at = save.started // self.tick
         deadline = self._table.due_after(session, taken_at, self._interval_ticks) if self._interval else None
         owned = self._table.acknowledge(session, version, taken_at, deadline)
-        flight.resolve(receipt)
+        save.resolve(receipt)
         self._tell_of_end(session, owned, None)
 
-    def note_duration(self, flight: Flight) -> None:
+    def note_duration(self, save: Save) -> None:
         """A listener has taken until now."""
-        taken, average = (self._clock.now() - flight.started) / SECOND, self.seconds_per_save
+        taken, average = (self._clock.now() - save.started) / SECOND, self.seconds_per_save
         self.seconds_per_save = average + (taken - average) / AVERAGE_OVER if average else taken
 
-    def fail(
-        self, session: SessionCore, version: int, flight: Flight, error: Exception, *, report: bool = True
-    ) -> None:
+    def fail(self, session: SessionCore, version: int, save: Save, error: Exception, *, report: bool = True) -> None:
         """A save has failed. Whoever waits hears of it, unless there is patience left; then the next attempt counts."""
-        del self._flights.under_way[session]
-        heard = flight.has_waiters
-        is_patient = heard and flight.is_patient and not isinstance(error, UnsavableError) and self.gave_up is None
-        owned = self._table.fail(session, version, self._retry_tick(session, is_patient, error))
-        if is_patient and owned and self._table.state(session) != "gone":
-            self._wait_on(session, flight, error)
+        del self._saves.under_way[session]
+        heard = save.has_waiters
+        is_retried = heard and save.is_retried and not isinstance(error, UnsavableError) and self.gave_up is None
+        owned = self._table.fail(session, version, self._retry_tick(session, is_retried, error))
+        if is_retried and owned and self._table.state(session) != "gone":
+            self._wait_on(session, save, error)
             if self._table.is_ending(session):
                 self._on_settled(session, error)
             return
-        flight.resolve(error)
+        save.resolve(error)
         self._tell_of_end(session, owned, error)
         if report and not heard:
             self._reports.error(error, session)
 
-    def drop(self, session: SessionCore, version: int, flight: Flight, error: Exception) -> None:
+    def drop(self, session: SessionCore, version: int, save: Save, error: Exception) -> None:
         """A save has failed, and no other is to be tried: the store will take nothing more of this session."""
-        del self._flights.under_way[session]
+        del self._saves.under_way[session]
         self._table.fail(session, version, None)
-        flight.resolve(error)
-        later = self._flights.asked.pop(session, None)
+        save.resolve(error)
+        later = self._saves.asked.pop(session, None)
         if later is not None:
             later.resolve(error)
 
-    def _wait_on(self, session: SessionCore, flight: Flight, error: Exception) -> None:
+    def _wait_on(self, session: SessionCore, save: Save, error: Exception) -> None:
         """Leave the callers of a failed attempt to the next one."""
-        flight.error = error
+        save.error = error
         self._carried[session] = None
-        later = self._flights.asked.setdefault(session, flight)
-        if later is not flight:  # somebody has asked meanwhile; all of them wait for the same save from now on
+        later = self._saves.asked.setdefault(session, save)
+        if later is not save:  # somebody has asked meanwhile; all of them wait for the same save from now on
             later.error = error
-            later.waiters |= flight.waiters
+            later.waiters |= save.waiters
         if not self._saver.may_start() and self._table.state(session) in ("idle", "ending"):
             self._table.ask(session)  # nothing is tried by the clock now: be among the first when it is
         self.arm()
@@ -443,20 +439,20 @@ class Autosave:
             self._on_settled(session, error)
         self.arm()
 
-    def _retry_tick(self, session: SessionCore, is_patient: bool, error: Exception) -> int | None:
+    def _retry_tick(self, session: SessionCore, is_retried: bool, error: Exception) -> int | None:
         """When a failed save is tried again; None if only on request."""
         if not session.alive or self._table.state(session) == "gone":
             return None
-        if self._interval is None and not is_patient and not self._table.is_ending(session):
+        if self._interval is None and not is_retried and not self._table.is_ending(session):
             return None
         interval = self._interval or INTERVAL_FOR_RETRIES
         delay = min(interval // FIRST_RETRY << self._table.failures(session), interval // 2)
-        if self._saver.patience is not None:
+        if self._saver.timeout is not None:
             delay = min(delay, LONGEST_RETRY_OF_A_STORE)
         if isinstance(error, UnsavableError):
             delay = interval  # not before the data has had time to change
         if self._draining:
             delay = min(delay, LONGEST_RETRY_IN_DRAIN)
-        if is_patient:
+        if is_retried:
             delay = min(delay, LONGEST_RETRY_FOR_CALLER)
         return (self._clock.now() + int(delay * self._identity.random.uniform(0.5, 1.0))) // self.tick

@@ -16,19 +16,22 @@ from ..errors import SessionEndedError, StoreUnavailableError
 from ..options import SECOND
 from ..records import Receipt
 
-__all__ = ["Flight", "Flights", "SaveOutcome"]
+__all__ = ["Save", "SaveOutcome", "Saves"]
 
 SaveOutcome = Exception | Receipt | None
 """Of a save: what went wrong, or the receipt of the store, or None where a listener has saved."""
 
+GRACE = SECOND // 20
+"""A caller hears so much later than a call of the store that began with it: by then the store counts as down."""
 
-class Flight:
+
+class Save:
     """A save that is asked for or under way, and who waits for it."""
 
-    __slots__ = ("error", "is_patient", "is_resolved", "outcome", "started", "waiters")
+    __slots__ = ("error", "is_resolved", "is_retried", "outcome", "started", "waiters")
 
-    def __init__(self, *, is_patient: bool = False) -> None:
-        self.is_patient: bool = is_patient
+    def __init__(self, *, is_retried: bool = False) -> None:
+        self.is_retried: bool = is_retried
         """A failed attempt is not its end yet."""
         self.is_resolved: bool = False
         self.outcome: SaveOutcome = None
@@ -53,59 +56,59 @@ class Flight:
                     future.set_result(outcome)
 
 
-class Flights:
-    """The flights of one manager. Of a session there is at most one asked for, and at most one under way.
+class Saves:
+    """The saves of one manager. Of a session there is at most one asked for, and at most one under way.
 
-    A caller waits for `patience` nanoseconds while attempts fail; None if the first failure is the answer.
+    A caller waits for `timeout` nanoseconds while attempts fail; None if the first failure is the answer.
     """
 
-    def __init__(self, clock: Clock, patience: int | None) -> None:
-        self.asked: dict[SessionCore, Flight] = {}
-        self.under_way: dict[SessionCore, Flight] = {}
+    def __init__(self, clock: Clock, timeout: int | None) -> None:
+        self.asked: dict[SessionCore, Save] = {}
+        self.under_way: dict[SessionCore, Save] = {}
         self._clock = clock
-        self._patience = patience
+        self._timeout = timeout
 
-    def ask(self, session: SessionCore) -> Flight:
+    def ask(self, session: SessionCore) -> Save:
         """The next save of a session; callers that come before it starts share it."""
-        flight = self.asked.get(session)
-        if flight is None:
-            flight = self.asked[session] = Flight(is_patient=self._patience is not None)
-        return flight
+        save = self.asked.get(session)
+        if save is None:
+            save = self.asked[session] = Save(is_retried=self._timeout is not None)
+        return save
 
-    def enter(self, session: SessionCore, started: int) -> Flight:
+    def enter(self, session: SessionCore, started: int) -> Save:
         """A save that is under way already is looked at alone from now on."""
-        flight = self.under_way[session] = Flight()
-        flight.started = started
-        return flight
+        save = self.under_way[session] = Save()
+        save.started = started
+        return save
 
     def forget(self, session: SessionCore) -> None:
         """A session is past its last save: whoever has asked for another hears of it."""
-        flight = self.asked.pop(session, None)
-        if flight is not None:
-            flight.resolve(SessionEndedError(f"the session has ended, or is past its last save ({session!r})"))
+        save = self.asked.pop(session, None)
+        if save is not None:
+            save.resolve(SessionEndedError(f"the session has ended, or is past its last save ({session!r})"))
 
     def resolve_all(self, error: Exception) -> None:
         """Let nobody wait any longer."""
-        for flight in (*self.under_way.values(), *self.asked.values()):
-            flight.resolve(error)
+        for save in (*self.under_way.values(), *self.asked.values()):
+            save.resolve(error)
         self.asked.clear()
 
-    def patience_ends(self) -> int | None:
+    def caller_deadline(self) -> int | None:
         """Until when a caller who comes now waits while attempts fail; None if the first failure is the answer."""
-        if self._patience is None:
+        if self._timeout is None:
             return None
-        return self._clock.now() + self._patience
+        return self._clock.now() + self._timeout + GRACE
 
-    async def join(self, session: SessionCore, flight: Flight, until: int | None) -> SaveOutcome:
-        """Another caller waits for a save: its outcome, or when the caller's patience ends the lack of one."""
-        if flight.is_resolved:
-            return flight.outcome
+    async def join(self, session: SessionCore, save: Save, until: int | None) -> SaveOutcome:
+        """Another caller waits for a save: its outcome, or at its deadline the lack of one."""
+        if save.is_resolved:
+            return save.outcome
         future: asyncio.Future[SaveOutcome] = asyncio.get_running_loop().create_future()
-        flight.waiters[future] = None
+        save.waiters[future] = None
         timer = None
         if until is not None:
-            lose_patience = partial(self._lose_patience, session, future)
-            timer = self._clock.call_later(max(0, until - self._clock.now()), lose_patience, Context())
+            time_out = partial(self._time_out, session, future)
+            timer = self._clock.call_later(max(0, until - self._clock.now()), time_out, Context())
         try:
             return await future
         finally:
@@ -113,31 +116,31 @@ class Flights:
             if timer is not None:
                 timer.cancel()
 
-    def _leave(self, session: SessionCore, future: asyncio.Future[SaveOutcome]) -> Flight | None:
+    def _leave(self, session: SessionCore, future: asyncio.Future[SaveOutcome]) -> Save | None:
         """A caller waits no longer: the save that it waited for, if that is still to come to its end."""
-        for flights in (self.asked, self.under_way):
-            flight = flights.get(session)
-            if flight is not None and future in flight.waiters:
-                del flight.waiters[future]
-                return flight
+        for saves in (self.asked, self.under_way):
+            save = saves.get(session)
+            if save is not None and future in save.waiters:
+                del save.waiters[future]
+                return save
         return None
 
-    def _lose_patience(self, session: SessionCore, future: asyncio.Future[SaveOutcome]) -> None:
+    def _time_out(self, session: SessionCore, future: asyncio.Future[SaveOutcome]) -> None:
         """A caller has waited long enough. A save that nobody is left to wait for is resolved; the session stays
         due."""
-        flight = self._leave(session, future)
-        outcome = _out_of_patience(self._patience or 0, None if flight is None else flight.error)
+        save = self._leave(session, future)
+        outcome = _timed_out(self._timeout or 0, None if save is None else save.error)
         if not future.done():
             future.set_result(outcome)
-        if flight is not None and not flight.has_waiters:
-            flight.resolve(outcome)
-            if self.asked.get(session) is flight:
+        if save is not None and not save.has_waiters:
+            save.resolve(outcome)
+            if self.asked.get(session) is save:
                 del self.asked[session]
 
 
-def _out_of_patience(patience: int, last: Exception | None) -> StoreUnavailableError:
+def _timed_out(timeout: int, last: Exception | None) -> StoreUnavailableError:
     error = StoreUnavailableError(
-        f"the store has not acknowledged this save within {patience / SECOND:g} s; "
+        f"the store has not acknowledged this save within {timeout / SECOND:g} s; "
         "the session stays due, and is saved when the store is back"
     )
     error.__cause__ = last

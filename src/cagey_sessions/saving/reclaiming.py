@@ -12,7 +12,8 @@ from ..process import Identity
 from ..stores import Claim
 from ..stores.contract import claims_of
 from ..stores.link import StoreLink
-from .verdicts import Row, Settlement
+from .row import Row, Stage
+from .verdicts import Results
 
 __all__ = ["Reclaiming"]
 
@@ -29,28 +30,27 @@ class Reclaiming:
         link: StoreLink,
         identity: Identity,
         claims: Claims,
-        settlement: Settlement,
+        results: Results,
     ) -> None:
         self._table = table
         self._link = link
         self._identity = identity
         self._claims = claims
-        self._settlement = settlement
+        self._results = results
 
     async def reclaim(self, rows: list[Row]) -> list[Row]:
         """Claim the users of these rows: those that may be written now. The others are settled."""
-        settlement = self._settlement
+        results = self._results
         for row in list(rows):
-            row.unowned = False
             row.claims += 1
             if self._is_lost(row):
                 # by the same owner the claim would be granted, at the expense of a session that has the user by now
-                settlement.fence(row)
+                results.fence(row)
                 rows.remove(row)
         if not rows:
             return []
         if not self._link.may_call():
-            settlement.fail_all(rows, StoreUnavailableError(f"{self._link.name} is down"), report=False)
+            results.fail_all(rows, StoreUnavailableError(f"{self._link.name} is down"), report=False)
             return []
         user_ids = [row.user_id for row in rows]
         call = self._link.start(user_ids, self._link.store.claim_many, user_ids, self._identity.owner)
@@ -60,29 +60,30 @@ class Reclaiming:
             self._claims.doubt(user_ids, call.task)
             if not isinstance(error, Exception):
                 raise
-            settlement.fail_all(rows, error)
+            results.fail_all(rows, error)
             return []
         owned = []
         for row, claim in zip(rows, answers, strict=True):
             assert row.record is not None
             if isinstance(claim, StoreError):
-                settlement.fail(row, claim)
+                results.fail(row, claim)
             elif not claim.granted and self._has_lost_ours(row, claim):
-                settlement.fail(row, StoreUnavailableError(f"{claim.owner} has not let go of this user again"))
+                results.fail(row, StoreUnavailableError(f"{claim.owner} has not let go of this user again"))
             elif not claim.granted:
-                settlement.fence(row)
+                results.fence(row)
             elif self._is_lost(row) or not self._is_ours(row, claim):
-                settlement.fence(row)
+                results.fence(row)
                 self._claims.disown(claim)
             else:
                 self._table.own(row.session, claim.epoch)
                 row.record = row.record._replace(epoch=claim.epoch)
+                row.move(Stage.OPEN)
                 owned.append(row)
         return owned
 
     def _has_lost_ours(self, row: Row, claim: Claim) -> bool:
         """Whether who has a user had them before us, in an engine that has lost our claim: they let go of them soon."""
-        return 0 < claim.epoch < self._table.epoch(row.session) and self._settlement.failures(row) < MOST_REFUSALS
+        return 0 < claim.epoch < self._table.epoch(row.session) and self._results.failures(row) < MOST_REFUSALS
 
     def _is_lost(self, row: Row) -> bool:
         """Whether a session is over, or has no user any more, while its save is under way."""
@@ -102,5 +103,5 @@ class Reclaiming:
         return (
             found == (row.version, self._identity.digest(row.record.body))
             or self._table.is_stored(row.session, *found)
-            or found in self._settlement.unknown.get(row.session, ())
+            or found in self._results.unknown.get(row.session, ())
         )

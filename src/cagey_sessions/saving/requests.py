@@ -66,7 +66,7 @@ class Requests:
         self._saver.require()
         failures: list[tuple[int | str, Exception]] = []
         total = 0
-        until = self._clock.now() + (self._saver.patience or 0)
+        until = self._clock.now() + (self._saver.timeout or 0)
         # a save under way may have missed the latest changes, and its acknowledgement hides its session from the walk
         under_way = dict.fromkeys(self._autosave.in_flight())
 

@@ -29,7 +29,7 @@ class Saver(ABC):
     """Whether saves go to a store; if not, listeners make them."""
     one_at_a_time: bool
     """Whether a worker takes all there is before another is needed."""
-    patience: int | None
+    timeout: int | None
     """For how many nanoseconds a caller waits while attempts fail; None if the first failure is the answer."""
     unchanged: int = 0
     """How many saves found the data as it was stored already."""

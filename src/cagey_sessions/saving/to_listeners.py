@@ -25,7 +25,7 @@ class ListenerSaver(Saver):
 
     is_store = False
     one_at_a_time = False
-    patience: int | None = None
+    timeout: int | None = None
 
     def __init__(
         self, table: SessionTable, listeners: Listeners, encoding: Encoding, sanitizer: Sanitizer | None
@@ -74,13 +74,13 @@ class ListenerSaver(Saver):
         worker.start()
         if taken is None:
             return False
-        session, version, flight = taken
+        session, version, save = taken
         is_ending = self._table.is_ending(session)
         data = self._encoding.try_dump(session.user_data) if is_ending else None
         self._saved.pop(session, None)
         error: Exception | None = ListenerCancelledError("the event loop was shut down during the save")
         try:
-            with listening(Wait(session, Kind.SAVE), self._table, autosave.lend):
+            with listening(Wait(session, Kind.SAVE), self._table, autosave.free_slots):
                 await self._call_listeners(session)
             error = None
         except asyncio.CancelledError:
@@ -92,10 +92,10 @@ class ListenerSaver(Saver):
             if error is None:
                 if is_ending and self._table.state(session) != "gone":
                     self._saved[session] = data
-                autosave.note_duration(flight)
-                autosave.acknowledge(session, version, flight, None)
+                autosave.note_duration(save)
+                autosave.acknowledge(session, version, save, None)
             else:
-                autosave.fail(session, version, flight, error)
+                autosave.fail(session, version, save, error)
         return True
 
     async def _call_listeners(self, session: SessionCore) -> None:

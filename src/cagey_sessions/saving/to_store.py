@@ -29,11 +29,12 @@ from ..stores.link import StoreLink
 from ..user_code import END_OF_PROCESS
 from ..wording import quote
 from .autosave import Autosave
-from .in_flight import Flight
+from .in_flight import Save
 from .pacing import Pacing
 from .reclaiming import Reclaiming
+from .row import Row, Stage
 from .saver import Saver
-from .verdicts import Lost, Row, Settlement
+from .verdicts import Lost, Results
 from .workers import Worker
 from .writing import MOST_ROWS, Hanging, Writer
 
@@ -66,7 +67,7 @@ class StoreSaver(Saver):
         on_lost: Lost,
         sanitizer: Sanitizer | None = None,
     ) -> None:
-        self.patience: int | None = options.save_timeout
+        self.timeout: int | None = options.save_timeout
         self.encoding = encoding
         self._identity = identity
         self.unchanged: int = 0
@@ -90,16 +91,16 @@ class StoreSaver(Saver):
         self._doubt_timer: TimerHandle | None = None
         self._autosave: Autosave
         self._pacing: Pacing
-        self._settlement: Settlement
+        self._results: Results
         self._writer: Writer
 
     def bind(self, autosave: Autosave) -> None:
         table, link, identity = self._table, self._link, self._identity
         self._autosave = autosave
         self._pacing = Pacing(self._clock, table, self._interval, autosave.kick)
-        settlement = self._settlement = Settlement(autosave, table, link, identity, self._reports, self._on_lost)
-        reclaiming = Reclaiming(table, link, identity, self._claims, settlement)
-        self._writer = Writer(autosave, link, self._clock, settlement, reclaiming, identity)
+        results = self._results = Results(autosave, table, link, identity, self._reports, self._on_lost)
+        reclaiming = Reclaiming(table, link, identity, self._claims, results)
+        self._writer = Writer(autosave, link, self._clock, results, reclaiming, identity)
         link.watch(self._see_link)
 
     def begin(self) -> None:
@@ -124,7 +125,7 @@ class StoreSaver(Saver):
 
     def known_stored(self, session: SessionCore) -> frozenset[tuple[int, int]]:
         """All that the store may have of a user by the work of this session: versions, with digests of the bodies."""
-        known = set(self._settlement.unknown.get(session, ()))
+        known = set(self._results.unknown.get(session, ()))
         version, digest = self._table.stored(session)
         if version:
             known.add((version, digest))
@@ -147,17 +148,17 @@ class StoreSaver(Saver):
         await self._claims.release(session.user_id, self._table.epoch(session))
 
     def forget(self, session: SessionCore) -> None:
-        self._settlement.forget(session)
+        self._results.forget(session)
         if session.user_id is not None:
             self._claims.see_end(session.user_id)
 
     @property
     def fenced(self) -> int:  # type: ignore[override]
-        return self._settlement.fenced
+        return self._results.fenced
 
     @property
     def unsavable(self) -> Collection[SessionCore]:  # type: ignore[override]
-        return self._settlement.unsavable
+        return self._results.unsavable
 
     def drain(self, draining: bool) -> None:
         self._claims.drain(draining)
@@ -238,8 +239,8 @@ class StoreSaver(Saver):
                 number = autosave.take_into(
                     batch, min(ROWS_AT_ONCE, MOST_ROWS - taken), min(BYTES_AT_ONCE, MOST_BYTES - batch.size)
                 )
-                for odd in autosave.take_odd(batch):
-                    row = Row(*odd)
+                for taken_alone in autosave.take_left_out(batch):
+                    row = Row(*taken_alone)
                     rows.append(row)
                     self._fix(row)
                 if not number:
@@ -249,7 +250,7 @@ class StoreSaver(Saver):
             if not taken:
                 return False
             autosave.employ()
-            others = [row for row in rows if not row.settled]
+            others = [row for row in rows if row.is_pending]
             if len(batch) and not writer.trouble(hanging):
                 error = await writer.call(batch.records, rest, hanging, batch)
                 if error is not None:
@@ -261,18 +262,18 @@ class StoreSaver(Saver):
             raise
         finally:
             self.unchanged += batch.unchanged
-            rows += (Row(*odd) for odd in autosave.take_odd(batch))
+            rows += (Row(*each) for each in autosave.take_left_out(batch))
             rest()
             self._fail_unsettled(rows)
         return True
 
     def _handed_over(
-        self, batch: SaveBatch, session: SessionCore, version: int, flight: Flight, digest: int, place: int
+        self, batch: SaveBatch, session: SessionCore, version: int, save: Save, digest: int, place: int
     ) -> Row:
-        row = Row(session, version, flight)
+        row = Row(session, version, save)
         row.record = batch.records[place]
         if self._table.state(session) != "gone":
-            self._settlement.unknown.setdefault(session, set()).add((version, digest))
+            self._results.unknown.setdefault(session, set()).add((version, digest))
         return row
 
     async def _serve_each(self, worker: Worker, *, periodic: bool = True) -> bool:
@@ -285,13 +286,13 @@ class StoreSaver(Saver):
             if not rows:
                 return False
             autosave.employ()
-            open_rows = [row for row in rows if not row.settled]
+            open_rows = [row for row in rows if row.is_pending]
             # what failed before never shares a batch with what did not
-            suspects = [row for row in open_rows if self._settlement.failures(row)]
-            clean = [row for row in open_rows if row not in suspects] if suspects else open_rows
+            failed_before = [row for row in open_rows if self._results.failures(row)]
+            clean = [row for row in open_rows if row not in failed_before] if failed_before else open_rows
             hanging: list[Hanging] = []
             await writer.write(clean, hanging)
-            await writer.write_suspects(suspects, hanging)
+            await writer.write_failed(failed_before, hanging)
             await writer.finish(rows, hanging)
         except asyncio.CancelledError:
             autosave.interrupt()
@@ -302,8 +303,8 @@ class StoreSaver(Saver):
 
     def _fail_unsettled(self, rows: list[Row]) -> None:
         for row in rows:
-            if not row.settled:
-                self._settlement.fail(row, ListenerCancelledError("the event loop was shut down during the save"))
+            if row.is_pending:
+                self._results.fail(row, ListenerCancelledError("the event loop was shut down during the save"))
 
     async def _fill(self, rows: list[Row], *, periodic: bool) -> None:
         """Take sessions and fix their bytes, until the batch is full or nobody is left."""
@@ -320,7 +321,7 @@ class StoreSaver(Saver):
                 break
             row = Row(*taken)
             rows.append(row)
-            if pacing.is_active and not row.flight.has_waiters and not self._table.is_ending(row.session):
+            if pacing.is_active and not row.save.has_waiters and not self._table.is_ending(row.session):
                 pacing.spend()
             size += self._fix(row)
 
@@ -330,35 +331,35 @@ class StoreSaver(Saver):
         user_id = session.user_id
         assert user_id is not None
         if (loss := self._autosave.loss_of(session)) is not None:
-            row.settled = True
-            self._autosave.drop(session, row.version, row.flight, loss)
+            row.move(Stage.SETTLED)
+            self._autosave.drop(session, row.version, row.save, loss)
             return 0
         try:
             body = self.body(session)
         except UnsavableError as error:
-            self._settlement.refuse(row, error.with_traceback(None))
+            self._results.refuse(row, error.with_traceback(None))
             return 0
         fingerprint = self._identity.digest(body)
-        refused = self._settlement.refused.get(session)
+        refused = self._results.refused.get(session)
         if refused is not None and refused[0] == fingerprint:
-            self._settlement.refuse(row, refused[1])
+            self._results.refuse(row, refused[1])
             return 0
         is_ending = self._table.is_ending(session)
         release = is_ending and self._link.store.shared and self._table.is_final(session)
         try:
             version = self._table.fix(session, fingerprint)
         except UnsavableError as error:  # no version is left
-            self._settlement.refuse(row, error.with_traceback(None))
+            self._results.refuse(row, error.with_traceback(None))
             return 0
         row.changed = version > 0
         if self._sanitizer is not None:
-            by_timer = self._is_marked_only and not row.flight.is_patient and not is_ending
+            by_timer = self._is_marked_only and not row.save.is_retried and not is_ending
             self._sanitizer.saving(session, found_changed=by_timer and row.changed)
         if version:
             row.version = version
         elif not release:
             self.unchanged += 1
-            self._settlement.acknowledge(row, time.time())
+            self._results.acknowledge(row, time.time())
             return 0
         if is_ending:
             self._table.set_released(session, False)
@@ -372,14 +373,14 @@ class StoreSaver(Saver):
             time.time(),
             release,
         )
-        self._settlement.unknown.setdefault(session, set()).add((row.version, fingerprint))
+        self._results.unknown.setdefault(session, set()).add((row.version, fingerprint))
         return len(body)
 
     def body(self, session: SessionCore) -> bytes:
         """The data of a session as it is to be stored now. Raises `UnsavableError`."""
         assert session.user_id is not None
         try:
-            if self._before_save is not None:
+            if self._before_save is not None and not self._table.is_silent(session):  # it has no live state
                 self._copy_live_state(self._before_save, session)
             return self.encoding.dump(session.user_data)
         except END_OF_PROCESS:
@@ -407,7 +408,7 @@ class StoreSaver(Saver):
             body = self.body(session)
         except UnsavableError as error:
             return error.with_traceback(None)
-        refused = self._settlement.refused.get(session)
+        refused = self._results.refused.get(session)
         if refused is not None and refused[0] == self._identity.digest(body):
             return refused[1]
         return None

@@ -5,7 +5,6 @@ a session until the store has acknowledged it. What must not: calls of the store
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from .._core import SessionCore, SessionTable
 from ..errors import (
@@ -20,14 +19,14 @@ from ..errors import (
 from ..events.reports import Reports
 from ..process import Identity
 from ..records import Receipt
-from ..stores import Outcome, Record
+from ..stores import Outcome
 from ..stores.contract import verdicts_of
 from ..stores.link import StoreLink
 from ..wording import quote
 from .autosave import Autosave
-from .in_flight import Flight
+from .row import Row, Stage
 
-__all__ = ["Lost", "Row", "Settlement"]
+__all__ = ["Lost", "Results"]
 
 MOST_CLAIMS = 2
 """How often a user is claimed again for one save."""
@@ -37,28 +36,7 @@ Lost = Callable[[SessionCore, FencedError | UserErasedError], None]
 """Is told that a session has lost its user: the store takes nothing more of it."""
 
 
-@dataclass(slots=True, eq=False)
-class Row:
-    """One save on its way to the store."""
-
-    session: SessionCore
-    version: int
-    flight: Flight
-    record: Record | None = None
-    changed: bool = True
-    settled: bool = False
-    unowned: bool = False
-    """The store says that it has to be claimed before it is written."""
-    was_fenced: bool = False
-    claims: int = 0
-
-    @property
-    def user_id(self) -> int | str:
-        assert self.record is not None
-        return self.record.user_id
-
-
-class Settlement:
+class Results:
     """Settles rows: tells autosave and the host what became of each."""
 
     def __init__(
@@ -120,7 +98,7 @@ class Settlement:
             )
             self.fail(row, failed)
         elif outcome is Outcome.MISSING:
-            row.unowned = True
+            row.move(Stage.UNOWNED)
             if not self.failures(row) and not row.claims:
                 lost = f"the store no longer has the record of user {quote(user_id)}; it is claimed and saved again"
                 self._reports.error(LostRecordError(lost, user_id=user_id), session)
@@ -128,7 +106,7 @@ class Settlement:
             self.fence(row)  # it can only know from somewhere else
         elif outcome is Outcome.FENCED:
             # perhaps by ourselves: a claim whose reply came too late, or a last save after which the data has changed
-            row.unowned = True
+            row.move(Stage.UNOWNED)
             row.was_fenced = True
         else:
             self._drop(
@@ -139,18 +117,18 @@ class Settlement:
 
     def acknowledge(self, row: Row, saved_at: float) -> None:
         """The store has it."""
-        row.settled = True
+        row.move(Stage.SETTLED)
         self.forget(row.session)
         if row.record is not None and row.record.release and self._table.state(row.session) != "gone":
             self._table.set_released(row.session, True)
         self._autosave.acknowledge(
-            row.session, row.version, row.flight, Receipt(row.version, saved_at, row.changed, self._link.name)
+            row.session, row.version, row.save, Receipt(row.version, saved_at, row.changed, self._link.name)
         )
 
     def fail(self, row: Row, error: Exception) -> None:
         """It is tried again."""
-        row.settled = True
-        self._autosave.fail(row.session, row.version, row.flight, error)
+        row.move(Stage.SETTLED)
+        self._autosave.fail(row.session, row.version, row.save, error)
 
     def fail_all(self, rows: list[Row], error: Exception, *, report: bool = True) -> None:
         """They are tried again, and it is told once."""
@@ -160,8 +138,8 @@ class Settlement:
         if report:
             self.report(rows, error)
         for row in rows:
-            row.settled = True
-            self._autosave.fail(row.session, row.version, row.flight, error, report=False)
+            row.move(Stage.SETTLED)
+            self._autosave.fail(row.session, row.version, row.save, error, report=False)
 
     def report(self, rows: list[Row], error: Exception) -> None:
         """Tell the host what has failed for all of them."""
@@ -174,12 +152,12 @@ class Settlement:
 
     def refuse(self, row: Row, error: UnsavableError) -> None:
         """Its data cannot be saved as it is."""
-        row.settled = True
+        row.move(Stage.SETTLED)
         fault = str(error), error.path
-        if self.unsavable.get(row.session) != fault and row.session.alive:
+        if self.unsavable.get(row.session) != fault and row.session.alive and not self._table.is_silent(row.session):
             self.unsavable[row.session] = fault
             self._reports.unsavable(error, row.session)
-        self._autosave.fail(row.session, row.version, row.flight, error, report=False)
+        self._autosave.fail(row.session, row.version, row.save, error, report=False)
 
     def fence(self, row: Row) -> None:
         """Somebody else has the user."""
@@ -188,13 +166,21 @@ class Settlement:
             f"somebody else has taken over user {quote(row.user_id)}: "
             "what this session had not saved by then is not saved"
         )
+        if self._table.is_silent(row.session):
+            outcome = (
+                "whether this edit was written before that is not known"
+                if self.failures(row)
+                else "nothing was written"
+            )
+            message = f"another server has taken over user {quote(row.user_id)}; {outcome}"
         self._drop(row, FencedError(message, user_id=row.user_id))
 
     def _drop(self, row: Row, error: FencedError | UserErasedError) -> None:
-        row.settled = True
+        row.move(Stage.SETTLED)
         self.forget(row.session)
-        self._autosave.drop(row.session, row.version, row.flight, error)
-        self._reports.error(error, row.session)
+        self._autosave.drop(row.session, row.version, row.save, error)
+        if not self._table.is_silent(row.session):  # the call that holds the user raises it
+            self._reports.error(error, row.session)
         self._on_lost(row.session, error)
 
     def forget(self, session: SessionCore) -> None:

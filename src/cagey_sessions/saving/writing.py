@@ -16,7 +16,8 @@ from ..stores import Record, Verdict
 from ..stores.link import Call, CallTimedOutError, StoreLink
 from .autosave import Autosave
 from .reclaiming import Reclaiming
-from .verdicts import Row, Settlement
+from .row import Row, Stage
+from .verdicts import Results
 
 __all__ = ["MOST_ROWS", "Hanging", "Writer"]
 
@@ -37,27 +38,27 @@ class Writer:
         autosave: Autosave,
         link: StoreLink,
         clock: Clock,
-        settlement: Settlement,
+        results: Results,
         reclaiming: Reclaiming,
         identity: Identity,
     ) -> None:
         self._autosave = autosave
         self._link = link
         self._clock = clock
-        self._settlement = settlement
+        self._results = results
         self._reclaiming = reclaiming
         self._identity = identity
         self._alone = 0
         """How many rows that had not failed before have failed alone since the last call that was answered."""
 
     async def write(
-        self, rows: list[Row], hanging: list[Hanging], *, suspects: bool = False, tried: Exception | None = None
+        self, rows: list[Row], hanging: list[Hanging], *, failed_before: bool = False, tried: Exception | None = None
     ) -> None:
         """Write rows; where a call fails as a whole, in halves, until the row it fails for is alone.
 
         `tried` is what a call for all of them has raised already.
         """
-        fail_all = self._settlement.fail_all
+        fail_all = self._results.fail_all
         pending = [rows] if rows else []
         alone, any_success = 0, False
         was_down = self._link.down  # and that has been said
@@ -79,27 +80,27 @@ class Writer:
             else:
                 fail_all(part, error, report=not was_down)
                 alone += 1
-                self._alone += not (suspects or any_success)
-                is_hopeless = not any_success and (alone if suspects else self._alone) > MOST_ALONE
+                self._alone += not (failed_before or any_success)
+                is_hopeless = not any_success and (alone if failed_before else self._alone) > MOST_ALONE
                 if isinstance(error, StoreUnavailableError) or is_hopeless:
                     # not the fault of a row
-                    if not isinstance(error, StoreUnavailableError) and not suspects:
+                    if not isinstance(error, StoreUnavailableError) and not failed_before:
                         self._link.failed(self._clock.now(), error)
                     for others in pending:
                         fail_all(others, error, report=not was_down)
                     return
 
-    async def write_suspects(self, rows: list[Row], hanging: list[Hanging]) -> None:
+    async def write_failed(self, rows: list[Row], hanging: list[Hanging]) -> None:
         """Write rows that have failed before: the more often, the fewer at a time."""
         self._identity.random.shuffle(rows)
         while rows:
-            most = max(1, MOST_ROWS >> max(self._settlement.failures(row) for row in rows))
+            most = max(1, MOST_ROWS >> max(self._results.failures(row) for row in rows))
             part, rows = rows[:most], rows[most:]
-            await self.write(part, hanging, suspects=True)
+            await self.write(part, hanging, failed_before=True)
 
     async def finish(self, rows: list[Row], hanging: list[Hanging]) -> None:
         """Claim again what has to be, and wait for the calls that hang."""
-        while unowned := [row for row in rows if row.unowned and not row.settled]:
+        while unowned := [row for row in rows if row.stage is Stage.UNOWNED]:
             await self.write(await self._reclaiming.reclaim(unowned), hanging)
         for call, late in hanging:
             await self._outlive(call, late)
@@ -121,19 +122,19 @@ class Writer:
 
         `rows_of` gives the rows of the records; of those of a `batch` only if they are needed.
         """
-        settlement = self._settlement
+        results = self._results
         call = self._link.write(records)
         try:
             verdicts = await call.answer()
         except CallTimedOutError as error:
             rows = rows_of()
             if self._link.store.fenced:
-                settlement.fail_all(rows, error)
+                results.fail_all(rows, error)
                 hanging.append((call, []))
             else:
                 for row in rows:
-                    row.flight.resolve(error)
-                settlement.report(rows, error)
+                    row.save.resolve(error)
+                results.report(rows, error)
                 hanging.append((call, rows))
             return None
         except asyncio.CancelledError:
@@ -145,9 +146,9 @@ class Writer:
         if batch is not None and isinstance(verdicts, list) and self._autosave.settle_batch(batch, verdicts):
             for row in rows_of():
                 assert row.record is not None
-                settlement.acknowledge(row, row.record.saved_at)
+                results.acknowledge(row, row.record.saved_at)
             return None
-        return settlement.settle(rows_of(), verdicts)
+        return results.settle(rows_of(), verdicts)
 
     async def _outlive(self, call: Call[list[Verdict]], rows: list[Row]) -> None:
         """A call hangs. It keeps its slot until it returns, and its users too where nothing fences off a late write."""
@@ -161,19 +162,20 @@ class Writer:
     def _abandon(self, call: Call[list[Verdict]], rows: list[Row]) -> None:
         """The worker is thrown away, its call is not: its users are not free before it has returned."""
         for row in rows:
-            row.settled = True
+            row.move(Stage.ORPHANED)
         call.task.add_done_callback(lambda _: self._settle_late(call, rows))
 
     def _settle_late(self, call: Call[list[Verdict]], rows: list[Row]) -> None:
         """A call has returned that its worker no longer waits for."""
         error: Exception | None
         for row in rows:
-            row.settled = False
+            if row.stage is Stage.ORPHANED:
+                row.move(Stage.OPEN)
         try:
-            error = self._settlement.settle(rows, call.result())
+            error = self._results.settle(rows, call.result())
         except Exception as raised:
             error = raised
-        unsettled = [row for row in rows if not row.settled]
+        unsettled = [row for row in rows if row.is_pending]
         error = error or StoreUnavailableError("it has to be claimed again")
-        self._settlement.fail_all(unsettled, error, report=False)
+        self._results.fail_all(unsettled, error, report=False)
         self._autosave.kick()

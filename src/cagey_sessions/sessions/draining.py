@@ -149,10 +149,10 @@ class _Attempt:
             await self._wait_quiet(AFTER_DEADLINE)
         await self._end_the_rest_by_force()
         await self._write_spill()
-        server.autosave.close()
         if server.sanitizer is not None:
             server.sanitizer.look_at_all_ended()
         await server.saver.close(server.clock.now() + AFTER_DEADLINE)
+        server.autosave.close()
         self._spilling.close()
         server.close()
         self.outcome.set_result(self.report())
@@ -225,7 +225,8 @@ class _Attempt:
                 self._endings.end_by_force(session)
                 await self._server.loop.take_turn()
         for session in list(self._endings.under_way):
-            self._endings.end_by_force(session)
+            if not self._server.table.is_silent(session):  # the call that holds it is waited for
+                self._endings.end_by_force(session)
 
     async def _write_spill(self) -> None:
         """Keep in a file whom the store did not take."""

@@ -143,6 +143,7 @@ class Endings:
         self._drain: Drain | None = None
         self.end_wanted: asyncio.Event = asyncio.Event()
         """Set once the end of everybody has begun, or is about to."""
+        self._table.attend_ends(ending=self.under_way, waited_for=self.waited_for, destroyed=EndReason.DESTROYED)
 
     @property
     def drain(self) -> Drain | None:
@@ -265,6 +266,40 @@ class Endings:
             self._forget(session, ending)
         self.finish(session, ending)
 
+    # Silent sessions, each of which a call holds
+
+    def drop(self, session: SessionCore) -> None:
+        """End a silent session unsaved, and let go of its user; the caller does not wait for that."""
+        self.begin_end(session, persist=False, reason=EndReason.DESTROYED)
+
+    async def write(self, session: SessionCore) -> None:
+        """Save a silent session, once, and end it; if that fails within the time of a caller, end it unsaved.
+
+        Raises `UnsavableError`, `FencedError`, `UserErasedError`, and `StoreUnavailableError`, after which it is not
+        known whether the data is stored.
+        """
+        refusal: Exception | None = self._saver.refusal(session)
+        if self._server.closed:
+            refusal = StoreUnavailableError("the store is closed: the manager was destroyed")
+        if refusal is not None:
+            self.drop(session)
+            raise refusal
+        ending = self.begin_end(session, persist=not self._saver.is_saved(session), reason=EndReason.DESTROYED)
+        error = await self.join(session, ending)
+        while error is not None and not ending.parked and ending.stage is not Stage.ENDED:
+            error = await self.join(session, ending)  # the save was tried again before we were told that it had failed
+        if error is None:
+            return
+        if ending.parked:
+            error = ending.last_error
+            ending.persist = False
+            self.resume(session, ending)
+        if isinstance(error, UnsavableError | FencedError | UserErasedError):
+            raise fresh(error)
+        raise StoreUnavailableError(
+            f"the data of user {quote(session.user_id)} was not acknowledged; whether it is stored is not known"
+        ) from error
+
     # What saving reports
 
     def see_settled(self, session: SessionCore, error: Exception | None) -> None:
@@ -301,12 +336,12 @@ class Endings:
         """The steps of an end, from wherever the last attempt stopped."""
         if ending.stage is Stage.ANNOUNCING:
             ending.announced = True
-            if self._listeners.is_heard("before_destroy", session):
+            if self._is_heard("before_destroy", session):
                 await self._announce(session, ending)
             if self.under_way.get(session) is not ending:
                 return  # ended by force meanwhile
             ending.move(Stage.SETTLING)
-        until = self._autosave.patience_ends()
+        until = self._autosave.caller_deadline()
         outcome = await self._autosave.settle(session, until)
         if self.under_way.get(session) is not ending:
             return
@@ -327,11 +362,16 @@ class Endings:
             await self._release(session)
         if self.under_way.get(session) is not ending:
             return
+        is_heard = self._is_heard("destroy", session)
         self._forget(session, ending)
-        with listening(Wait(session, Kind.END), self._table):
-            await self._listeners.emit("destroy", session, errors=ending.errors)
+        if is_heard:
+            with listening(Wait(session, Kind.END), self._table):
+                await self._listeners.emit("destroy", session, errors=ending.errors)
         if self.under_way.get(session) is ending:
             self.finish(session, ending)
+
+    def _is_heard(self, event: str, session: SessionCore) -> bool:
+        return self._listeners.is_heard(event, session) and not self._table.is_silent(session)
 
     async def _announce(self, session: SessionCore, ending: Ending) -> None:
         self.at_work -= 1
@@ -497,7 +537,7 @@ class Endings:
     def _note(self, session: SessionCore, ending: Ending) -> None:
         """Count a session that is over in the report of the drain."""
         drain = self.drain
-        if drain is None:
+        if drain is None or self._table.is_silent(session):
             return
         if ending.reason in (EndReason.UNSAVED, EndReason.FENCED) and session.user_id is not None:
             age = self._autosave.age(self._table.saved_at(session))

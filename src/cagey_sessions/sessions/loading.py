@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
-from .._core import check_user_id
+from .._core import SessionCore, check_user_id
 from ..errors import (
     CorruptRecordError,
     EncodingError,
@@ -82,7 +82,7 @@ class Loading:
         assert self._server.claims is not None
         return self._server.claims
 
-    def patience_ends(self) -> int:
+    def caller_deadline(self) -> int:
         """Until when a call that begins now waits for its turn with a user."""
         return self._server.clock.now() + self._server.options.save_timeout
 
@@ -151,6 +151,18 @@ class Loading:
         except BaseException:
             claims.let_go(user_id, claim.epoch)
             raise
+
+    def own(self, session: SessionCore, loaded: Loaded) -> None:
+        """Note in the table what the store has of a user whom a session was given just now."""
+        table = self._server.table
+        if loaded.version and loaded.losses != self.require_store().losses:
+            # the engine may have an older record by now: what was loaded counts as changed
+            table.own(session, loaded.epoch, loaded.version, loaded.stored ^ 1, loaded.stored)
+            session.mark_changed()
+        elif loaded.version:
+            table.own(session, loaded.epoch, loaded.version, loaded.digest, loaded.stored)
+        else:
+            table.own(session, loaded.epoch)
 
     def _dump(self, claim: Claim, data: Any) -> bytes:
         try:

@@ -47,7 +47,7 @@ class Logins:
         self._beginnings.refuse_if_closed()
         self._identifying.add(session)
         try:
-            async with loading.claims.turns.take(user_id, loading.patience_ends()):
+            async with loading.claims.turns.take(user_id, loading.caller_deadline()):
                 await loading.make_room(user_id, when_active)
                 loaded = await loading.load(user_id, default)
                 try:
@@ -69,7 +69,7 @@ class Logins:
         joins = when_active == "join"
         if joins and (live := self._join(user_id)) is not None:
             return live
-        async with loading.claims.turns.take(user_id, loading.patience_ends()):
+        async with loading.claims.turns.take(user_id, loading.caller_deadline()):
             if joins and (live := self._join(user_id)) is not None:
                 return live  # a call that had the turn before has made it
             await loading.make_room(user_id, when_active)
@@ -134,11 +134,4 @@ class Logins:
         server.refuse_if_ending(session)
         self._beginnings.refuse_if_closed()
         server.autosave.identify(session, loaded.user_id, loaded.data)
-        if loaded.version and server.link is not None and loaded.losses != server.link.losses:
-            # the engine may have an older record by now: what was loaded counts as changed
-            server.table.own(session, loaded.epoch, loaded.version, loaded.stored ^ 1, loaded.stored)
-            session.mark_changed()
-        elif loaded.version:
-            server.table.own(session, loaded.epoch, loaded.version, loaded.digest, loaded.stored)
-        else:
-            server.table.own(session, loaded.epoch)
+        self._loading.own(session, loaded)

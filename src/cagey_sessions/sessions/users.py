@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from .._core import SessionCore, check_user_id
 from ..errors import (
-    FencedError,
-    OwnedElsewhereError,
     SessionEndedError,
     StoreModeError,
-    StoreUnavailableError,
-    UnsavableError,
     UsageError,
     UserErasedError,
     WouldDeadlockError,
 )
 from ..events.deadlocks import Kind, Wait, would_deadlock
-from ..stores import Outcome, Record
-from ..stores.contract import verdicts_of
 from ..stores.rows import check_record
 from ..wording import quote
 from .beginning import Beginnings
 from .ending import Endings
-from .loading import Loaded, Loading, not_found
+from .loading import Loading, not_found
 from .login import WHEN_ACTIVE
 from .server import Server
 from .spilling import Spilling
@@ -53,7 +46,7 @@ class Users:
         link = self._loading.require_store()
         check_user_id(user_id, server.options.user_id)
         session = server.table.active_session(user_id)
-        if session is not None and await self._has_the_newest(session):
+        if session is not None and not server.table.is_silent(session) and await self._has_the_newest(session):
             return server.encoding.copy(session.user_data)
         record = await link.persistently(lambda _: link.ask(link.store.load, user_id))
         if record is None:
@@ -83,7 +76,7 @@ class Users:
         self._loading.require_store()
         self._loading.check(user_id, default, "join", WHEN_ACTIVE)
         self._beginnings.refuse_if_closed()
-        async with self._loading.claims.turns.take(user_id, self._loading.patience_ends()) as frame:
+        async with self._loading.claims.turns.take(user_id, self._loading.caller_deadline()) as frame:
             live = server.table.find_by_user(user_id)
             if live is not None:
                 frame.confine()
@@ -93,16 +86,18 @@ class Users:
             await self._loading.make_room(user_id, "replace")
             loaded = await self._loading.load(user_id, default)
             try:
-                frame.confine()
-                yield loaded.data
-                body = server.encoding.dump(loaded.data)
-                if loaded.version and self._server.identity.digest(body) == loaded.digest:
-                    self._loading.claims.let_go(user_id, loaded.epoch)
-                else:
-                    await self._write(loaded, body)
+                session = server.table.hold(user_id, loaded.data)
+                self._loading.own(session, loaded)
             except BaseException:
                 self._loading.claims.let_go(user_id, loaded.epoch)
                 raise
+            try:
+                frame.confine()
+                yield loaded.data
+            except BaseException:
+                self._endings.drop(session)
+                raise
+            await self._endings.write(session)
 
     @asynccontextmanager
     async def _edit_live(self, session: SessionCore) -> AsyncIterator[Any]:
@@ -121,69 +116,6 @@ class Users:
             )
         await self._server.requests.save(session)
 
-    async def _write(self, loaded: Loaded, body: bytes) -> None:
-        """Save a user who has no session, and let go of them."""
-        link = self._loading.require_store()
-        user_id = loaded.user_id
-        record = Record(
-            user_id,
-            loaded.epoch,
-            self._server.owner,
-            loaded.version + 1,
-            self._server.encoding.schema,
-            body,
-            time.time(),
-            link.store.shared,
-        )
-
-        may_be_written = False
-
-        async def save(_: int) -> None:
-            nonlocal record, may_be_written
-            try:
-                answer = await link.write([record]).answer()
-            except Exception:
-                may_be_written = True
-                raise
-            ((outcome, detail),) = verdicts_of(link.store, answer, 1)
-            if outcome == Outcome.FENCED:
-                lost = _taken_over(user_id, may_be_written)
-                if not link.store.fenced or record.epoch != loaded.epoch:
-                    raise lost
-                epoch = await self._claim_again(loaded, record, lost)
-                if epoch is None:
-                    return
-                record = record._replace(epoch=epoch)
-                raise StoreUnavailableError(f"user {quote(user_id)} had to be claimed again")
-            if outcome == Outcome.ERASED:
-                raise UserErasedError(f"user {quote(user_id)} was erased meanwhile", user_id=user_id)
-            if outcome == Outcome.INVALID:
-                raise UnsavableError(f"the store refuses the data of user {quote(user_id)}: {detail}", user_id=user_id)
-            if outcome not in (Outcome.SAVED, Outcome.ALREADY):
-                raise StoreUnavailableError(f"{link.name} could not save user {quote(user_id)}: {detail or outcome}")
-
-        await link.persistently(save)
-
-    async def _claim_again(self, loaded: Loaded, record: Record, lost: FencedError) -> int | None:
-        """After a refusal by the fence, perhaps because of a late claim of our own: the epoch to write under.
-
-        None if an attempt that had no answer has written the record. Raises `lost` if somebody else has the user or has
-        written.
-        """
-        try:
-            claim = await self._loading.claims.claim(loaded.user_id)
-        except OwnedElsewhereError:
-            raise lost from None
-        found = (
-            (0, 0) if claim.record is None else (claim.record.version, self._server.identity.digest(claim.record.body))
-        )
-        if found == (loaded.version, loaded.stored):
-            return claim.epoch
-        self._loading.claims.let_go(loaded.user_id, claim.epoch)
-        if found != (record.version, self._server.identity.digest(record.body)):
-            raise lost
-        return None
-
     async def erase(self, user_id: int | str) -> bool:
         """See `SessionManager.erase`."""
         server = self._server
@@ -197,7 +129,7 @@ class Users:
         session = server.table.active_session(user_id)
         if session is not None and would_deadlock(Wait(session, Kind.END)):
             raise WouldDeadlockError("this listener would wait for an end that waits for this listener")
-        async with self._loading.claims.turns.take(user_id, self._loading.patience_ends()):
+        async with self._loading.claims.turns.take(user_id, self._loading.caller_deadline()):
             if not link.store.fenced:  # then the last write has to come first
                 await link.persistently(lambda _: link.ask(link.store.load, user_id))  # is it there at all?
                 await self._end_erased(user_id)
@@ -212,8 +144,3 @@ class Users:
         while (session := self._server.table.active_session(user_id)) is not None:
             self._endings.see_lost(session, UserErasedError(f"user {quote(user_id)} was erased", user_id=user_id))
             await self._endings.wait_ended(session)
-
-
-def _taken_over(user_id: int | str, may_be_written: bool) -> FencedError:
-    outcome = "whether this edit was written before that is not known" if may_be_written else "nothing was written"
-    return FencedError(f"another server has taken over user {quote(user_id)}; {outcome}", user_id=user_id)
