@@ -356,7 +356,7 @@ def modules_table() -> str:
 
 
 def first_sentence(text: str) -> str:
-    return f"{re.split(r'\.(?: |$)', ' '.join(text.split()))[0]}."
+    return re.split(r"(?<=\.) ", " ".join(text.split()))[0]
 
 
 def told(room: str) -> tuple[str, str]:
@@ -369,7 +369,7 @@ def told(room: str) -> tuple[str, str]:
     text = " ".join(text.split())
     found = re.search(r"What lives here: (.*?)\.? What must not: (.*?)\.(?: |$)", text)
     if found is None:
-        return re.split(r"(?<=\.) ", text)[0], "-"
+        return first_sentence(text), "-"
     return sentence(found[1]), sentence(found[2])
 
 
