@@ -1,7 +1,7 @@
-"""Time. What lives here: what a clock is, and the one that runs servers. What must not: intervals, deadlines, ticks.
+"""The clock of a manager: the `Clock` protocol, and `SystemClock`, which servers run on.
 
-Time is an `int` of nanoseconds that never goes back and knows no calendar, so that sums are exact and the wall clock
-may jump as it likes.
+Time is an `int` of nanoseconds from some fixed moment, and never goes back. As an int it makes sums exact; as a
+monotonic time it is not affected when somebody sets the wall clock.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ __all__ = ["Clock", "SystemClock", "TimerHandle"]
 
 
 class TimerHandle(Protocol):
-    """A wake-up that can be taken back."""
+    """A wake-up that can be cancelled."""
 
     def cancel(self) -> None:
-        """Take it back; nothing happens if it is over."""
+        """Cancel the wake-up; does nothing once it has run or was cancelled."""
         ...
 
 
 class Clock(Protocol):
-    """What a manager needs of time. A test passes one of its own as ``clock=``."""
+    """The time as a manager sees it. A test passes a clock of its own as ``clock=`` and moves it by hand."""
 
     def now(self) -> int:
         """Nanoseconds since some fixed moment, never going back."""

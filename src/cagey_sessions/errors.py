@@ -1,7 +1,7 @@
-"""Every error of this library. What lives here: the classes and their tree. What must not: anything that raises them.
+"""Every error that this library raises or reports, and the tree in which the classes stand.
 
     CageySessionsError
-    |-- UsageError                   yours: the call was wrong, and nothing has changed
+    |-- UsageError                   the caller's: the call was wrong, and nothing has changed
     |   |-- OptionError              an option's name or value (also a ValueError)
     |   |   `-- DurationError        a duration that cannot be understood or used
     |   |-- InvalidKeyError          (also a ValueError and a TypeError)
@@ -16,16 +16,16 @@
     |   |-- NotIdentifiedError
     |   |-- SessionEndedError
     |   |-- ManagerClosedError
-    |   |-- NothingSavesError        a save is asked for, and nobody would perform it
+    |   |-- NothingSavesError        a save was asked for, and there is neither a store nor a listener that saves
     |   |-- StoreModeError           the call needs a manager with a store, or one without
     |   |-- UserNotFoundError        the store has no such user, and no default was given (also a LookupError)
     |   |-- MissingExtraError        a package that is not installed; `.extra` (also an ImportError)
     |   |-- WouldDeadlockError       a listener waits for the very save it is part of
     |   `-- WrongLoopError           another event loop, another thread, or after a fork (also a RuntimeError)
-    |-- StoreError                   the store's: what it could not do, or will not
-    |   |-- StoreUnavailableError    it failed, hangs or cannot be reached; what was asked for may have been done or not
+    |-- StoreError                   the store's: it could not do what it was asked for, or refused it
+    |   |-- StoreUnavailableError    it failed, hangs or cannot be reached; the call may have taken effect or not
     |   |-- StoreInUseError          another process, or another store of this one, has it; `.pid`
-    |   |-- StoreLayoutError         what is there is not ours, or made by a newer version; not touched
+    |   |-- StoreLayoutError         what is there is not ours, or was made by a newer version; left untouched
     |   |-- StoreContractError       a store, or a function given to `CallbackStore`, does not keep its contract
     |   `-- RecordError              about one user, `.user_id`
     |       |-- OwnedElsewhereError  another live server has the user; `.owner`
@@ -41,10 +41,10 @@
     |-- UnsavedError                 a group: users who could not be saved, in `.user_ids`
     |   `-- DrainError               the same at the end of a manager, with a `.report`
     |-- SaveOverdueError             saves take longer than they should; reported, never raised
-    |-- ListenerCancelledError       a listener was cancelled from outside, or raised what is no Exception
-    `-- DrainDeadlineError           the time of a drain was over before a user was saved
+    |-- ListenerCancelledError       a listener was cancelled from outside, or raised something that is not an Exception
+    `-- DrainDeadlineError           the deadline of a drain passed before a user was saved
 
-Those named with an exception of Python's own can be caught as that, too.
+Where a line says "also a ...", the error can be caught as that exception of Python's own, too.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class DurationError(OptionError):
 
 
 class InvalidKeyError(UsageError, ValueError, TypeError):
-    """A key is not a non-empty `str`."""
+    """A key is not a `str`, or is empty."""
 
 
 class InvalidUserIdError(UsageError, ValueError, TypeError):
@@ -127,7 +127,7 @@ class InvalidUserIdError(UsageError, ValueError, TypeError):
 
 
 class InvalidUserDataError(UsageError, ValueError):
-    """User data that cannot be kept."""
+    """The value given as user data cannot be kept, for example None."""
 
 
 class UnknownEventError(UsageError, ValueError):
@@ -170,7 +170,7 @@ class ManagerClosedError(UsageError):
 
 
 class NothingSavesError(UsageError):
-    """A save is asked for, and nobody would perform it."""
+    """A save was asked for, and the manager has neither a store nor a listener of ``persist_user_data``."""
 
 
 class StoreModeError(UsageError):
@@ -178,10 +178,10 @@ class StoreModeError(UsageError):
 
 
 class EncodingError(UsageError, ValueError):
-    """A value that is not JSON, or that the decoder does not take.
+    """A value that is not JSON, or that `decode` does not accept.
 
-    `path` says where, like a Python expression: ``user_data["bag"][3]["price"]``. It is for the program, which knows
-    whether the names in it may be shown: the text of the error holds neither names nor values of the data.
+    `path` says where it is, as a Python expression: ``user_data["bag"][3]["price"]``. The text of the error contains
+    neither names nor values of the data, because they may be private; a program that may show them reads `path`.
     """
 
     def __init__(self, message: str, *, path: str = "user_data") -> None:
@@ -194,7 +194,7 @@ class UserNotFoundError(UsageError, LookupError):
 
 
 class MissingExtraError(UsageError, ImportError):
-    """Something needs a package that is not installed: ``pip install "cagey-sessions[extra]"`` with this `extra`."""
+    """A package is not installed: ``pip install "cagey-sessions[extra]"`` with `extra` in the brackets installs it."""
 
     def __init__(self, message: str, *, extra: str) -> None:
         super().__init__(message)
@@ -202,7 +202,10 @@ class MissingExtraError(UsageError, ImportError):
 
 
 class WouldDeadlockError(UsageError):
-    """A listener waits for the save, or the end, that itself waits for this listener; or an edit for itself."""
+    """A listener awaits a save, or an end, that is itself waiting for that listener; or an edit awaits itself.
+
+    Such a wait would never end, so it is refused.
+    """
 
 
 class WrongLoopError(UsageError, RuntimeError):
@@ -210,15 +213,18 @@ class WrongLoopError(UsageError, RuntimeError):
 
 
 class StoreError(CageySessionsError):
-    """The store could not do what it was asked for, or will not."""
+    """The store could not do what it was asked for, or refused it."""
 
 
 class StoreUnavailableError(StoreError):
-    """The store failed, hangs or cannot be reached. What was asked for may have been done or not."""
+    """The store failed, hangs or cannot be reached. The call may have taken effect or not."""
 
 
 class StoreInUseError(StoreError):
-    """Another process, or another store of this one, has it; `pid` is its process id, or None if unknown."""
+    """Another process, or another store of this process, has the file open.
+
+    `pid` is the id of the process that has it, or None if it is unknown.
+    """
 
     def __init__(self, message: str, *, pid: int | None = None) -> None:
         super().__init__(message)
@@ -226,13 +232,13 @@ class StoreInUseError(StoreError):
 
 
 class StoreLayoutError(StoreError):
-    """What is in the store's place is not ours, or made by a newer version of this library; it is left untouched."""
+    """What is in the store's place is not ours, or a newer version of this library made it; it is left untouched."""
 
 
 class StoreContractError(StoreError):
-    """An adapter, or a function handed to `CallbackStore`, does not do what its contract says.
+    """A store, or a function given to `CallbackStore`, does not do what its contract says.
 
-    `path` says where in the data that it returned, as in `EncodingError`, or is None.
+    `path` says where in the data that it returned the fault is, as in `EncodingError`; None where that does not apply.
     """
 
     def __init__(self, message: str, *, path: str | None = None) -> None:
@@ -241,7 +247,7 @@ class StoreContractError(StoreError):
 
 
 class RecordError(StoreError):
-    """About the record of one user, `user_id`."""
+    """Something is wrong with the record of one user, `user_id`."""
 
     def __init__(self, message: str, *, user_id: int | str) -> None:
         super().__init__(message)
@@ -265,13 +271,14 @@ class UserErasedError(RecordError):
 
 
 class LostRecordError(RecordError):
-    """The store no longer has the record of a live user; it is claimed again and saved."""
+    """The store no longer has the record of a live user. The library claims the user again and saves the data."""
 
 
 class CorruptRecordError(RecordError):
-    """A stored body that cannot be read: `body`, as it is. It is never saved over.
+    """A stored record that cannot be read. The library never overwrites it.
 
-    `path` says where in the data, as in `EncodingError`, or is None where that is not known.
+    `body` is the stored body as it is. `path` says where in it the fault is, as in `EncodingError`, or is None if that
+    is not known.
     """
 
     def __init__(self, message: str, *, user_id: int | str, body: bytes, path: str | None = None) -> None:
@@ -281,7 +288,7 @@ class CorruptRecordError(RecordError):
 
 
 class NewerSchemaError(RecordError):
-    """A stored body written by a newer version of the program: `schema` is its number. It is never saved over."""
+    """A newer version of the program wrote the stored body, with `schema` as its number. It is never overwritten."""
 
     def __init__(self, message: str, *, user_id: int | str, schema: int) -> None:
         super().__init__(message, user_id=user_id)
@@ -289,18 +296,21 @@ class NewerSchemaError(RecordError):
 
 
 class SpillConflictError(RecordError):
-    """Spilled data was not saved, because the store has something newer, or the user was erased; the spill is kept."""
+    """Spilled data was not saved, because the store has something newer or the user was erased.
+
+    The entry stays in the spill file.
+    """
 
 
 class SnapshotError(CageySessionsError):
-    """The file of a snapshot or a spill cannot be written, or what is there cannot be read as one."""
+    """The file of a snapshot or a spill cannot be written, or its content cannot be read as one."""
 
 
 class UnsavableError(CageySessionsError):
     """Data that cannot be saved as it is: not JSON, too large, or refused by the store for good.
 
-    `user_id` says whose; `path` where in the data, as in `EncodingError`, or None where that is not known. What was
-    saved last is untouched.
+    `user_id` says whose data it is; `path` says where in it the fault is, as in `EncodingError`, or is None if that is
+    not known. What was saved last is untouched.
     """
 
     def __init__(self, message: str, *, user_id: int | str, path: str | None = None) -> None:
@@ -310,14 +320,17 @@ class UnsavableError(CageySessionsError):
 
 
 class ListenerError(CageySessionsError, ExceptionGroup[Exception]):
-    """What the listeners of one event raised; the message, and a note on each error, name the listener and event."""
+    """What the listeners of one event raised, as a group.
+
+    The message of the group, and a note on each of its errors, name the event and the listener.
+    """
 
     def derive(self, exceptions: Sequence[Exception]) -> Self:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
         return type(self)(self.message, exceptions)
 
 
 class UnsavedError(CageySessionsError, ExceptionGroup[Exception]):
-    """Users who could not be saved: `user_ids`, in the order of the first of `exceptions`."""
+    """Users could not be saved. `user_ids` names them; the first of `exceptions` are the reasons, in the same order."""
 
     def __new__(cls, message: str, exceptions: Sequence[Exception], **_: object) -> Self:
         return super().__new__(cls, message, exceptions)
@@ -331,9 +344,9 @@ class UnsavedError(CageySessionsError, ExceptionGroup[Exception]):
 
 
 class DrainError(UnsavedError):
-    """A manager has ended, and not everything went well: `report` says who was not saved, and why.
+    """A manager has ended, and some users were not saved or some listeners raised; `report` is the whole account.
 
-    The exceptions are first the reasons, one for each of `user_ids`, then what listeners raised meanwhile.
+    `exceptions` are first the reasons why users were not saved, one for each of `user_ids`, then what listeners raised.
     """
 
     def __init__(
@@ -344,7 +357,10 @@ class DrainError(UnsavedError):
 
 
 class SaveOverdueError(CageySessionsError):
-    """Saves take longer than the interval: `count` of them, the oldest for `oldest_age` seconds."""
+    """Saves take longer than the interval: `count` of them do, and the oldest began `oldest_age` seconds ago.
+
+    It is never raised: it goes to the listeners of ``error``, or to the log.
+    """
 
     def __init__(self, count: int, oldest_age: float) -> None:
         super().__init__(
@@ -356,11 +372,11 @@ class SaveOverdueError(CageySessionsError):
 
 
 class ListenerCancelledError(CageySessionsError):
-    """A listener was cancelled from outside, or raised what is no `Exception`; it failed like one that raises.
+    """A listener was cancelled from outside, or raised something that is not an `Exception`.
 
-    `__cause__` is what came out of it.
+    It counts as a listener that failed. `__cause__` is what it raised.
     """
 
 
 class DrainDeadlineError(CageySessionsError):
-    """The time of a drain was over before a user was saved."""
+    """The deadline of a drain passed before a user was saved."""

@@ -1,7 +1,7 @@
-"""The settings of a manager. What lives here: defaults, durations, and every check of them. What must not: use of them.
+"""The settings of a manager: their defaults, how durations are read, and every check.
 
-Whatever is not understood is an error that quotes it. A default is never put in its place: a bad interval taken for
-"no autosave" loses data without a sound.
+A setting that cannot be understood is an error that quotes it, and never replaced by a default: if a bad interval were
+taken for "no autosave", data would be lost without a message.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ SECOND = 1_000_000_000
 SHORTEST_INTERVAL = SECOND // 100
 LONGEST = 100 * 365 * 86_400 * SECOND
 LONGEST_PATH = 4096
-"""Bytes; no system that this runs on takes more."""
+"""In bytes; no system that this runs on takes more."""
 LONGEST_NAME = 200
-"""Characters of the name of a function."""
+"""In characters, of the name of a function in a message."""
 MOST_IN_FLIGHT = 1_000_000
 BEYOND = 10**12  # seconds, past LONGEST, where a float still holds nanoseconds as a finite number
 
 PERSIST_EVENTS = ("disconnect", "shutdown")
-"""The moments a program may want to save at, besides the interval."""
+"""The occasions, besides the interval, at which a manager may be told to save."""
 
 TRACKING = ("content", "marked")
 
 LONGEST_TEXT = 100
-"""Characters of a duration; "1 week, 2 days, 3 hours, 4 minutes, 5 seconds" has 45."""
+"""In characters, of a duration; "1 week, 2 days, 3 hours, 4 minutes, 5 seconds" has 45."""
 _MILLISECONDS = re.compile(r"(\d+(?:\.\d+)?) ?(?:ms|msecs?|milliseconds?)", re.ASCII)
 _LOG_METHODS = ("debug", "info", "warning", "error")
 
@@ -80,8 +80,8 @@ class Options:
 
 
 def suggest(name: object, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` if one of the known names is close, else the list of them all."""
-    import difflib  # noqa: PLC0415 - for mistakes only: to import the package is to cost little
+    """The end of a message about an unknown name: ``; did you mean 'x'?``, or else the list of all known names."""
+    import difflib  # noqa: PLC0415 - only for mistakes; keeps the import of the package cheap
 
     known = sorted(known)
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name[:MOST_SHOWN]).lower() if isinstance(name, str) else ""
@@ -90,7 +90,7 @@ def suggest(name: object, known: Iterable[str]) -> str:
 
 
 def one_of(name: str, value: object, known: Collection[str]) -> str:
-    """The value of a setting that is one of a few words; raises `OptionError` otherwise."""
+    """Check a setting that is one of a few words, and return it; raises `OptionError` for anything else."""
     if isinstance(value, str) and value in known:
         return value
     hint = suggest(value, known)
@@ -100,18 +100,18 @@ def one_of(name: str, value: object, known: Collection[str]) -> str:
 
 
 def yes_or_no(name: str, value: object) -> bool:
-    """The value of a setting that is True or False; raises `OptionError` otherwise."""
+    """Check a setting that is True or False, and return it; raises `OptionError` for anything else."""
     if value is True or value is False:
         return value
     raise OptionError(f"{name} is True or False, not {quote(value)}")
 
 
 def lacks(value: object, methods: Iterable[str]) -> str | None:
-    """The first of some methods that an object does not have."""
+    """The first of some methods that an object does not have; None if it has them all."""
     for name in methods:
         try:
             method = getattr(value, name)
-        except Exception:  # attributes of somebody's own may raise anything
+        except Exception:  # a property of the program's may raise anything
             return name
         if not callable(method):
             return name
@@ -119,15 +119,15 @@ def lacks(value: object, methods: Iterable[str]) -> str | None:
 
 
 def is_any(function: object, *checks: Callable[[object], bool]) -> bool:
-    """Whether a callable is of one of the kinds that `inspect` tells apart."""
+    """Whether one of some checks of `inspect` is true of a callable."""
     try:
         return any(check(function) for check in checks)
-    except Exception:  # it looks at attributes, and those of somebody's own may raise anything
+    except Exception:  # the checks read attributes, and a property of the program's may raise anything
         return False
 
 
 def is_text(value: object) -> TypeGuard[str]:
-    """Whether a value is a `str` that every engine can take: without a NUL and without a lone surrogate."""
+    """Whether a value is a `str` that every engine can store: without a NUL and without a lone surrogate."""
     if not isinstance(value, str) or "\0" in value:
         return False
     try:
@@ -138,10 +138,13 @@ def is_text(value: object) -> TypeGuard[str]:
 
 
 def path_text(name: str, path: Any) -> str:
-    """The path of a file as a `str`; raises `OptionError`, which does not quote it, for one that no file can have."""
+    """Check the path of a file, and return it as a `str`.
+
+    Raises `OptionError` for a path that no file can have; the text does not quote it, since it may be of any size.
+    """
     try:
         text = os.fspath(path)
-    except Exception:  # a path of somebody's own may raise anything
+    except Exception:  # `__fspath__` of the program's may raise anything
         text = None
     if not isinstance(text, str):
         raise OptionError(f"{name} is the path of a file, a str or a pathlib.Path, not {kind_name(path)}")
@@ -156,7 +159,7 @@ def path_text(name: str, path: Any) -> str:
 
 
 def name_of(function: Callable[..., object]) -> str:
-    """A function or another callable, as messages name it."""
+    """The name of a function, or of another callable, for messages."""
     while isinstance(function, partial):
         function = function.func
     try:
@@ -167,10 +170,11 @@ def name_of(function: Callable[..., object]) -> str:
 
 
 def parse_duration(value: object, name: str, *, shortest: int = 1, longest: int = LONGEST) -> int:
-    """A duration in nanoseconds.
+    """Read a duration, and return it in nanoseconds.
 
-    Numbers are seconds; text is read by pytimeparse, and milliseconds (``"500ms"``) by us. `name` is how messages call
-    the setting; `shortest` and `longest` are in nanoseconds. Raises `DurationError`, quoting what was given.
+    Numbers are seconds; text is read by pytimeparse, except milliseconds (``"500ms"``), which it does not know. `name`
+    is the name of the setting in messages; `shortest` and `longest` are in nanoseconds. Raises `DurationError`, which
+    quotes what was given.
     """
     seconds: float | None
     if isinstance(value, timedelta):
@@ -199,19 +203,20 @@ def parse_duration(value: object, name: str, *, shortest: int = 1, longest: int 
 
 
 def _seconds_in(text: str) -> float | None:
-    """What a text says, or None. The patterns of pytimeparse take minutes for a long text with many spaces."""
+    """The seconds that a text says, or None if it is not a duration."""
+    # the patterns of pytimeparse take minutes for a long text with many spaces
     if len(text) > LONGEST_TEXT:
         return None
     text = " ".join(text.split())
     if milliseconds := _MILLISECONDS.fullmatch(text):
         return float(milliseconds[1]) / 1000
-    from pytimeparse.timeparse import timeparse  # noqa: PLC0415 - it brings decimal along
+    from pytimeparse.timeparse import timeparse  # noqa: PLC0415 - it imports decimal
 
     return timeparse(text)
 
 
 def duration_of(text: str) -> Duration:
-    """A duration given where all is text, in a URL or on a command line: a bare number stands for seconds."""
+    """A duration from a place where everything is text, a URL or a command line; a bare number means seconds."""
     try:
         return float(text)
     except ValueError:
@@ -219,7 +224,7 @@ def duration_of(text: str) -> Duration:
 
 
 def known_event(name: object, known: Collection[str]) -> str:
-    """The name, if there is an event of that name; raises `UnknownEventError` otherwise."""
+    """Check the name of an event, and return it; raises `UnknownEventError` if there is no such event."""
     if not isinstance(name, str):
         raise UnknownEventError(f"the name of an event is a str, not {quote(name)}")
     if name not in known:
@@ -232,13 +237,14 @@ WITH_A_STORE: Mapping[str, Any] = {
     "persist_on": frozenset(PERSIST_EVENTS),
     "max_in_flight": 4,
 }
-"""The defaults that are others where a store saves; what is in flight there are batches."""
+"""The defaults that differ when a store does the saving. `max_in_flight` then counts batches, not users."""
 
 
 def read_options(nested: object, *, stored: bool = False, **given: Any) -> Options:
-    """Check all settings of a manager: those given by keyword (None: not given) and those of the nested mapping.
+    """Check all settings of a manager: those given by keyword and those in the nested mapping.
 
-    Raises `OptionError` for an unknown name, a value that cannot be used, or a setting given twice.
+    A keyword that is None counts as not given. `stored` says whether the manager has a store. Raises `OptionError` for
+    an unknown name, a value that cannot be used, or a setting given twice.
     """
     for name, value in _flatten(nested).items():
         if given.get(name) is not None:
@@ -255,7 +261,7 @@ def read_options(nested: object, *, stored: bool = False, **given: Any) -> Optio
 
 
 def _flatten(nested: object) -> dict[str, Any]:
-    """The settings of a mapping shaped like the Node package's, in snake case."""
+    """The settings in a nested mapping, which has the shape of the Node package's options, in snake case."""
     if nested is None:
         return {}
     user_data = _branch(nested, "options", ("user_data",)).get("user_data", {})

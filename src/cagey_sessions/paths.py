@@ -1,10 +1,12 @@
-"""Files by their names. What lives here: opening them, and where a symbolic link leads. What must not: what is in them.
+"""Opens files without being fooled by symbolic links and pipes.
 
-Whoever may write to a folder can put something else in the place of a file: a symbolic link, so that the server writes
-to one of its files elsewhere, or a pipe, so that it hangs. So a name that the library makes up itself (a lock file, a
-temporary file) is never followed. A path that the program gives may be a link, for example to another disk, and is
-followed; but what it leads to may be replaced as a whole, so a link that another user has made is refused, as Linux
-does in folders like ``/tmp``. Links of root are followed, for root needs no link to do harm.
+Another user who may write to our folder can put something else in the place of a file: a symbolic link, so that the
+server overwrites one of its own files elsewhere, or a pipe, so that opening it hangs. Two rules prevent that:
+
+- A name that the library makes up itself (a lock file, a temporary file) is never followed if it is a link.
+- A path that the program gives may be a link, for example to another disk, and is followed. The file that it leads to
+  may be replaced as a whole, so a link made by another user is refused, as Linux does in folders like ``/tmp``. Links
+  made by root are followed: root needs no link to do harm.
 """
 
 from __future__ import annotations
@@ -16,30 +18,32 @@ import stat
 __all__ = ["RefusedNameError", "open_regular", "target_of"]
 
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
-# they change nothing for a regular file; anything else must not block or take over the terminal until it is refused
+# Flags without effect on a regular file. Anything else is opened before it can be refused, and opening a pipe must not
+# block, and opening a terminal must not make it ours.
 _NO_EFFECT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
 MOST_LINKS = 40
-"""One after the other, as in Linux."""
+"""How many links may lead to each other; as many as Linux follows."""
 
 
 class RefusedNameError(OSError):
-    """What has that name is not to be used; the text says what it is."""
+    """What has this name must not be used; the text is a clause that says why, such as "is a symbolic link"."""
 
 
 def open_regular(path: str | os.PathLike[str], flags: int, mode: int = 0o600, *, follow: bool = False) -> int:
-    """A descriptor of a regular file. Raises `RefusedNameError` for any other kind, and for a link unless `follow`.
+    """Open a regular file and return its descriptor; `flags` and `mode` are those of `os.open`.
 
-    Raises `OSError` as `os.open` does. Where the system cannot refuse a link by itself (Windows), the name is looked at
-    before and after the file is opened.
+    Raises `RefusedNameError` for any other kind of file, and for a link unless `follow`; otherwise `OSError` as
+    `os.open` does.
     """
+    # Windows has no flag that refuses links, so the name is examined before and after the file is opened.
     by_look = not follow and not _NO_FOLLOW
     if by_look and os.path.islink(path):
         raise _refusal("is a symbolic link", path)
     try:
         file = os.open(path, flags | _NO_EFFECT | _BINARY | (0 if follow else _NO_FOLLOW), mode)
     except OSError as error:
-        if not follow and os.path.islink(path):  # each system has a number of its own for that
+        if not follow and os.path.islink(path):  # errno differs: ELOOP, EMLINK, EFTYPE
             raise _refusal("is a symbolic link", path) from error
         raise
     try:
@@ -55,7 +59,10 @@ def open_regular(path: str | os.PathLike[str], flags: int, mode: int = 0o600, *,
 
 
 def target_of(path: str | os.PathLike[str]) -> str:
-    """Where a path leads to, through links of this user and of root. Raises `RefusedNameError` for others."""
+    """The absolute path of the file that a path leads to, through links made by this user or by root.
+
+    Raises `RefusedNameError` for a link of anybody else. The file need not exist.
+    """
     place = os.fspath(path)
     for _ in range(MOST_LINKS):
         try:

@@ -1,9 +1,8 @@
-"""This process, and no other. What lives here: the owner of its users, the key of its digests, the generator that
-spreads its retries, and what is called at its exit. What must not: users, saves or files.
+"""The identity of this process: its owner id, its digest key, its random numbers, and callbacks at its exit.
 
-A fork copies memory. Had a manager that was made at import an owner id, then all workers of a server that forks would
-claim users under the same one, and a store would take what they write for the work of one process. So all of this is
-made when a manager begins to work on an event loop, which it does in one process only.
+A fork copies memory. If a manager had an owner id from the moment it is created, and it was created at import, all
+forked workers of a server would claim users under the same id, and the store would take them for one process. So the
+identity is made when a manager begins to work on an event loop, which it does in one process only.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ __all__ = ["Identity", "at_exit", "is_forked_worker"]
 
 
 class Identity:
-    """Who a manager is, for its stores and for its files. Nothing of it is known before `begin`."""
+    """Who a manager is, for its store and its files. All fields are empty until `begin`."""
 
     def __init__(self) -> None:
         self.owner: str = ""
-        """The name under which users are claimed; another one at each start, also of the same process."""
+        """The id under which users are claimed; a new one for each manager, also within one process."""
         self.pid: int = 0
         self.digest_key: bytes = b""
         self.digest: Digest
         self.random: random.Random
-        """Spreads retries, so that the processes of one server do not try again at the same instant."""
+        """Spreads retries, so that many processes do not all try again at the same instant."""
 
     def begin(self) -> None:
-        """This process is the one. Called once, when the event loop is known."""
+        """Make this process the manager's own. Called once, when the event loop is known."""
         self.pid = os.getpid()
-        # not the host and the process id alone: the process before this one may have had both, and what it has claimed
-        # is not ours
+        # Host and process id are not enough: an earlier process may have had the same (in a container it always has),
+        # and the users that it claimed are not ours.
         self.owner = f"{socket.gethostname()}-{self.pid}-{os.urandom(8).hex()}"
         self.digest_key = os.urandom(16)
         self.digest = Digest(self.digest_key)
@@ -49,16 +48,17 @@ class Identity:
 
 
 def at_exit(callback: Callable[[], object]) -> Callable[[], object]:
-    """Have something called when this process exits in good order. Returns a function that takes that back."""
+    """Register a callback for the normal exit of this process. Returns a function that unregisters it."""
     if not is_forked_worker():
         atexit.register(callback)
         return partial(atexit.unregister, callback)
+    # a worker of multiprocessing ends with os._exit, which skips the callbacks of atexit
     finalizer = sys.modules["multiprocessing.util"].Finalize(None, callback, exitpriority=0)
     cancel: Callable[[], object] = finalizer.cancel
     return cancel
 
 
 def is_forked_worker() -> bool:
-    """Whether `multiprocessing` has started this process, which may then end without the callbacks of `atexit`."""
+    """Whether `multiprocessing` started this process, so that it may end without the callbacks of `atexit`."""
     process = sys.modules.get("multiprocessing.process")
     return process is not None and process.parent_process() is not None and "multiprocessing.util" in sys.modules

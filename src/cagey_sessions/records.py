@@ -1,4 +1,4 @@
-"""Plain facts handed to the caller. What lives here: frozen records and enums. What must not: behaviour."""
+"""Frozen records that calls of the library return: receipts, reports, statistics, the entries of files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Receipt:
     saved_at: float
     """When the data was encoded, by this machine's wall clock, in Unix seconds."""
     changed: bool
-    """Whether anything had to be written; False if the store had these very bytes already."""
+    """Whether anything had to be written; False if the store had exactly these bytes already."""
     store: str
     """The name of the store."""
 
@@ -61,11 +61,11 @@ class UnsavedUser:
     user_id: int | str
     """Who it is."""
     age: float
-    """Seconds since the state last acknowledged; what is lost is at most this much."""
+    """Seconds since the last acknowledged state was encoded; at most so much play is lost."""
     error: Exception
-    """What the last attempt raised, or a `DrainDeadlineError` where none has come to an end."""
+    """What the last attempt raised, or a `DrainDeadlineError` if no attempt came to an end."""
     spilled: bool = False
-    """Whether the data is in the spill file, and is saved at the next start."""
+    """Whether the data is in the spill file, from which the next start saves it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class DrainReport:
     saved: int
     """Last saves acknowledged."""
     unsaved: tuple[UnsavedUser, ...]
-    """Who was not saved, oldest acknowledged state first."""
+    """The users who were not saved; the one whose last acknowledged state is oldest comes first."""
     seconds: float
     """How long it took."""
 
@@ -101,17 +101,18 @@ class Statistics:
     overdue: int
     """Saves under way for longer than the interval."""
     oldest_unsaved: float | None
-    """Seconds since the oldest last-acknowledged state of any user: what a crash costs at most. None without users."""
+    """How many seconds of play a crash would cost at most: the age of the oldest state that is some user's last
+    acknowledged one. None without users."""
     saved: int
-    """Saves acknowledged since the start, those that found nothing changed included."""
+    """Saves acknowledged since the start, including those that found nothing changed."""
     unchanged: int
-    """Of these, how many found that the store had the very bytes already, and wrote nothing."""
+    """How many of these wrote nothing, because the store had exactly these bytes already."""
     failed: int
     """Attempts that failed since the start."""
     fenced: int
     """Sessions ended since the start because another server had taken the user over."""
     unsavable: int
-    """Users whose data cannot be saved as it is."""
+    """Users whose data cannot be saved as it is now."""
     store: str | None
     """The name of the store; None without one."""
     store_up: bool
@@ -121,7 +122,7 @@ class Statistics:
     tick_lag: float
     """How many seconds late the last wake-up of the timing wheel was."""
     slice_overruns: int
-    """How often since the start a piece of work held the loop for more than a millisecond."""
+    """How often since the start a piece of the library's work held the loop for more than a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +161,11 @@ class SnapshotEntry:
     key: str | None = field(repr=False)
     """The session's key, or None; always None in a spill."""
     epoch: int
-    """Of the claim under which the user was on that server; 0 without a store."""
+    """The epoch of the claim under which that server had the user; 0 without a store."""
     owner: str
     """The server's name in the store; empty without one."""
     version: int
-    """Last acknowledged by the store; `body` may be newer. 0 without a store, and for a user never saved."""
+    """The version that the store acknowledged last; `body` may be newer. 0 without a store, or if never saved."""
     schema: int
     """The program's number for the shape of the data."""
     body: bytes = field(repr=False)
@@ -173,34 +174,34 @@ class SnapshotEntry:
 
 @dataclass(frozen=True, slots=True)
 class DamagedEntry:
-    """A line of such a file that cannot be read."""
+    """A line of a snapshot or a spill file that cannot be read."""
 
     line: int
     """Its number, from 1."""
     user_id: int | str | None
-    """Whose it is, as far as that can be read; the damage may be there, too. None if it cannot."""
+    """Whose line it is, if that much can be read, else None. It may be wrong: the damage may be in the id itself."""
     raw: bytes = field(repr=False)
-    """The line as it is, without the end of the line."""
+    """The bytes of the line, without its newline."""
     reason: str
     """What is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a file has."""
+    """What a snapshot or a spill file contains."""
 
     kind: Literal["snapshot", "spill"]
     """``"snapshot"`` or ``"spill"``."""
     taken_at: float | None
-    """When it was begun, in Unix seconds; None if the first line is damaged."""
+    """When writing it began, in Unix seconds; None if the first line is damaged."""
     owner: str | None
     """The name of the server that wrote it, empty if it had no store; None if the first line is damaged."""
     entries: tuple[SnapshotEntry, ...]
     """The users that can be read, in the order of the file."""
     damaged: tuple[DamagedEntry, ...]
-    """The lines that cannot, in order."""
+    """The lines that cannot be read, in the order of the file."""
     expected: int | None
-    """How many entries were written; None if the last line, which says so, is missing: the file was cut."""
+    """How many entries were written. The last line says so; None if it is missing, because the file was cut short."""
 
     @property
     def complete(self) -> bool:
@@ -217,7 +218,7 @@ class SpillReport:
     pending: tuple[int | str, ...]
     """Still in the file: another server has them, or the store did not take them. Saved when they log in."""
     conflicts: tuple[int | str, ...]
-    """Still in the file, and not saved: somebody has written, or erased, the user since."""
+    """Still in the file, and not saved, because the user was saved by another server, or erased, since."""
     damaged: tuple[DamagedEntry, ...]
     """Lines that cannot be read; still in the file."""
     complete: bool

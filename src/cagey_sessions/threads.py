@@ -1,19 +1,18 @@
-"""Work that a thread does for the event loop. What lives here: handing it over, and waiting for it. What must not: what
-the work is, or who wants it.
+"""Runs blocking work in a thread and waits for it, even if the waiting task is cancelled.
 
-A task that hands work to a thread waits until the thread has returned, however often the task is cancelled meanwhile,
-and only then raises the cancellation. So what comes after may clean up without a thread at work in the same place. How
-long the wait may take:
+The task waits until the thread has returned, however often the task is cancelled meanwhile, and raises the cancellation
+only then. So the code after the wait may clean up, and no thread is still at work in the same place. How long the wait
+may take:
 
-- **nobody cancels**: as long as the work takes, or the `limit` that the caller gives;
+- **not cancelled**: as long as the work takes, or the `limit` that the caller gives;
 - **cancelled**, by a caller or by the end of `asyncio.run`: up to `PATIENCE` from the first cancellation on. A thread
   that has not returned by then hangs in the system, mostly because a disk does not answer, and nothing in this process
   can end it;
 - **the loop is closed** without a cancellation: no wait is possible, and the task is thrown away (`GeneratorExit`);
-- **the interpreter exits**: threads are daemons, so it waits for none, and cuts off what is still at work.
+- **the interpreter exits**: the threads are daemons, so it waits for none of them and stops them where they are.
 
-In the last three cases the thread goes on alone for a while. So the work must own what it opens, and close and remove
-it itself; what others tell it to give up, it gives up when it returns. Nobody hears of its outcome.
+In the last three cases the thread may go on alone. So the work must own what it opens, and close and remove it itself;
+its result or error is discarded.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ __all__ = ["PATIENCE", "in_thread", "outlast"]
 T = TypeVar("T")
 
 PATIENCE = 10.0
-"""For how many seconds a cancelled caller still waits for its thread."""
+"""How many seconds a cancelled caller still waits for its thread."""
 
 
 async def in_thread(work: Callable[..., T], *args: object, limit: float | None = None) -> T:
-    """Have a thread of its own do work that may block, and wait for it as `outlast` does.
+    """Run `work(*args)`, which may block, in a new thread, and wait for it as `outlast` does.
 
-    The threads of the loop's own executor may all be taken by calls of a database that never return, and are not to be
-    had any more once it has been shut down.
+    `limit` is in seconds. The loop's own executor is not used: calls of a database that never return may occupy all of
+    its threads, and it takes no work after it was shut down, when spill files are still to be written.
     """
     loop = asyncio.get_running_loop()
     return await outlast(loop.run_in_executor(_OwnThread(), work, *args), limit)
@@ -46,11 +45,11 @@ async def in_thread(work: Callable[..., T], *args: object, limit: float | None =
 async def outlast(work: asyncio.Future[T], limit: float | None = None, patience: float | None = None) -> T:
     """Wait until `work` is done, through any number of cancellations; return its result, or raise what it raises.
 
-    Cancelled meanwhile, it raises `asyncio.CancelledError`: when the work is done, whatever came of it, or `patience`
-    seconds (`PATIENCE` by default) after the first cancellation. It raises `TimeoutError` if the work is not done
-    within `limit` seconds. Work that is not waited for any longer goes on.
+    If the waiting task is cancelled meanwhile, `asyncio.CancelledError` is raised when the work is done, whatever its
+    outcome, or `patience` seconds (`PATIENCE` by default) after the first cancellation. Raises `TimeoutError` if the
+    work is not done within `limit` seconds. Work that is given up on is not stopped.
     """
-    work.add_done_callback(_look_at)
+    work.add_done_callback(_mark_retrieved)
     loop = asyncio.get_running_loop()
     until = None if limit is None else loop.time() + limit
     cancelled: asyncio.CancelledError | None = None
@@ -69,31 +68,31 @@ async def outlast(work: asyncio.Future[T], limit: float | None = None, patience:
         try:
             raise cancelled
         finally:
-            cancelled = None  # its traceback has this frame, which would have it: a circle
+            cancelled = None  # its traceback refers to this frame, which would refer to it: a cycle
     if not work.done():
         raise TimeoutError(f"not done within {limit:g} s")
     return work.result()
 
 
-def _look_at(work: asyncio.Future[Any]) -> None:
-    """Whoever waited may be gone; an error that nobody looks at is noise on stderr."""
+def _mark_retrieved(work: asyncio.Future[Any]) -> None:
+    """Mark the error as retrieved: if the waiting task is gone, asyncio would print it as never retrieved."""
     if not work.cancelled():
         work.exception()
 
 
 class _Outcome(Future[T]):
-    """What comes of a thread."""
+    """The outcome of a thread, which may come after the loop was closed."""
 
     def add_done_callback(self, fn: Callable[[Future[T]], Any]) -> None:
         def tell(outcome: Future[T]) -> None:
-            with suppress(RuntimeError):  # the loop has been closed meanwhile: nobody is left to be told
+            with suppress(RuntimeError):  # the loop was closed meanwhile, and no task waits any more
                 fn(outcome)
 
         super().add_done_callback(tell)
 
 
 class _OwnThread(Executor):
-    """A thread for one piece of work. As a daemon it holds up no exit of the interpreter, which cuts it off."""
+    """A thread for one piece of work; a daemon, so that a thread that hangs cannot hold up the exit."""
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         outcome: Future[T] = _Outcome()
@@ -108,6 +107,6 @@ class _OwnThread(Executor):
 
         try:
             threading.Thread(target=run, name="cagey-sessions thread", daemon=True).start()
-        except RuntimeError:  # there are too many, or the interpreter exits: better late on the loop than never
+        except RuntimeError:  # too many threads, or the interpreter exits: blocking the loop beats not writing at all
             run()
         return outcome

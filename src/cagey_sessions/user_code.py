@@ -1,14 +1,15 @@
-"""What code of the program's may raise. What lives here: which of its exceptions are meant for the process or the event
-loop, and go on, and which stay with the user whose hook or listener raised them. What must not: a call of such code.
+"""Which exceptions of the program's hooks and listeners are let through, and which stay with the user concerned.
 
 A hook may raise anything: `task.result()` of a cancelled task raises `CancelledError`, a coroutine closed by hand
-`GeneratorExit`, a test framework exceptions of its own that are no `Exception`. Let through, one such exception would
-end a task of the library that is at work for many users. Only two are always let through: `KeyboardInterrupt` and
-`SystemExit` end the process, and a program may raise them on purpose.
+raises `GeneratorExit`, and a test framework raises exceptions that are not an `Exception`. If one of these were let
+through, it would end a task of the library that works for many users. So only `KeyboardInterrupt` and `SystemExit` are
+always let through: they end the process, and a program may raise them on purpose.
 
-A plain function is called in one step, so a `CancelledError` out of it is never the cancellation of the task that calls
-it. Out of an `await` it may be: then the task counts it (`Task.cancelling`). A `GeneratorExit` out of an `await` is the
-loop's own if the coroutine is thrown away, which happens outside its task.
+- A plain function is called in one step, so a `CancelledError` that it raises is never a cancellation of the task that
+  called it.
+- A `CancelledError` raised by an `await` may be that: then the task counts it (`Task.cancelling`).
+- A `GeneratorExit` raised by an `await` comes from the loop if the coroutine was thrown away, which happens outside of
+  its task.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from .errors import ListenerCancelledError
 __all__ = ["END_OF_PROCESS", "as_exception", "current_task", "is_for_this_task"]
 
 END_OF_PROCESS = (KeyboardInterrupt, SystemExit)
-"""Raised by whatever code they come out of."""
+"""Always let through, whatever code raised them."""
 
 
 def current_task() -> asyncio.Task[Any] | None:
-    """The task that runs this code; None outside all tasks, also where no event loop runs."""
+    """The task that runs this code; None outside of a task, and also where no event loop runs."""
     try:
         return asyncio.current_task()
     except RuntimeError:
@@ -33,7 +34,7 @@ def current_task() -> asyncio.Task[Any] | None:
 
 
 def is_for_this_task(error: BaseException, task: asyncio.Task[Any] | None) -> bool:
-    """Whether what came out of an await in `task` is meant for the task and not raised by the code it awaits."""
+    """Whether an exception raised by an await in `task` is meant for that task, not raised by the awaited code."""
     if isinstance(error, asyncio.CancelledError):
         return task is None or task.cancelling() > 0
     if isinstance(error, GeneratorExit):
@@ -42,7 +43,7 @@ def is_for_this_task(error: BaseException, task: asyncio.Task[Any] | None) -> bo
 
 
 def as_exception(error: BaseException) -> Exception:
-    """What a listener has raised, as what may stand in an `ExceptionGroup`."""
+    """What a listener raised, wrapped if it is not an `Exception`: only those may be put in an `ExceptionGroup`."""
     if isinstance(error, Exception):
         return error
     what = (

@@ -1,7 +1,7 @@
-"""Values in messages. What lives here: how a value that somebody has given is shown. What must not: any check of it.
+"""How messages show a value that the program gave.
 
-There is this one way, because values may be anything. A `repr` that is somebody's own may raise, may never end, or may
-hold what no message is to hold; so only Python's plain types show what they hold, and all others show their type.
+All messages use `quote`, because a value may be anything: its own `repr` may raise, may never end, or may contain user
+data or a password. So only values of Python's plain types are shown; of all others, only the type.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 __all__ = ["MOST_NAMED", "MOST_SHOWN", "Hidden", "kind_name", "name_some", "quote"]
 
 MOST_SHOWN = 80
-"""Characters of a value that is shown."""
+"""The most characters of a value that a message shows."""
 MOST_NAMED = 10
-"""How many users a message names."""
+"""The most users that a message names."""
 WIDEST = 256
-"""Bits of an int that is shown: its digits fit."""
+"""The most bits of an int that is shown: its digits fit into `MOST_SHOWN`."""
 
 _SHORT = (bool, float, timedelta, type(None))
-_name_of = type.__dict__["__name__"].__get__  # a metaclass may have ideas of its own
+_name_of = type.__dict__["__name__"].__get__  # a metaclass may define `__name__` itself
 
 
 class Hidden(str):
-    """A text of which no message shows anything, because a secret may be in it."""
+    """A text that no message shows, because it may contain a secret, such as a part of a URL."""
 
     __slots__ = ()
 
@@ -32,8 +32,9 @@ class Hidden(str):
 
 
 def quote(value: Any) -> str:
-    """A value as messages show it, in at most 80 characters: never raises, runs no code of the value's, and is O(1)."""
+    """A value as messages show it, in at most 80 characters. Never raises, runs no code of the value, and is O(1)."""
     kind = type(value)
+    # The methods are called on the built-in type, not on the value: a subclass may override them.
     if kind is Hidden:
         text = repr(value)
     elif issubclass(kind, str):
@@ -58,6 +59,6 @@ def name_some(user_ids: list[int | str]) -> str:
 
 
 def kind_name(value: object) -> str:
-    """The type of a value, with its article."""
+    """The name of a value's type with its article, such as "an int"."""
     name = _name_of(type(value))[:MOST_SHOWN]
     return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}"

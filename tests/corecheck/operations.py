@@ -535,7 +535,8 @@ class Owner:
 
 
 def attend(table: Any) -> None:
-    table.attend(now=lambda: 5, tick=1, interval=10, arm=int, ending={}, waited_for={}, destroyed="destroyed")
+    table.keep_time(now=lambda: 5, tick=1, interval=10, arm=int)
+    table.attend_ends(ending={}, waited_for={}, destroyed="destroyed")
 
 
 def come_and_go(world: World, *, quietly: bool) -> None:
@@ -632,7 +633,14 @@ def enter_and_leave(world: World) -> None:
 
 operation("SessionCall")(lambda world: come_and_go(world, quietly=False))
 operation("SessionCall: entered")(enter_and_leave)
-for name in ("ManagerCore", "SessionTable.attend", "SessionTable.bind_loop", "SessionTable.hear", "SessionTable.admit"):
+for name in (
+    "ManagerCore",
+    "SessionTable.keep_time",
+    "SessionTable.attend_ends",
+    "SessionTable.bind_loop",
+    "SessionTable.hear",
+    "SessionTable.admit",
+):
     operation(name)(lambda world: come_and_go(world, quietly=True))
 for name in ("SessionCore.start", "SessionCore.set_user", "SessionCore.destroy"):
     operation(name)(lambda world: come_and_go(world, quietly=True))

@@ -18,10 +18,7 @@ cdef enum:
     LOUD_IDENTIFIED = 4
     LOUD_ENDING = 8
     LOUD_ENDED = 16
-    LOUD_CLOSED = 32            # nobody new is admitted
-    LOUD_STORED = 64            # there is a store
-    LOUD_WATCHED = 128          # each end is looked at
-    LOUD_UNATTENDED = 256       # nobody has said what else there is
+    LOUD_CLOSED = 32            # nobody new is admitted, or what a call needs is not known yet
 
 LOUD = {
     "created": LOUD_CREATED,
@@ -238,7 +235,7 @@ cdef object call_act(SessionCall call):
     cdef SessionTable table
     if act == ACT_CREATE:
         table = (<ManagerCore> call.owner).table
-        if (not table.loud & (LOUD_CREATED | LOUD_CLOSED | LOUD_UNATTENDED) and call.second is False
+        if (not table.loud & (LOUD_CREATED | LOUD_CLOSED) and call.second is False
                 and table.is_on_its_loop()):
             return table.add(call.first)
         call.delegate = table.host._beginnings.create(call.first, call.second)
@@ -253,13 +250,13 @@ cdef object call_act(SessionCall call):
             return None
         call.delegate = table.host._beginnings.start(session)
     elif act == ACT_SET_USER:
-        if (is_quiet(session, LOUD_IDENTIFIED | LOUD_CLOSED | LOUD_STORED)
+        if (is_quiet(session, LOUD_IDENTIFIED | LOUD_CLOSED) and table.copies is NULL
                 and session.slot and not is_ending(table.rows[session.slot].state)):
             set_user(table, session, call.first, call.second)
             return None
         call.delegate = table.host._beginnings.set_user(session, call.first, call.second)
     else:
-        if is_quiet(session, LOUD_ENDING | LOUD_ENDED | LOUD_WATCHED) and end(table, session, call.first):
+        if is_quiet(session, LOUD_ENDING | LOUD_ENDED) and end(table, session, call.first):
             return None
         call.delegate = table.host._endings.end(session, call.first)
     return call
@@ -268,7 +265,7 @@ cdef object call_act(SessionCall call):
 cdef inline bint is_quiet(SessionCore session, uint32_t loud) except -1:
     """Whether nobody would hear, and nothing stands in the way."""
     cdef SessionTable table = session.table
-    return not table.loud & (loud | LOUD_UNATTENDED) and (session.listeners is None or session.ended) \
+    return not table.loud & loud and (session.listeners is None or session.ended) \
         and table.is_on_its_loop()
 
 
@@ -308,9 +305,11 @@ cdef bint end(SessionTable table, SessionCore session, persist) except -1:
         return True
     if persist is not None and persist is not False:  # also what is neither, and is to be refused
         return False
-    if session.user_id is not None and table.loud & LOUD_STORED:
+    if session.user_id is not None and table.copies is not NULL:
         return False
     if session.slot == 0 or table.rows[session.slot].state > DUE:
+        return False
+    if table.waited_for is None:
         return False
     prefetch_surroundings(table, session)
     if table.waited_for and session in table.waited_for:

@@ -151,7 +151,7 @@ cdef class SessionCore:
         `ListenerError` with what the listeners raised, and then the user stays set. O(1).
         """
         cdef SessionTable table = require_made(self)
-        if table.loud & (LOUD_IDENTIFIED | LOUD_STORED) or (self.listeners is not None and not self.ended):
+        if table.loud & LOUD_IDENTIFIED or table.copies is not NULL or (self.listeners is not None and not self.ended):
             return table.host._beginnings.set_user(self, user_id, user_data)
         return new_call(ACT_SET_USER, self, user_id, user_data)
 

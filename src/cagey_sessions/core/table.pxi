@@ -50,7 +50,7 @@ cdef class SessionTable(SessionLanes):
         index_init(&self.by_key)
         index_init(&self.by_user)
         self.salt = mixed(seed)
-        self.loud = LOUD_UNATTENDED
+        self.loud = LOUD_CLOSED
 
     def __dealloc__(self):
         PyMem_RawFree(self.by_key.entries)
@@ -100,19 +100,28 @@ cdef class SessionTable(SessionLanes):
             return 0
         return self.user_slot_hashed(user_id, self.hash_of_user(user_id))
 
-    def attend(self, *, now, uint64_t tick, uint64_t interval, arm, dict ending not None,
-               dict waited_for not None, destroyed,
-               user_id_type=None, bint stored=False, bint watched=False):
-        """Say all that a call has to know to be done in one step; see `SessionCall`."""
+    def keep_time(self, *, now, uint64_t tick, uint64_t interval, arm, user_id_type=None):
+        """Say what a call needs that gives a session its user in one step: see `SessionCall`.
+
+        `now` returns nanoseconds, `tick` has so many of them, `interval` so many ticks; `arm` is called when a deadline
+        may have become the next one. User ids are of `user_id_type`, if one is given.
+        """
         self.now = now
         self.tick = tick
         self.interval = interval
         self.arm = arm
+        self.user_id_type = user_id_type
+
+    def attend_ends(self, *, dict ending not None, dict waited_for not None, destroyed):
+        """Say what a call needs that ends a session in one step, and admit sessions.
+
+        `ending` has the sessions whose end is under way, each with what has its ``reason``, `waited_for` those whose end
+        somebody waits for, and `destroyed` is the reason of an ordinary end.
+        """
         self.ending = ending
         self.waited_for = waited_for
         self.destroyed = destroyed
-        self.user_id_type = user_id_type
-        self.loud = LOUD_STORED * stored | LOUD_WATCHED * watched
+        self.admit(True)
 
     def hear(self, str event not None, bint heard):
         """Whether anybody listens to an event on the manager, from now on."""

@@ -1,5 +1,7 @@
-"""Pairs of functions for `encode=` and `decode=`. What lives here: codecs for dataclasses and for the types of msgspec,
-and reading what annotations ask for. What must not: how single values are converted (`converters.py`), or bytes.
+"""Codecs for typed data: `dataclass_codec` and `msgspec_codec`, each a pair of functions for `encode=` and `decode=`.
+
+`dataclass_codec` reads the annotations of a dataclass once, and builds a tree of converters from them. The converters
+of single values are in `converters.py`.
 """
 
 from __future__ import annotations
@@ -39,20 +41,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Codec(Generic[T]):
-    """The two functions for `encode=` and `decode=`, for values of one type.
+    """Two functions for `encode=` and `decode=`, for values of one type.
 
-    Both raise `EncodingError` with the path of what they refuse. For data of older versions of the program, wrap
-    `decode`: ``def load(value, schema): return players.decode(upgrade(value) if schema < 2 else value)``.
+    Both raise `EncodingError` with the path of a value that they refuse. To read data that older versions of the
+    program wrote, wrap `decode`:
+    ``def load(value, schema): return players.decode(upgrade(value) if schema < 2 else value)``.
     """
 
     encode: Callable[[T], Any]
-    """A value to a JSON value. It may share parts with the value, so use it before anything changes."""
+    """Turns a value into a JSON value. The two may share parts, so use the result before the value changes."""
     decode: Callable[[Any], T]
-    """A JSON value to a new value."""
+    """Turns a JSON value into a new value."""
 
 
 def dataclass_codec(cls: type[T], *, unknown: Literal["refuse", "drop"] = "refuse") -> Codec[T]:
-    """A codec for the instances of a dataclass, each stored as an object with one member for each field.
+    """Make a codec for the instances of a dataclass. Each is stored as a JSON object with one member for each field.
 
     Fields may be annotated with
 
@@ -70,7 +73,7 @@ def dataclass_codec(cls: type[T], *, unknown: Literal["refuse", "drop"] = "refus
     ``"refuse"`` reports it, ``"drop"`` leaves it out, and the next save removes it. Instances are made by calling the
     class, so ``__post_init__`` runs; fields with ``init=False`` are stored too, and set afterwards.
 
-    The fields are looked at here, once. Raises `OptionError` for a field that cannot be stored, and names it.
+    The annotations are read here, once. Raises `OptionError`, which names the field, for one that cannot be stored.
     """
     if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
         raise OptionError(f"dataclass_codec takes a dataclass, not {quote(cls)}")
@@ -92,21 +95,21 @@ def _with_path(convert: Convert) -> Convert:
 
 
 def _base(hint: Any) -> Any:
-    """What a NewType is at run time."""
+    """The type under a NewType, or under several; any other annotation as it is."""
     while hasattr(hint, "__supertype__"):
         hint = hint.__supertype__
     return hint
 
 
 class _Converters:
-    """Those of a class and of all it refers to, made once for each class, so that classes may refer to each other."""
+    """The converters of a class and all annotations in it; one for each class, as classes may refer to each other."""
 
     def __init__(self, *, drops_unknown: bool) -> None:
         self.drops_unknown = drops_unknown
         self.of_classes: dict[type, Converter] = {}
 
     def of(self, hint: Any, place: str) -> Converter:
-        """The converter of an annotation; `place` is how messages call the field."""
+        """The converter of an annotation; `place` is the field's name in messages. Raises `OptionError`."""
         hint = types.NoneType if hint is None else _base(hint)
         kind, arguments, name = get_origin(hint) or hint, get_args(hint), name_of(hint)
         if kind is Final and arguments:
@@ -115,7 +118,7 @@ class _Converters:
             return literal_converter(arguments, name, place)
         if kind is Union or kind is types.UnionType:
             return union_converter([self.of(argument, place) for argument in arguments], name, place)
-        if hint is tuple:
+        if hint is tuple:  # without members: as many as there are, of any type
             arguments = (Any, ...)
         if kind is tuple and arguments[1:] == (...,):
             return sequence_converter(tuple, self.of(arguments[0], place), name)
@@ -145,6 +148,7 @@ class _Converters:
 
     def make(self, cls: type[Any]) -> Converter:
         name, drops_unknown = cls.__name__, self.drops_unknown
+        # Filled below, after `of_classes` has the converter: a field may be of this very class.
         encoders: list[tuple[str, Collection[type], Convert]] = []
         decoders: list[tuple[str, Collection[type], Convert, bool, bool]] = []
         known: set[str] = set()
@@ -207,7 +211,7 @@ class _Converters:
 
 
 def _check_constructor(cls: type[Any], arguments: set[str]) -> None:
-    """An instance has to be made from its fields: no required `InitVar`, and no `__init__` of another shape."""
+    """Raise `OptionError` if instances cannot be made from their fields, for example for a required `InitVar`."""
     parameters = inspect.signature(cls).parameters.values()
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         missing = arguments - {parameter.name for parameter in parameters}
@@ -224,15 +228,15 @@ def msgspec_codec(kind: type[T]) -> Codec[T]: ...
 @overload
 def msgspec_codec(kind: Any) -> Codec[Any]: ...
 def msgspec_codec(kind: Any) -> Codec[Any]:
-    """A codec for the values of a type that msgspec knows: a Struct, a tagged union, an attrs class, ...
+    """Make a codec for the values of a type that msgspec knows: a Struct, a tagged union, an attrs class, ...
 
-    What the type means is msgspec's to say, unknown members included: they are dropped, and removed by the next save,
-    unless the Struct says ``forbid_unknown_fields=True``. `encode` converts each value there and back, and refuses it
-    if it does not come back equal and of the same type; so values have to compare by content, which Structs do. An int
-    in a float field becomes a float.
+    The rules are msgspec's: a stored member that the type does not have is dropped, and the next save removes it,
+    unless the Struct says ``forbid_unknown_fields=True``; an int in a float field becomes a float. `encode` converts
+    each value there and back, and refuses it if the result is not equal and of the same type. So values have to compare
+    by content, as Structs do.
 
-    Raises `MissingExtraError` without msgspec, and `OptionError` for a type it cannot handle. A call of `encode` costs
-    about seven times `msgspec.json.encode`.
+    Raises `MissingExtraError` if msgspec is not installed, and `OptionError` for a type that it cannot handle. A call
+    of `encode` takes about seven times as long as `msgspec.json.encode`.
     """
     try:
         import msgspec  # noqa: PLC0415 - an extra
@@ -242,7 +246,7 @@ def msgspec_codec(kind: Any) -> Codec[Any]:
         ) from error
     try:
         msgspec.json.Decoder(kind)
-    except Exception as error:  # it shows what it was given, which may raise anything
+    except Exception as error:  # msgspec shows the type in its message, and a `repr` may raise anything
         what = f"{name_of(kind)} ({type(error).__name__})"
         raise OptionError(f"msgspec_codec: msgspec has no codec for {what}") from error
 
@@ -273,10 +277,10 @@ def msgspec_codec(kind: Any) -> Codec[Any]:
 
 
 def _read_validation_error(error: Exception) -> tuple[str, str]:
-    """Path and reason of msgspec's error; the reason without anything of the data, which some of its messages quote."""
+    """The path and the reason in an error of msgspec, without the data that some of its messages quote."""
     reason, _, place = str(error).partition(" - at `")
     path = re.sub(r"\.([^.\[\]]+)", r'["\1"]', "user_data" + place[place.find("$") + 1 :].rstrip("`"))
-    if reason.startswith("Object contains unknown field"):  # the name is one of the data
+    if reason.startswith("Object contains unknown field"):  # and names it: the name is part of the data
         reason = "has a member that is no field"
     elif error.__cause__ is not None:
         reason = f"refused with {type(error.__cause__).__name__}"

@@ -1,5 +1,8 @@
-"""Between the values of one annotation and JSON values. What lives here: a converter for each kind of annotation that
-`dataclass_codec` knows, but dataclasses. What must not: reading annotations, or classes that refer to each other.
+"""The converters of `dataclass_codec`: each turns the values of one annotation into JSON values, and back.
+
+There is one for each kind of annotation except dataclasses themselves, which `codecs.py` converts, because they may
+refer to each other. All checks are exact: a bool is not an int, and an instance of a subclass is refused, because it
+would not come back as one.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ Convert = Callable[[Any], Any]
 
 
 class Refused(Exception):
-    """A value that is refused; each level on the way out adds its step, so the path costs nothing where all is well."""
+    """A value is refused. Each level that the error passes adds its step, so the path costs nothing if all is well."""
 
     def __init__(self, reason: str, *steps: str | int) -> None:
         super().__init__(reason)
@@ -46,30 +49,31 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Converter:
-    """How values of one annotation are converted, there and back."""
+    """How values of one annotation are converted to JSON values, and back."""
 
     name: str
     encode: Convert
     decode: Convert
     types: Collection[type]
-    """Of the values `encode` takes."""
+    """The types of the values that `encode` takes."""
     stored: Collection[type]
-    """Of the JSON values `decode` takes."""
+    """The types of the JSON values that `decode` takes."""
     as_is: Collection[type] = ()
-    """Of the values both return as they are; so a caller can do without them."""
+    """The types of values that `encode` and `decode` return as they are, so that a caller need not call them."""
 
 
 def name_of(hint: Any) -> str:
-    """An annotation, as messages name it."""
+    """The name of an annotation in messages."""
     if isinstance(hint, type) and not get_args(hint):
         return quote(hint.__name__)[1:-1]
     try:
-        return f"{hint!r:.80}"  # it is made of types, and of what a program has written into it
-    except Exception:  # or of something else
+        return f"{hint!r:.80}"
+    except Exception:  # an annotation may be any object, and its `repr` may raise anything
         return quote(hint)
 
 
 def refuse_type(wanted: str, value: object) -> NoReturn:
+    """Refuse a value because of its type, which is named; the value itself is not shown."""
     raise Refused(f"should be {wanted}, not {type(value).__name__}")
 
 
@@ -122,6 +126,7 @@ SIMPLE: Final[dict[Any, Converter]] = {
 
 
 def _each(conversions: Iterable[Any]) -> list[Any]:
+    """All members converted; the error for a refused one gets its index."""
     converted: list[Any] = []
     try:
         converted.extend(conversions)
@@ -132,6 +137,7 @@ def _each(conversions: Iterable[Any]) -> list[Any]:
 
 
 def _each_item(convert_key: Convert, convert: Convert, items: dict[Any, Any], *, decodes: bool) -> dict[Any, Any]:
+    """All items converted; the error for a refused value gets its key, as it is written in JSON."""
     converted = {}
     for key, value in items.items():
         new_key = convert_key(key)
@@ -150,7 +156,7 @@ def sequence_converter(kind: type[Any], member: Converter, name: str) -> Convert
     def encode(value: Any) -> list[Any]:
         if type(value) is not kind:
             refuse_type(name, value)
-        if is_set:  # sorted, because its order is another one after a load
+        if is_set:  # sorted: a set that is loaded has another order, and would count as changed
             return sorted(map(member.encode, value))
         return _each(map(member.encode, value))
 
@@ -193,7 +199,7 @@ def _write_int_key(key: Any) -> str:
 def _read_int_key(key: str) -> int:
     try:
         number = int(key)
-        if str(number) == key:
+        if str(number) == key:  # `int` also takes "007" and " 7", which would not be written back so
             return number
     except ValueError:
         pass
@@ -226,7 +232,7 @@ def literal_converter(values: tuple[Any, ...], name: str, place: str) -> Convert
     kinds = {type(value) for value in values}
     if not kinds <= {int, str, bool, types.NoneType}:
         raise OptionError(f"{place}: a Literal that is stored holds int, str, bool and None only, not {name}")
-    allowed = {(type(value), value) for value in values}  # 1 and True are two
+    allowed = {(type(value), value) for value in values}  # with the type, because 1 == True
 
     def check(value: Any) -> Any:
         if type(value) not in kinds:
@@ -253,7 +259,7 @@ def enum_converter(cls: type[Enum], place: str) -> Converter:
             refuse_type(f"the value of a {cls.__name__}", stored)
         with suppress(ValueError):
             member = cls(stored)
-            if not isinstance(member, Flag) or member.value == stored:  # some flags drop the bits they do not know
+            if not isinstance(member, Flag) or member.value == stored:  # a Flag may drop bits that it does not know
                 return member
         raise Refused(f"is not the value of a {cls.__name__}")
 
@@ -267,7 +273,7 @@ def union_converter(members: list[Converter], name: str, place: str) -> Converte
     for converter in members:
         for kind in converter.stored:
             other = readers.setdefault(kind, converter)
-            if other is not converter and {other, converter} != {_INT, _FLOAT}:  # both leave an int as it is
+            if other is not converter and {other, converter} != {_INT, _FLOAT}:  # either leaves an int as it is
                 raise OptionError(
                     f"{place}: {other.name} and {converter.name} are both stored as {name_of(kind)}, and could not be "
                     "told apart when loaded"

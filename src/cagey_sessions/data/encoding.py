@@ -1,12 +1,13 @@
-"""From a user's data to its bytes and back. What lives here: the checks of that step, and the calls of a program's own
-`encode` and `decode` in it. What must not: when to save, where to, any I/O.
+"""Encodes a user's data as JSON bytes, and decodes it, with the program's own `encode` and `decode` in between.
 
-What is stored is what comes back, of the same types, or the step is refused with the path of the offending value:
+A value that is loaded equals the one that was saved, and is of the same type throughout. A value for which that would
+not hold is refused, with its path:
 
     value --encode=--> JSON value --exact check, orjson--> body        `Encoding.dump`
     value <--decode=-- JSON value <--exact check, orjson--- body       `Encoding.load`
 
-A codec (`codecs.py`) is the pair of functions in the outer column; so are any two of a program's own.
+`encode` and `decode` are any two functions of the program's, or the two of a codec. See also `codecs.py`, which makes
+codecs from types, and `core/values.pxi`, which does the exact check.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from ..wording import quote
 __all__ = ["MAX_BYTES", "Encoding", "Stored"]
 
 MAX_BYTES = 2**20
-"""Of a body, unless the program says otherwise."""
+"""The most bytes of a body, unless the program sets another limit."""
 
 LAST_SCHEMA = 2**31 - 1
-"""Any engine keeps it as a plain integer."""
+"""The highest schema number: every engine can keep it in a plain 32-bit integer."""
 
 
 class Stored(Protocol):
-    """What is read of a record."""
+    """The fields of a record that decoding needs."""
 
     @property
     def user_id(self) -> int | str: ...
@@ -44,14 +45,15 @@ class Stored(Protocol):
 
 
 class Encoding:
-    """How one program turns the data of its users into bytes and back.
+    """How one program encodes the data of its users, and decodes it.
 
-    `encode` takes the data to a JSON value, `decode` takes a JSON value back; both are plain functions, called with the
-    value alone, but a `decode` with a parameter named ``schema`` gets the number stored with the body, so that it can
-    read what older versions of the program wrote. Without `encode` the data has to be a JSON value as it is.
-    `schema` is the number stored with what is written now, from 0 to 2**31 - 1. `max_bytes` is the most a body may be.
+    `encode` turns the data into a JSON value, and `decode` turns a JSON value back into the data. Both are plain
+    functions that take the value alone; but a `decode` with a parameter named ``schema`` also gets the number stored
+    with the body, so that it can read what older versions of the program wrote. Without `encode` the data itself has to
+    be a JSON value. `schema`, from 0 to 2**31 - 1, is the number stored with what is written from now on. `max_bytes`
+    is the largest size of a body.
 
-    Raises `OptionError` for arguments that are not that.
+    Raises `OptionError` for an argument that is none of that.
     """
 
     __slots__ = ("_decode", "_encode", "_tells_schema", "max_bytes", "schema")
@@ -80,21 +82,22 @@ class Encoding:
 
     @property
     def converts(self) -> bool:
-        """Whether a program's own functions have a part in it."""
+        """Whether the program has given a function of its own, `encode` or `decode`."""
         return self._encode is not None or self._decode is not None
 
     def try_dump(self, value: object) -> bytes | None:
-        """The body of a value as it is now; None if it cannot be saved. O(size)."""
+        """As `dump`, but returns None for a value that cannot be saved. O(size)."""
         try:
             return self.dump(value)
         except EncodingError:
             return None
 
     def dump(self, value: object) -> bytes:
-        """The body of a value as it is now.
+        """Encode a value as it is now, and return its body.
 
-        Raises `EncodingError`, and nothing else, if `encode` does, or if what it returns is None, is not exactly JSON,
-        or takes more than `max_bytes`. O(size): about 1.2 times orjson alone on data that is not in the caches.
+        Raises `EncodingError` if `encode` raises anything, or if it returns None, something that is not exactly JSON,
+        or more than `max_bytes`; only `KeyboardInterrupt` and `SystemExit` of `encode` are let through. O(size): about
+        1.2 times what orjson alone takes, on data that is not in the processor's caches.
         """
         _refuse_none(value, "None stands for no data, and is not saved; manager.erase(user_id) removes a user")
         if self._encode is None:
@@ -105,21 +108,21 @@ class Encoding:
             raise
         except END_OF_PROCESS:
             raise
-        except BaseException as error:
+        except BaseException as error:  # `encode` may raise anything, and it concerns this user only
             raise EncodingError(f"user_data: encode raised {type(error).__name__}") from error
         _refuse_none(value, "encode returned None; it returns the JSON value to store")
         try:
             return encode_plain(value, self.max_bytes)
         except EncodingError:
-            _refuse_awaitable(value, "encode")
+            _refuse_awaitable(value, "encode")  # an `async def` is a likelier cause; looked for only after a failure
             raise
 
     def load(self, record: Stored) -> Any:
-        """The value of a record's body.
+        """Decode the body of a record, and return the data.
 
-        Raises `NewerSchemaError` if a newer version of the program wrote it, and `CorruptRecordError`, which has the
-        body, if it is not JSON, if a value cannot hold what it says (see `decode_plain`), if `decode` raises, or if the
-        value is None. O(size).
+        Raises `NewerSchemaError` if a newer version of the program wrote it. Raises `CorruptRecordError`, which holds
+        the body, if it is not JSON, if it says a number or a text that Python cannot represent exactly (see
+        `decode_plain`), if `decode` raises anything, or if the data is None. O(size).
         """
         if record.schema > self.schema:
             raise NewerSchemaError(
@@ -136,12 +139,12 @@ class Encoding:
                 user_id=record.user_id,
                 body=record.body,
                 path=error.path,
-            ) from error.__cause__
+            ) from error.__cause__  # the error itself only repeats what the text says
 
     def copy(self, value: object) -> Any:
-        """A private copy of a value: what a load would return right after a save of it.
+        """Copy a value: return what a load would return after a save of it.
 
-        Raises `EncodingError` if it cannot be saved, or not be loaded then. O(size).
+        Raises `EncodingError` if the value cannot be saved, or could not be loaded again. O(size).
         """
         return self._read(self.dump(value), self.schema)
 
@@ -164,10 +167,10 @@ class Encoding:
 
 
 def _has_parameter(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function takes, after its first parameter, one that can be given by this name."""
+    """Whether a function has, after its first parameter, one that can be passed by this name."""
     try:
         parameters = list(inspect.signature(function).parameters.values())[1:]
-    except Exception:  # some that are written in C do not tell, and others may raise anything
+    except Exception:  # functions written in C may have no signature, and callables of the program's may raise anything
         return False
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return any(parameter.name == name and parameter.kind in by_name for parameter in parameters)
@@ -181,5 +184,5 @@ def _refuse_none(value: object, reason: str) -> None:
 def _refuse_awaitable(value: object, name: str) -> None:
     if hasattr(type(value), "__await__"):
         if isinstance(value, types.CoroutineType):
-            value.close()
+            value.close()  # or Python warns that it was never awaited
         raise EncodingError(f"user_data: {name} returned an awaitable; it is called in one step and cannot wait")

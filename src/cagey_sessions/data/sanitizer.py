@@ -1,9 +1,12 @@
-"""Mistakes with user data, found while they happen. What lives here: what `debug=True` looks for at each save and each
-end of a session, and how long listeners hold the loop. What must not: anything that runs without `debug`, or that
-changes what is saved.
+"""The checks of ``debug=True``: they look for mistakes with user data while they happen.
 
-Everything found is a `UserDataWarning`, once of each kind for each user or listener; its text names user ids, paths and
-listeners, never values. A warning that a filter turns into an error goes to the ``error`` event: it stops no save.
+At each save and each end of a session the sanitizer looks for: data changed without `mark_changed`, one object in the
+data of two users, data that `encode` and `decode` change, and data changed after its session ended. It also measures
+how long listeners hold the event loop. Nothing here changes what is saved, and nothing runs without ``debug=True``.
+
+Each mistake is reported as a `UserDataWarning`, once for each kind and user or listener. The text names user ids, paths
+and listeners, never values. If a filter turns the warning into an error, it goes to the ``error`` event and the save
+goes on.
 """
 
 from __future__ import annotations
@@ -27,21 +30,21 @@ from .encoding import Encoding
 __all__ = ["Sanitizer", "UserDataWarning"]
 
 LONGEST_STEP = 0.1
-"""For how many seconds a listener may hold the loop."""
+"""How many seconds a listener may hold the event loop without a warning."""
 ENDED_WATCHED = 300
-"""Of how many ended sessions the data is kept, the latest ones."""
+"""The data of so many ended sessions, the latest ones, is kept to see whether it changes."""
 LOOKS_PER_SAVE = 4
-"""At how many of them each save looks, in turn."""
+"""How many of these each save looks at, in turn, so that the cost of a save is bounded."""
 
 Path = tuple[object, ...]
 
 
 class UserDataWarning(UserWarning):
-    """With ``debug=True``: user data, or a listener, is used in a way that loses changes or holds up the saving."""
+    """User data, or a listener, is used in a way that loses changes or holds up saving. Only with ``debug=True``."""
 
 
 class Sanitizer:
-    """What is watched for one manager; `report` is told of errors."""
+    """The checks of one manager; `report` gets the errors that a check raises, for the ``error`` event."""
 
     def __init__(
         self,
@@ -52,17 +55,17 @@ class Sanitizer:
         self._table = table
         self._encoding = encoding
         self._report = report
-        self._told: set[tuple[str, object]] = set()
+        self._warned: set[tuple[str, object]] = set()
         self._holder: dict[int, SessionCore] = {}
-        """Who held a container when they were last saved, by the container's id; a hint, as an id may be used again."""
+        """By the id of a container, the session that held it at its last save. Only a hint: an id may be used again."""
         self._held: dict[SessionCore, set[int]] = {}
         self._ended: deque[tuple[int | str, Any, object]] = deque(maxlen=ENDED_WATCHED)
         self._was_marked = True
 
     def _warn(self, kind: str, who: object, text: str, session: SessionCore | None = None) -> None:
-        if (kind, who) in self._told:
+        if (kind, who) in self._warned:
             return
-        self._told.add((kind, who))
+        self._warned.add((kind, who))
         try:
             warnings.warn(text, UserDataWarning, stacklevel=2)
         except END_OF_PROCESS:
@@ -73,18 +76,22 @@ class Sanitizer:
     # Saves
 
     def before_save(self, function: Callable[[Any], object]) -> Callable[[Any], object]:
-        """The program's `before_save`, timed."""
+        """The program's `before_save`, wrapped so that its time is measured."""
 
         @wraps(function, updated=())
         def timed(session: SessionCore) -> object:
-            self._was_marked = self._table.is_marked(session)  # it may assign `user_data`, which marks
+            # before the call: the function may assign `user_data`, which marks
+            self._was_marked = self._table.is_marked(session)
             with _Timed(partial(self._see_step, "before_save", function)):
                 return function(session)
 
         return timed
 
     def saving(self, session: SessionCore, *, found_changed: bool = False) -> None:
-        """The bytes of a session are fixed, and nothing has run since. `found_changed` by the timer alone."""
+        """Check a session right after its data was encoded, before anything else runs.
+
+        `found_changed` says that the timer found the data changed; it is False if a call asked for the save.
+        """
         was_marked, self._was_marked = self._was_marked, True
         try:
             user_id, data = session.user_id, session.user_data
@@ -103,17 +110,19 @@ class Sanitizer:
             self._look_at_ended(LOOKS_PER_SAVE)
         except END_OF_PROCESS:
             raise
-        except BaseException as error:  # of a class of the program's, most likely
+        except BaseException as error:  # most likely raised by a class of the program's; the save goes on
             self._report(as_exception(error), session)
 
     def _look_for_sharing(self, session: SessionCore, user_id: int | str, data: object) -> None:
+        """Warn if a container in this user's data is also in the data of another live user."""
         self._let_go(session)
         held = self._held[session] = set()
         for path, part in _mutable_parts(data):
             other = self._holder.setdefault(id(part), session)
             if other is not session:
+                # looked up again: the other may have let go of it, and the id may be of a new object
                 place = _place_of(part, other.user_data) if other.alive else None
-                if place is not None and ("shared", other.user_id) not in self._told:
+                if place is not None and ("shared", other.user_id) not in self._warned:
                     self._warn(
                         "shared",
                         user_id,
@@ -132,6 +141,7 @@ class Sanitizer:
                 del self._holder[number]
 
     def _look_at_conversion(self, session: SessionCore, user_id: int | str, data: object) -> None:
+        """Warn if the data would not come back from the program's `encode` and `decode` as it is."""
         try:
             found = _difference(data, self._encoding.copy(data))
         except END_OF_PROCESS:
@@ -146,7 +156,7 @@ class Sanitizer:
     # Ends
 
     def ended(self, session: SessionCore) -> None:
-        """A session is about to let go of its data: whatever changes there from now on is lost."""
+        """Begin to watch the data of a session that ends: changes to it from now on are lost."""
         self._let_go(session)
         if session.user_id is None:
             return
@@ -162,7 +172,7 @@ class Sanitizer:
             self._ended.append((session.user_id, data, fingerprint))
 
     def look_at_all_ended(self) -> None:
-        """See whether the data of any ended session has changed since."""
+        """Check the data of all ended sessions that are still watched."""
         self._look_at_ended(len(self._ended))
 
     def _look_at_ended(self, most: int) -> None:
@@ -184,7 +194,7 @@ class Sanitizer:
     # Listeners
 
     def call(self, event: str, function: Callable[..., object], args: tuple[object, ...]) -> object:
-        """Call a listener, timed, and every step of what it returns if that is to be awaited."""
+        """Call a listener and measure its time; if it returns an awaitable, each step of that is measured, too."""
         see = partial(self._see_step, f"event {event!r}", function)
         with _Timed(see):
             result = function(*args)
@@ -202,7 +212,7 @@ class Sanitizer:
 
 
 class _Timed:
-    """Tells how long a block has taken."""
+    """Measures how long a block takes."""
 
     __slots__ = ("_began", "_see")
 
@@ -217,7 +227,7 @@ class _Timed:
 
 
 class _TimedAwaitable:
-    """Something to await, each of whose steps is timed."""
+    """An awaitable that measures each step of another one: from one suspension to the next, it holds the loop."""
 
     __slots__ = ("_awaitable", "_see")
 
@@ -252,7 +262,7 @@ class _TimedAwaitable:
 
 
 def _fields(value: Any) -> list[str] | None:
-    """The fields of an instance of a dataclass or of a msgspec type; None of anything else."""
+    """The names of the fields of a dataclass or a msgspec Struct; None for any other value."""
     kind = type(value)
     if dataclasses.is_dataclass(kind):
         return [field.name for field in dataclasses.fields(kind) if field.compare]
@@ -274,7 +284,7 @@ def _children(value: Any) -> list[tuple[object, Any]]:
 
 
 def _mutable_parts(data: Any) -> Iterator[tuple[Path, object]]:
-    """Every part of user data that can be changed in place, with its path, each once."""
+    """Every part of user data that can be changed in place, with its path; each once, however often it is in it."""
     seen: set[int] = set()
     ahead: list[tuple[Path, Any]] = [((), data)]
     while ahead:
@@ -289,6 +299,7 @@ def _mutable_parts(data: Any) -> Iterator[tuple[Path, object]]:
 
 
 def _place_of(wanted: object, data: Any) -> Path | None:
+    """The path of an object in user data; None if it is not in it."""
     return next((path for path, part in _mutable_parts(data) if part is wanted), None)
 
 
@@ -297,7 +308,7 @@ def _steps(path: Path) -> list[str | int]:
 
 
 def _difference(one: Any, other: Any) -> tuple[Path, str] | None:
-    """The first place where two values differ in type or value, and how; None if nowhere."""
+    """The first path at which two values differ in type or value, and how; None if they are the same."""
     ahead: list[tuple[Path, Any, Any]] = [((), one, other)]
     seen: set[int] = set()
     while ahead:

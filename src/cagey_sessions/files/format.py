@@ -1,15 +1,16 @@
-"""A file of users, one a line. What lives here: the format that snapshots and spills share, reading it, and replacing a
-file as a whole. What must not: who is in such a file, and why.
+"""The format of snapshot and spill files, reading it, and replacing such a file as a whole.
 
-Every line is the CRC-32 of what follows, as eight hexadecimal digits, a space, and a JSON object:
+A file has a header, one line for each user, and a footer. Every line is the CRC-32 of what follows, as eight
+hexadecimal digits, a space, and a JSON object:
 
     5f0c8e1a {"format":"cagey_sessions","version":1,"kind":"snapshot","taken_at":1767225600.0,"owner":"node-1"}
     90ab12cd {"user_id":"alice","key":null,"epoch":3,"owner":"node-1","version":12,"schema":0,"body":{"gold":10}}
     03e4f5a6 {"end":1,"format":"cagey_sessions","version":1,"kind":"snapshot"}
 
-The id comes first, so that a line that was cut still tells whose it was; the body comes last, so that its bytes can be
-told from the rest without another writing of them. The end repeats the version, so that the entries can be read when
-the first line cannot. In every later version of the format the first line is to be understood by this one.
+The user id comes first, so that it can still be read in a line that was cut short. The body comes last, so that its
+bytes can be taken from the line as they are; parsed and written again they could differ. The footer repeats the format
+and the version, so that the entries can be read even if the header is damaged. Every later version of the format has to
+keep a header that this one can read, so that it can refuse the file by its version.
 """
 
 from __future__ import annotations
@@ -49,22 +50,23 @@ __all__ = [
 FORMAT = "cagey_sessions"
 VERSION = 1
 MOST = 2**53
-"""Epochs, versions and schemas stay below it, as in every store."""
+"""Epochs, versions and schemas are below it, as in every store."""
 CHUNK = 1024 * 1024
-"""How much is written at a time."""
+"""How many bytes are written at a time."""
 _BODY = b',"body":'  # no JSON string can hold this: the quote would have a backslash before it
+# finds the id in a damaged line, too, which is not JSON any more
 _ID = re.compile(rb'\{"user_id":(-?\d{1,19}|"(?:[^"\\]|\\.)*")[,}]')
 
 
 class Files:
-    """What is done with the disk; tests put one that fails in its place. Every method raises `OSError`."""
+    """Every use of the disk; tests replace it by a disk that fails. All methods raise `OSError`."""
 
     def create(self, path: str) -> int:
-        """A new file that only its owner may read; where anything has that name already, a link too, it is none."""
+        """Create a file that only its owner may read. Fails if anything has that name already, even a dangling link."""
         return open_regular(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
 
     def write(self, file: int, data: bytes) -> None:
-        left = memoryview(data)
+        left = memoryview(data)  # `os.write` may write less than it is given
         while left:
             left = left[os.write(file, left) :]
 
@@ -78,7 +80,7 @@ class Files:
         os.replace(source, target)
 
     def sync_folder(self, path: str) -> None:
-        """Make the names in a folder durable."""
+        """Make the names in a folder durable; a file that was renamed may else have its old name after a crash."""
         if sys.platform == "win32":  # a folder cannot be opened there
             return
         folder = os.open(path, os.O_RDONLY)
@@ -99,13 +101,14 @@ DISK = Files()
 
 
 class NewFile:
-    """A file written beside the one it is to replace, which stays whole until `commit`, and after `abandon`.
+    """A new file, written beside the one that it is to replace. Until `commit` the old file stays as it is.
 
-    `path` may be a symbolic link, of this user or of root: what it leads to is replaced, and the link stays. One thread
-    at a time takes a step. `abandon` is for any thread at any time: where a step is under way, that one removes the
-    file when it is done, so that nobody closes a descriptor that somebody else is writing to.
+    `path` may be a symbolic link made by this user or by root: the file that it leads to is replaced, and the link
+    stays. `write`, `finish` and `commit` are called one after the other, from any thread. `abandon` may be called by
+    any thread at any time: if one of the three is under way, it removes the new file itself when it is done, because
+    its descriptor must not be closed while it is written to.
 
-    Raises `SnapshotError` where the disk does not do what it is told, and for a link of another user.
+    All methods raise `SnapshotError` if the disk fails; the constructor does so for a link made by another user.
     """
 
     def __init__(self, path: str | os.PathLike[str], files: Files = DISK) -> None:
@@ -122,7 +125,7 @@ class NewFile:
         self._step = threading.Lock()
 
     def write(self, data: bytes) -> None:
-        """Append to the new file."""
+        """Append to the new file; the first call creates it."""
         with self._taking_a_step():
             if self._file is None:
                 self._file = self._files.create(self._temporary)
@@ -131,7 +134,7 @@ class NewFile:
             self.size += len(data)
 
     def finish(self) -> None:
-        """Have all of it safe on the disk, beside the old one."""
+        """Make the content of the new file durable, beside the old one."""
         with self._taking_a_step():
             assert self._file is not None
             self._files.sync(self._file)
@@ -139,14 +142,14 @@ class NewFile:
             self._files.close(file)
 
     def commit(self) -> None:
-        """Put the new file, which is finished, in the place of the old one, durably."""
+        """Replace the old file by the new one, which has to be finished, and make that durable."""
         with self._taking_a_step():
             self._files.replace(self._temporary, self.path)
             self._exists = False
             self._files.sync_folder(os.path.dirname(self.path))
 
     def abandon(self) -> None:
-        """Remove what there is of the new file, if it has not been committed."""
+        """Remove the new file unless it was committed, now or when the step that is under way is done."""
         self._is_abandoned = True
         if self._step.acquire(blocking=False):
             try:
@@ -165,7 +168,7 @@ class NewFile:
             raise unwritable(self.path, error) from error
         finally:
             if self._is_abandoned:
-                self.abandon()  # it was, meanwhile
+                self.abandon()  # it was called during this step, and could not remove the file
 
     def _remove(self) -> None:
         if self._file is not None:
@@ -179,7 +182,7 @@ class NewFile:
 
 
 def unwritable(path: str, error: OSError) -> SnapshotError:
-    """What to say of a disk that refuses."""
+    """The error for a file that could not be written, with what to do about it."""
     remedy = {
         errno.ENOSPC: "free some space, or give a path on another disk",
         errno.EDQUOT: "free some space, or give a path on another disk",
@@ -199,23 +202,24 @@ def unwritable(path: str, error: OSError) -> SnapshotError:
 
 
 def _line(content: bytes) -> bytes:
+    """A line of the file: the checksum, and the content that it is of."""
     return b"%08x %b\n" % (crc32(content), content)
 
 
 def first_line(kind: str, taken_at: float, owner: str) -> bytes:
-    """The header."""
+    """The header of a file; `taken_at` is in Unix seconds, `owner` the name of the server in the store."""
     return _line(
         orjson.dumps({"format": FORMAT, "version": VERSION, "kind": kind, "taken_at": taken_at, "owner": owner})
     )
 
 
 def last_line(kind: str, entries: int) -> bytes:
-    """The footer."""
+    """The footer of a file with so many entries; without it a reader knows that the file was cut short."""
     return _line(orjson.dumps({"end": entries, "format": FORMAT, "version": VERSION, "kind": kind}))
 
 
 def entry_line(entry: SnapshotEntry, **more: object) -> bytes:
-    """One user; `more` are fields that only some kinds of file have."""
+    """The line of one user; `more` are fields that only some kinds of file have."""
     return _line(
         orjson.dumps(
             {
@@ -233,7 +237,7 @@ def entry_line(entry: SnapshotEntry, **more: object) -> bytes:
 
 
 def read_entry(fields: dict[str, Any], body: bytes) -> SnapshotEntry:
-    """An entry of its fields. Raises `ValueError` for what is not one."""
+    """The entry that the fields of a line describe. Raises `ValueError`, `KeyError` or `TypeError` if there is none."""
     check_user_id(fields["user_id"])
     key, owner = fields["key"], fields["owner"]
     if not (key is None or isinstance(key, str)) or not isinstance(owner, str):
@@ -253,7 +257,11 @@ def read(
     parse: Callable[[dict[str, Any], bytes], SnapshotEntry] = read_entry,
     files: Files = DISK,
 ) -> Snapshot:
-    """Everything a file has, what is damaged set aside; see `read_snapshot`. Raises `FileNotFoundError` as it is."""
+    """Read a file: its entries, and the lines that are damaged; see `read_snapshot`. O(size of the file).
+
+    Raises `FileNotFoundError` if there is none, and `SnapshotError` if it cannot be read, is not of this format, is of
+    a later version of it, or is of another `kind`.
+    """
     try:
         data = files.read(os.fspath(path))
     except FileNotFoundError:
@@ -264,7 +272,7 @@ def read(
 
 
 class _Damaged(Exception):
-    """A line that cannot be taken for what it should be."""
+    """A line cannot be read; the text says why. The lines after it are read all the same."""
 
 
 class _Reader:
@@ -291,7 +299,7 @@ class _Reader:
                 else:
                     entries.append(self._entry(content))
             except _Damaged as error:
-                damaged.append(DamagedEntry(number, _told_id(raw), raw, str(error)))
+                damaged.append(DamagedEntry(number, _readable_id(raw), raw, str(error)))
         frame = header or footer
         if frame is None:
             raise SnapshotError(
@@ -307,7 +315,7 @@ class _Reader:
         )
 
     def _frame(self, content: bytes) -> dict[str, Any]:
-        """The fields of the first or the last line."""
+        """The fields of the header or the footer."""
         fields: dict[str, Any] = _object(content)
         version = fields.get("version")
         if fields.get("format") != FORMAT or type(version) is not int:
@@ -366,8 +374,8 @@ def _object(content: bytes) -> dict[str, Any]:
     return fields
 
 
-def _told_id(raw: bytes) -> int | str | None:
-    """Whose line it is, as far as it still says so."""
+def _readable_id(raw: bytes) -> int | str | None:
+    """The user id in a damaged line, if it can still be read; it may be damaged, too."""
     match = _ID.search(raw)
     if match is None:
         return None
@@ -380,7 +388,7 @@ def _told_id(raw: bytes) -> int | str | None:
 
 
 def remove_whole(path: str, files: Files = DISK) -> None:
-    """Remove a file that has nothing more to say. Raises `SnapshotError`."""
+    """Remove a file whose entries are all saved. Does nothing if there is none. Raises `SnapshotError`."""
     try:
         with suppress(FileNotFoundError):
             files.remove(path)
@@ -392,7 +400,7 @@ def remove_whole(path: str, files: Files = DISK) -> None:
 
 
 def write_whole(path: str, lines: Iterable[bytes], files: Files = DISK) -> None:
-    """Replace a file by these lines. Raises `SnapshotError`; then the old file is as it was."""
+    """Replace a file by one with these lines. Raises `SnapshotError`; the old file is then as it was. Blocks."""
     new = NewFile(path, files)
     try:
         chunk, size = [], 0

@@ -1,10 +1,15 @@
-"""What could not be saved, kept in a file until it can be. What lives here: the entries of that file, when one of them
-may be saved, and the file. What must not: claims, calls of the store, or who is spilled.
+"""The spill file: data that could not be saved, kept on the local disk until the store takes it.
 
-An entry may be saved only on top of what its process left behind. So it says what that may be: the version last
-acknowledged, and those whose saves had no answer, each with the digest of its body. Who has something else in the store
-by then was saved by somebody since, and the entry is a conflict: it stays in the file for a human to look at. The keys
-of digests differ from process to process and a file may have entries of several, so each entry has its own.
+An entry may be saved only on top of what its process left in the store; otherwise it would overwrite newer data. So an
+entry lists what that may be: the version that was acknowledged last, and the versions whose saves had no answer, each
+with the digest of its body. If the store has anything else, another server has saved the user since. The entry is then
+a conflict, and stays in the file for a person to look at.
+
+Digests are keyed, with a new key in each process, and a file may have entries of several processes. So each entry has
+the key of its own digests.
+
+See also `format.py`, the lines of the file, and `sessions/spilling.py`, which decides who is spilled and does the calls
+of the store.
 """
 
 from __future__ import annotations
@@ -33,60 +38,67 @@ __all__ = ["Plan", "Spill", "SpillEntry"]
 
 KIND = "spill"
 LONGEST_WRITE = 10
-"""For how many seconds a write waits for another one of the same file."""
+"""How many seconds a write waits for another one of the same file."""
 WAIT_FOR_LOCK = 0.02
+"""How many seconds lie between two attempts to get the lock of the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpillEntry(SnapshotEntry):
-    """A user whose data was not saved, and what the store may have of them."""
+    """A user whose data was not saved, and the versions that the store may have of it.
+
+    `fixed_at` is when the data was encoded, in Unix seconds.
+    """
 
     fixed_at: float
     digest_key: bytes = field(repr=False)
     known: frozenset[tuple[int, int]]
-    """Versions, and the digests of their bodies under the key."""
+    """Pairs of a version, and the digest of its body under the key."""
 
     def line(self) -> bytes:
-        """The entry in a file."""
+        """The entry as a line of the file."""
         known = [[version, f"{digest:016x}"] for version, digest in sorted(self.known)]
         return savefile.entry_line(self, fixed_at=self.fixed_at, digest_key=self.digest_key.hex(), known=known)
 
     def is_in(self, stored: Record, store: Store) -> bool:
-        """Whether the store has this very body."""
+        """Whether the store already has this body."""
         return stored.body == self.body and (stored.schema == self.schema or not store.keeps_schema)
 
     def follows(self, claim: Claim, stored: Record | None, store: Store) -> bool:
-        """Whether what is stored is what the process of this entry has left behind.
+        """Whether `stored` is what the process of this entry left in the store, so that the entry may follow it.
 
-        Without a body in the store that is so if there never was one, and nobody has claimed the user in between: who
-        was erased has a higher epoch. A store that is not fenced keeps neither epochs nor versions.
+        `claim` is the one under which the entry would be saved. A store that is not fenced keeps neither epochs nor
+        versions, so there only the bodies are compared.
         """
         if stored is None:
+            # The user was never saved, or was erased since. An erasure raises the epoch, as a claim by another would.
             return not self.version and (not store.fenced or claim.epoch == self.epoch + 1)
         digest = Digest(self.digest_key)(stored.body)
         if not store.fenced:
             return any(digest == other for _, other in self.known)
         if claim.epoch == self.epoch + 1 and stored.version < self.version:
-            return True  # nobody has claimed the user since: the engine has lost what it had acknowledged
+            return True  # no claim in between: the engine has lost saves that it had acknowledged
+        # Version 0 with a body is a row of a `PostgresTable` that only others have written; a session that loads it
+        # counts it as version 1.
         return (max(stored.version, 1), digest) in self.known
 
 
 @dataclass(slots=True)
 class Plan:
-    """What is to become of the entries of one user who is claimed."""
+    """What is to be done with the entries of one user, who has just been claimed."""
 
     claim: Claim
     write: Record | None
-    """To be saved; None if there is nothing to write."""
+    """The record to save; None if there is nothing to write."""
     saved: list[SpillEntry]
-    """Those that are in the store then."""
+    """The entries that are in the store once `write` is."""
     conflicts: list[SpillEntry]
     error: Exception | None = None
-    """What went wrong with the write."""
+    """What went wrong with the write; None before it, and if nothing did."""
 
 
 class SpillFile(NamedTuple):
-    """What a spill file holds."""
+    """The content of a spill file."""
 
     entries: list[SpillEntry]
     damaged: tuple[DamagedEntry, ...]
@@ -94,10 +106,11 @@ class SpillFile(NamedTuple):
 
 
 class Spill:
-    """The spill file of one manager, and what of it waits to be saved.
+    """The spill file of one manager, and the entries of it that wait to be saved.
 
-    Raises `OptionError` for a path that cannot be used. `read` and `write` are for a thread that may wait, and
-    whoever waits for it may give up; the others are for the event loop.
+    `read` and `write` block, and are called in a thread; the task that waits for the thread may give up, so the event
+    loop may go on while they work. All other methods are called on the event loop. Raises `OptionError` for a path that
+    cannot be used.
     """
 
     def __init__(self, path: str | os.PathLike[str], files: Files = DISK) -> None:
@@ -120,11 +133,11 @@ class Spill:
         self._check()
 
     def is_at(self, path: str) -> bool:
-        """Whether that is this very file."""
+        """Whether a path is that of this spill file."""
         return os.path.realpath(path) == self.path
 
     def _check(self) -> None:
-        """Better to refuse a path at the start than to find out at the end."""
+        """Raise `OptionError` if the path cannot be written: at the end, when it is needed, it would be too late."""
         if os.path.isdir(self.path):
             raise OptionError(f"spill is the path of a file, and {self.path} is a folder")
         probe = f"{self.path}.{os.urandom(4).hex()}.tmp"
@@ -138,34 +151,38 @@ class Spill:
         except StoreLayoutError as error:
             raise OptionError(f"spill: {error}") from error
         except OSError:
-            return  # see `_alone`
+            return  # no locks here; `_alone` writes without one then
 
     @property
     def _lock_path(self) -> str:
         return f"{self.path}.lock"
 
     def open(self, found: SpillFile) -> None:
-        """From now on know what an earlier process has left, as `read` found it."""
+        """Take over what earlier processes left in the file, as `read` returned it."""
         self._damaged, self._was_complete = found.damaged, found.complete
         for entry in found.entries:
             self.pending.setdefault(entry.user_id, []).append(entry)
         self.is_open = True
 
     def report(self) -> SpillReport:
-        """How it stands."""
+        """What has become of the users in the file so far."""
         return SpillReport(
             tuple(self._replayed), tuple(self.pending), tuple(self._conflicts), self._damaged, self._was_complete
         )
 
-    # Into the store
+    # Into the store: the manager claims users who are in the file, and asks `plan` what to write
 
     def plan(self, claim: Claim, owner: str, store: Store, encoding: Encoding, *, release: bool) -> Plan:
-        """What is to be done about a user who is claimed. O(size of the user's entries)."""
+        """Decide what to do with the entries of a user, who has just been claimed. Changes nothing.
+
+        With several entries each may follow the one before, and only the last of these is written. O(size of the user's
+        entries).
+        """
         stored, write = claim.record, None
         saved, conflicts = [], []
         for entry in self.pending.get(claim.user_id, ()):
             schema, body = entry.schema, entry.body
-            if schema != encoding.schema and not store.keeps_schema:  # nobody could tell the schema of it later
+            if schema != encoding.schema and not store.keeps_schema:  # it will be read as one of today's schema
                 try:
                     body = encoding.dump(encoding.load(_record(entry, claim, owner, 1, schema, body)))
                 except Exception:
@@ -183,20 +200,24 @@ class Spill:
         return Plan(claim, write, saved, conflicts)
 
     def settle(self, entries: Iterable[SpillEntry]) -> None:
-        """These are in the store, and no longer wanted in the file."""
+        """Count entries as replayed: the store has them, and the next `write` removes them from the file."""
         for entry in entries:
             self._take(entry)
             self._settled.add(entry)
             self._replayed[entry.user_id] = None
 
     def set_aside(self, entries: Iterable[SpillEntry]) -> None:
-        """These cannot be saved; they stay in the file."""
+        """Count entries as conflicts: they are not saved, and stay in the file."""
         for entry in entries:
             self._take(entry)
             self._conflicts.setdefault(entry.user_id, []).append(entry)
 
     def postpone(self, plan: Plan) -> None:
-        """The write has failed, or nobody knows. Up to this claim nobody had saved the user: the next may follow it."""
+        """Keep the entries of a plan whose write failed, or had no answer.
+
+        The claim has raised the epoch. An entry of a user who was never saved is recognized by the epoch alone, so it
+        gets the new one: the next claim then sees that there was none in between but ours.
+        """
         for entry in plan.saved:
             if not entry.version:
                 self._take(entry)
@@ -209,9 +230,11 @@ class Spill:
                 self._collected.append(later)
 
     def drop(self, user_id: int | str) -> bool:
-        """The user was erased, and is to be in no file either: whether they were."""
+        """Remove an erased user from the file, with the next `write`; returns whether there was anything to remove."""
         dropped = [*self.pending.pop(user_id, ()), *self._conflicts.pop(user_id, ())]
-        ours = [*self._collected, *self._written]  # in this order: a write under way moves them
+        # In this order, because a write that is under way in a thread moves entries from the first list to the second:
+        # one that moves meanwhile is then seen twice, and not missed.
+        ours = [*self._collected, *self._written]
         dropped += [entry for entry in ours if entry.user_id == user_id]
         self._settled.update(dropped)
         return bool(dropped)
@@ -225,7 +248,7 @@ class Spill:
     # The file
 
     def read(self) -> SpillFile:
-        """What is in the file. Waits for the disk, and changes nothing here. Raises `SnapshotError`."""
+        """Read the file, and return what is in it; changes nothing here. Blocks. Raises `SnapshotError`."""
         try:
             found = savefile.read(self.path, KIND, _parse, self._files)
         except FileNotFoundError:
@@ -234,7 +257,7 @@ class Spill:
         return SpillFile(entries, found.damaged, found.complete)
 
     def collect(self, entry: SpillEntry) -> None:
-        """Have a user in the file at the next `write`."""
+        """Put an entry into the file with the next `write`."""
         self._collected.append(entry)
 
     @property
@@ -243,13 +266,14 @@ class Spill:
         return bool(self._collected or self._settled)
 
     def write(self) -> int:
-        """Bring the file up to date, keeping what others have put there meanwhile; removes it when nothing is left.
+        """Bring the file up to date: add what was collected, and remove what was saved, dropped or replaced.
 
-        Returns how many entries have come to it.
-
-        Waits for the disk. Raises `SnapshotError`; then the file is as it was, and the next call does all of it.
+        Entries that other processes have added meanwhile are kept. A file without entries is removed. Returns how many
+        entries were added. Blocks. Raises `SnapshotError`; the file is then as it was, and the next call does all of
+        it.
         """
-        with self._alone():  # with copies, for the loop goes on
+        with self._alone():
+            # copies, because the event loop may change the lists while this thread works
             collected, settled = list(self._collected), set(self._settled)
             there, damaged, _ = self.read()
             kept = list(dict.fromkeys(entry for entry in (*there, *collected) if entry not in settled))
@@ -264,7 +288,7 @@ class Spill:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Within this block nobody else writes the file, in this process or another: what they add would be lost."""
+        """Keep other threads and processes from writing the file: two writers at once would lose one's entries."""
         until = time.monotonic() + LONGEST_WRITE
         if not self._writing.acquire(timeout=LONGEST_WRITE):
             raise SnapshotError(f"{self.path}: an earlier write has not ended within {LONGEST_WRITE} s: the disk hangs")
@@ -279,7 +303,7 @@ class Spill:
                         raise SnapshotError(f"{self.path} is being written by process {error.pid}") from error
                     time.sleep(WAIT_FOR_LOCK)
                 except (OSError, StoreLayoutError):
-                    break  # no locks here, or something else in their place: unguarded is better than not written
+                    break  # no locks here, or not our lock file: to write without a lock is better than not to write
             yield
         finally:
             lock.release()

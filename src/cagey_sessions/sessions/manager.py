@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
@@ -19,7 +18,7 @@ from ..errors import OptionError, UnknownEventError, UnsavableError
 from ..events import Listener, ManagerEvent
 from ..files import Spill
 from ..options import PERSIST_EVENTS, Duration, known_event, lacks, parse_duration, read_options, suggest, yes_or_no
-from ..records import DrainReport, EndReason, Health, SnapshotReport, SpillReport, Statistics
+from ..records import DrainReport, Health, SnapshotReport, SpillReport, Statistics
 from ..stores import Store
 from ..wording import quote
 from . import health
@@ -188,18 +187,6 @@ class SessionManager(ManagerCore, Generic[T]):
         loading = Loading(server, endings, self._beginnings, self._spilling)
         self._logins = Logins(server, endings, self._beginnings, loading)
         self._users = Users(server, endings, self._beginnings, loading, self._spilling)
-        server.table.attend(
-            now=time.monotonic_ns if type(server.clock) is SystemClock else server.clock.now,
-            tick=server.autosave.tick,
-            interval=checked.interval // server.autosave.tick if checked.interval else 0,
-            arm=server.autosave.arm,
-            ending=endings.under_way,
-            waited_for=endings.waited_for,
-            destroyed=EndReason.DESTROYED,
-            user_id_type=checked.user_id,
-            stored=store is not None,
-            watched=checked.debug,
-        )
         self._attend(server.table)
         self._is_over = False
 

@@ -8,12 +8,13 @@ is over.
 from __future__ import annotations
 
 import asyncio
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 from .._core import Counters, SessionCore, SessionTable
-from ..clock import Clock
+from ..clock import Clock, SystemClock
 from ..data import Encoding, Sanitizer
 from ..errors import FencedError, SessionEndedError, UserErasedError, WrongLoopError
 from ..events import Listeners
@@ -68,7 +69,8 @@ class Server:
         self.sanitizer: Sanitizer | None = None
         if options.debug:
             self.sanitizer = Sanitizer(self.table, encoding, self._report)
-        self.listeners: Listeners = Listeners.of_manager(self.sanitizer, self.table.hear)
+            self._hear("destroy", False)
+        self.listeners: Listeners = Listeners.of_manager(self.sanitizer, self._hear)
         self.reports: Reports = Reports(options.log, self.listeners, self.loop.spawn)
         self.link: StoreLink | None = None
         self.claims: Claims | None = None
@@ -103,6 +105,13 @@ class Server:
         self.autosave: Autosave = Autosave(
             self.table, self.loop, clock, options, self.reports, self.saver, self.identity, on_settled
         )
+        self.table.keep_time(
+            now=time.monotonic_ns if type(clock) is SystemClock else clock.now,
+            tick=self.autosave.tick,
+            interval=options.interval // self.autosave.tick if options.interval else 0,
+            arm=self.autosave.arm,
+            user_id_type=options.user_id,
+        )
         self.requests: Requests = Requests(self.table, clock, self.autosave, self.saver, options.max_in_flight)
         self.intent: _Intent = _Intent(store is not None or options.interval is not None or bool(options.persist_on))
         self.warning: weakref.finalize[Any, Any] = weakref.finalize(
@@ -111,6 +120,10 @@ class Server:
         """Called when a manager vanishes, or the process exits, without `SessionManager.destroy`."""
         self._spill_turn = asyncio.Lock()
         self.closed: bool = False
+
+    def _hear(self, event: str, heard: bool) -> None:
+        """Tell the core whether anybody listens to an event; the sanitizer does to the end of each session."""
+        self.table.hear(event, heard or (self.sanitizer is not None and event in ("before_destroy", "destroy")))
 
     def _report(self, error: Exception, session: SessionCore | None) -> None:
         self.reports.error(error, session)

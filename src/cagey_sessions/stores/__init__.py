@@ -1,4 +1,9 @@
-"""Where user data is kept. What lives here: the names of the stores. What must not: any of their code."""
+"""Where user data is kept. What lives here: the contract between the library and a store, the stores that come with
+the library, and the link by which a manager calls its store. What must not: when a user is saved or claimed, because a
+store is also used without a manager, by tools and tests.
+
+A store's module, and with it the driver of an engine, is imported when the store is first named.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -41,7 +46,7 @@ _LAZY = {
     "SQLiteStore": "sqlite.store",
     "open_store": "urls",
 }
-"""The stores, by module; each is imported when it is first named, and its driver with it."""
+"""The module of each store. It is imported when the store is first named, because it imports the store's driver."""
 
 
 def __getattr__(name: str) -> object:

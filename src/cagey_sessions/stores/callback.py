@@ -1,5 +1,7 @@
-"""Two functions around tables that are there already. What lives here: the store that calls them, and every check of
-what they return. What must not: any SQL, any retry, anything kept per user.
+"""`CallbackStore`: the program's own tables, by two functions that load and save users.
+
+The functions may return anything, so every answer is checked here, and an error says what to return instead. Nothing is
+kept about users: this store has no fence, and is for one process.
 """
 
 from __future__ import annotations
@@ -30,26 +32,26 @@ Erase: TypeAlias = Callable[[Any], Awaitable[bool | None] | bool | None]
 
 
 class CallbackStore(Store):
-    """Your own tables, through two functions or three. For one process: nothing here keeps a second one out.
+    """Users in your own tables, through two functions, or three. For one process: nothing keeps a second one out.
 
     ``load(user_id)`` returns the data of a user: plain values (dict with `str` keys, list, str, int, finite float,
-    bool), or the JSON text of it as `bytes` or `str`, or None for a user who is new. A `str` is always taken for JSON
-    text. Where it cannot tell it has to raise: a failed read is never "new".
+    bool), or its JSON text as `bytes` or `str`, or None for a user who is new. A `str` is always taken for JSON text.
+    If the function cannot tell, it has to raise: None after a failed read would give the user new, empty data.
 
-    ``save_many(records)`` gets a list of `Record`, each of another user, and writes `record.value()` or `record.body`
-    of `record.user_id`. It returns None when all of them are saved, or a list with one answer for each, in order: None
-    or True (saved), False (failed, and to be repeated), an exception (failed, for this reason), an `Outcome` or its
-    value, or a `Verdict`. If it raises, none counts as saved, and all are handed to it again, later and in smaller
-    lists: to write a record twice must do no harm.
+    ``save_many(records)`` gets a list of `Record`, each of a different user, and writes `record.value()` or
+    `record.body` for `record.user_id`. It returns None if all of them are saved, or a list with one answer for each, in
+    order: None or True (saved), False (failed, to be repeated), an exception (failed, for this reason), an `Outcome` or
+    its value, or a `Verdict`. If it raises, none counts as saved, and all are given to it again, later and in smaller
+    lists. So writing a record twice must do no harm.
 
     ``erase(user_id)`` deletes a user, and returns False if there was none. Without it users cannot be erased.
 
-    Each is a coroutine function, or a plain one that does not block, because it runs on the event loop; what blocks
-    goes into ``await asyncio.to_thread(...)``. They are called concurrently. One `claim_many` loads up to 16 users at a
-    time.
+    Each is a coroutine function, or a plain function that does not block, because it runs on the event loop; work that
+    blocks goes into ``await asyncio.to_thread(...)``. They are called concurrently: one `claim_many` loads up to 16
+    users at a time.
 
-    Only the data is read back: a loaded record has schema 0, version 1 and `saved_at` 0.0. `load` returns data in the
-    shape the program reads today.
+    Only the data is read back: a loaded record has schema 0, version 1 and `saved_at` 0.0. So `load` has to return data
+    in the shape that the program reads today.
 
     Raises `OptionError` for an argument that cannot be called, or is a generator function.
     """
@@ -72,23 +74,23 @@ class CallbackStore(Store):
         self._epoch = 0
 
     async def open(self) -> None:
-        """Do nothing: what the functions use is the program's."""
+        """Do nothing: the program opens what its functions use."""
 
     async def close(self) -> None:
-        """Do nothing: what the functions use is the program's."""
+        """Do nothing: the program closes what its functions use."""
 
     async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> list[Claim | StoreError]:
         """Load users, each once, and grant every claim.
 
-        The answer for a user whose `load` raised is a `StoreError` that says so. Raises what `load` raised, or
-        `StoreContractError`, if it failed for all of them.
+        The answer for a user whose `load` raised is a `StoreError` that says so. If it failed for all of them, raises
+        what it raised for the first, or `StoreContractError` if it returned something unusable.
         """
         answers: dict[int | str, Claim | StoreError] = {}
         failures: list[Exception] = []
         waiting = iter(dict.fromkeys(user_ids))
 
         async def work() -> None:
-            for user_id in waiting:  # one iterator for all the workers
+            for user_id in waiting:  # the tasks share the iterator, so each takes the next user
                 try:
                     answers[user_id] = await self._claim(user_id, owner)
                 except Exception as error:
@@ -106,9 +108,9 @@ class CallbackStore(Store):
         return [answers[user_id] for user_id in user_ids]
 
     async def save_many(self, records: Sequence[Record]) -> list[Verdict]:
-        """Hand records to the program's `save_many`, of each user only the latest; nothing is called for no records.
+        """Give the program's `save_many` the latest record of each user. Does not call it without records.
 
-        What it raises is raised as it is. Raises `StoreContractError` for an answer that cannot be understood.
+        Raises what it raises, and `StoreContractError` for an answer that cannot be understood.
         """
         if not records:
             return []
@@ -118,13 +120,13 @@ class CallbackStore(Store):
         return [verdicts[record.user_id] for record in records]
 
     async def release_many(self, claims: Sequence[tuple[int | str, int]], owner: str) -> list[bool]:
-        """True for each: nobody else can have the user."""
+        """Return True for each: there is no claim to give up."""
         return [True] * len(claims)
 
     async def erase(self, user_id: int | str, owner: str = "") -> bool:
-        """Have the program erase a user: whether there was one.
+        """Call the program's `erase`, and return whether there was such a user.
 
-        Raises `StoreModeError` where no `erase` was given, and what it raised.
+        Raises `StoreModeError` if none was given, what it raises, and `StoreContractError` for an unusable answer.
         """
         if self._erase is None:
             raise StoreModeError(
@@ -138,14 +140,14 @@ class CallbackStore(Store):
         return answer is not False
 
     async def load(self, user_id: int | str) -> Record | None:
-        """The user's data as `load` returns it; epoch and owner are not known here: 0 and empty.
+        """Return the user's data as `load` does, with epoch 0 and no owner, which are not stored.
 
-        Raises what `load` raised, or `StoreContractError`.
+        Raises what `load` raises, and `StoreContractError` for an unusable answer.
         """
         return await self._read(user_id, 0, "")
 
     def scan(self) -> AsyncIterator[Record]:
-        """Raises `StoreModeError`: there is no function that lists users."""
+        """Raise `StoreModeError`: there is no function that lists users."""
         raise StoreModeError("a CallbackStore cannot list its users; read them from your own tables")
 
     async def _claim(self, user_id: int | str, owner: str) -> Claim:
@@ -169,10 +171,11 @@ def _check_function(name: str, function: object) -> None:
 
 
 class FunctionInterruptedError(Exception):
-    """A function of the program's was cancelled from outside, or raised what is no `Exception`."""
+    """A function of the program was cancelled from outside, or raised something that is not an `Exception`."""
 
 
 async def _call(name: str, function: Callable[[Any], object], argument: object) -> object:
+    """Call a function of the program, and await what it returns if that is awaitable."""
     task = current_task()
     try:
         result = function(argument)
@@ -195,17 +198,18 @@ def _failed_load(user_id: int | str, error: Exception) -> StoreError:
 
 
 def _body(user_id: int | str, data: object) -> bytes:
-    """What `load` returned, as a record keeps it."""
+    """The body of what `load` returned. Raises `StoreContractError` if it is not JSON."""
     if type(data) is bytes:
         return data
     if type(data) is str:
-        with contextlib.suppress(UnicodeEncodeError):  # left behind here: it holds the whole text
+        with contextlib.suppress(UnicodeEncodeError):  # not raised on, nor as a context: it holds the whole text
             return data.encode()
         raise StoreContractError(f"load returned a str with a lone surrogate for user {quote(user_id)}")
     try:
         return encode_plain(data)
     except EncodingError as error:
         refused, path = str(error), error.path
+    # outside of the `except`, so that the first error, whose traceback holds the data, is not its context
     raise StoreContractError(
         f"load returned what is not JSON for user {quote(user_id)}: {refused}; return the data as dict, list, str, "
         "int, float, bool and None, or as JSON text (bytes or str), or None for a user who is new",

@@ -1,8 +1,8 @@
-"""Connections to an engine. What lives here: who has which, who waits for one, and the end of a call that takes too
-long. What must not: what is said on them.
+"""The connections of a store to its engine: a pool that knows which call is on which connection.
 
-A connection has one call at a time. It is used again only if the call on it has come to its end, for on one that is a
-reply behind everybody would get the answer meant for the one before.
+The drivers' own pools do not suffice: to end one call that hangs, its connection has to be found and closed. A
+connection has one call at a time, and is used again only if that call came to its end. If its reply were still to come,
+every later call would get the answer to the one before it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ T = TypeVar("T")
 
 
 class Connections(Generic[C]):
-    """Up to `most` connections of one store; `timeout` is in seconds.
+    """Up to `most` connections of one store, made when they are needed; `timeout` is in seconds.
 
-    `connect` makes one, `is_live` tells whether one can take another call, `cut` ends one at once, whatever is under
-    way on it, and `finish` ends one in good order.
+    `connect` makes a connection, and `is_live` says whether it can take another call. `cut` closes it at once, whatever
+    is under way on it; `finish` closes it in good order.
     """
 
     def __init__(
@@ -48,29 +48,31 @@ class Connections(Generic[C]):
         self._idle: list[C] = []
         self._busy: dict[asyncio.Task[object], C] = {}
         self._connecting: dict[asyncio.Task[object], asyncio.Timeout] = {}
-        self._places = most
+        self._free_slots = most
         self._waiting: dict[asyncio.Task[object], asyncio.Future[None]] = {}
-        """Who waits for a place, in the order in which they came."""
-        self._empty: asyncio.Future[None] | None = None
+        """The tasks that wait for a slot, in the order in which they came."""
+        self._empty: asyncio.Future[None] | None = None  # `close` waits on it until no call is under way
         self.is_closed: bool = False
 
     def add(self, connection: C) -> None:
-        """Take over a connection that nobody uses."""
+        """Add an idle connection that was made outside, for example to look at the engine first."""
         self._idle.append(connection)
 
     async def run(self, work: Callable[[C], Coroutine[object, object, T]]) -> T:
-        """Do work on a connection that nobody else has meanwhile; after `timeout` and a second it is cut.
+        """Await `work(connection)` on a connection that no other call has meanwhile, and return what it returns.
 
-        Raises what `connect` and the work raise, and `StoreUnavailableError` if no place is free in time.
+        After `timeout` and one second the connection is cut, so that the work fails. Raises what `connect` and the work
+        raise, `StoreUnavailableError` if no connection is free within `timeout`, and `WrongLoopError`.
         """
         task = asyncio.current_task()
         if task is None or task.get_loop() is not self._loop:
             raise WrongLoopError(f"this {self._name} was opened on another event loop")
-        await self._enter(task)
+        await self._acquire_slot(task)
         connection: C | None = None
         try:
             connection = await self._take(task)
             self._busy[task] = connection
+            # a second later than the engine's own limit, which ends a statement without the loss of the connection
             timer = self._loop.call_later(self._timeout + 1, self._cut, connection)
             try:
                 return await work(connection)
@@ -85,10 +87,10 @@ class Connections(Generic[C]):
                 if connection is not None:
                     await self._give(connection)
             finally:
-                self._leave()
+                self._release_slot()
 
     def abort(self, call: asyncio.Task[object]) -> None:
-        """End what a task does in `run`, wherever it is by now."""
+        """End the `run` of a task, whether it waits for a slot, is connecting, or is at work on a connection."""
         connection, waiting, connecting = self._busy.get(call), self._waiting.get(call), self._connecting.get(call)
         if connection is not None:
             self._cut(connection)
@@ -98,20 +100,20 @@ class Connections(Generic[C]):
             waiting.set_exception(StoreUnavailableError(f"{self._name}: the call was given up before it began"))
 
     def cut_all(self) -> None:
-        """End every connection, whatever is under way on it."""
+        """Close every connection at once, whatever is under way on it."""
         for connection in (*self._idle, *self._busy.values()):
             self._cut(connection)
         self._idle.clear()
 
     async def close(self) -> None:
-        """Let what is under way come to its end, for `timeout` at the most, and end every connection."""
+        """Wait up to `timeout` for the calls under way, and close every connection. Begins no new call."""
         self.is_closed = True
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(StoreUnavailableError(f"this {self._name} was closed"))
         try:
             async with asyncio.timeout(self._timeout):
-                if self._places < self._most:
+                if self._free_slots < self._most:
                     self._empty = self._loop.create_future()
                     await self._empty
                 while self._idle:
@@ -122,11 +124,12 @@ class Connections(Generic[C]):
                         self._cut(connection)
                         raise
         except Exception:
-            return
+            return  # what could not be closed in good order, or in time, is cut
         finally:
             self.cut_all()
 
     async def _take(self, task: asyncio.Task[object]) -> C:
+        """An idle connection that still lives, or a new one."""
         while self._idle:
             connection = self._idle.pop()
             if self._is_live(connection):
@@ -139,16 +142,17 @@ class Connections(Generic[C]):
             del self._connecting[task]
 
     async def _give(self, connection: C) -> None:
+        """Put a connection back after a call, or close it if it cannot take another."""
         if self._is_live(connection):
             self._idle.append(connection)
         else:
             self._cut(connection)
 
-    async def _enter(self, task: asyncio.Task[object]) -> None:
+    async def _acquire_slot(self, task: asyncio.Task[object]) -> None:
         if self.is_closed:
             raise StoreUnavailableError(f"this {self._name} is not open")
-        if self._places:
-            self._places -= 1
+        if self._free_slots:
+            self._free_slots -= 1
             return
         waiting = self._waiting[task] = self._loop.create_future()
         try:
@@ -156,18 +160,18 @@ class Connections(Generic[C]):
                 await waiting
         except BaseException as error:
             if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
-                self._leave()  # the place has come just too late
+                self._release_slot()  # the slot was handed over just too late: pass it on
             if isinstance(error, TimeoutError):
                 raise StoreUnavailableError(f"{self._name}: no connection was free in time") from None
             raise
         finally:
             del self._waiting[task]
 
-    def _leave(self) -> None:
+    def _release_slot(self) -> None:
         for waiting in self._waiting.values():
             if not waiting.done():
-                waiting.set_result(None)  # it has our place
+                waiting.set_result(None)  # handed over: a task that comes meanwhile must not get in before it
                 return
-        self._places += 1
-        if self._empty is not None and self._places == self._most and not self._empty.done():
+        self._free_slots += 1
+        if self._empty is not None and self._free_slots == self._most and not self._empty.done():
             self._empty.set_result(None)

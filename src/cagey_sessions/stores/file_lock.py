@@ -1,4 +1,4 @@
-"""A file that one process has at a time. What lives here: the lock, and who has it. What must not: what it is for."""
+"""A lock file: keeps a second process away from a file, and says which process has it."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from ..paths import RefusedNameError, open_regular
 __all__ = ["FileLock"]
 
 TAKEN = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
-"""What systems say of a lock that somebody else has."""
+"""The errors of operating systems for a lock that another process has."""
 LONGEST_PID = 20
-"""The process id is padded to so many characters, so that nothing is left of another one that it is written over."""
+"""The process id is padded to so many characters, so that it overwrites a longer one completely."""
 
 
 class FileLock:
-    """An OS lock that ends with the process, on a file that says whose it is.
+    """A lock of the operating system, on a file that contains the id of the process that has it.
 
-    The file is made if there is none. One that is there is used only if it can be ours: a regular file, not opened
-    through a link, that holds a process id or nothing. Any other is not written to, and none is ever made shorter.
+    The lock ends with the process, however that ends. The file is created if there is none. A file that exists is used
+    only if it can be a lock file of ours: a regular file, not a symbolic link, that holds a process id or nothing.
+    Anything else is not written to. No file is ever truncated.
     """
 
     def __init__(self) -> None:
         self._file: int | None = None
         self._place: tuple[int, int] | None = None
-        """Device and inode: two names may be of one file."""
+        """Device and inode of the file, because it may have two names."""
 
     @staticmethod
     def look_at(path: str | os.PathLike[str]) -> None:
-        """Raise `StoreLayoutError` if what has that name is no lock file; `OSError` if that cannot be told."""
+        """Raise `StoreLayoutError` if what has this name is not a lock file; `OSError` if that cannot be told."""
         try:
             file = _open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -43,10 +44,10 @@ class FileLock:
             os.close(file)
 
     def acquire(self, path: str | os.PathLike[str]) -> None:
-        """Take the lock or say at once who has it.
+        """Take the lock, without waiting.
 
-        Raises `StoreInUseError`, `StoreLayoutError` for something else in the place of the file, and `OSError` for a
-        file that cannot be made or a file system that has no locks.
+        Raises `StoreInUseError` if another process, or this one, has it; `StoreLayoutError` if something else has the
+        name of the file; and `OSError` if the file cannot be created, or the file system has no locks.
         """
         file = _open(path, os.O_RDWR | os.O_CREAT)
         try:
@@ -56,7 +57,7 @@ class FileLock:
                 if error.errno not in TAKEN:
                     raise
                 name = os.path.basename(path).removesuffix(".lock")
-                if _is_ours(_place_of(file)):  # the id alone would not tell: in each container there is a process 1
+                if _is_ours(_place_of(file)):  # by the file, not by the process id: each container has a process 1
                     raise StoreInUseError(
                         f"{name} is in use in this very process ({os.getpid()}), by another store or manager; end that "
                         "one first, or share it",
@@ -78,7 +79,7 @@ class FileLock:
         _held.add(self)
 
     def release(self) -> None:
-        """The lock file stays: to remove it would let two processes lock two files of one name."""
+        """Give the lock up. The file stays: if it were removed, two processes could lock two files of the same name."""
         file, self._file, self._place = self._file, None, None
         if file is not None:
             os.close(file)
@@ -90,6 +91,7 @@ def _place_of(file: int) -> tuple[int, int]:
 
 
 def _is_ours(place: tuple[int, int]) -> bool:
+    """Whether another lock of this process has the file."""
     return any(lock._place == place for lock in list(_held))
 
 
@@ -101,10 +103,10 @@ def _open(path: str | os.PathLike[str], flags: int) -> int:
 
 
 def _read_pid(file: int, path: str | os.PathLike[str]) -> int | None:
-    """Whose lock file that is, or was."""
+    """The process id in a lock file, of the process that has or had it. Raises `StoreLayoutError` for other content."""
     content = os.read(file, LONGEST_PID + 2)
     if not content:
-        return None  # just made
+        return None  # just created
     if len(content) > LONGEST_PID + 1 or not content.strip().isdigit():
         raise StoreLayoutError(f"{path} holds something else than a lock file does: it is left as it is; remove it")
     return int(content)
@@ -114,7 +116,7 @@ if sys.platform == "win32":
     import msvcrt
 
     LOCKED_BYTE = 1 << 20
-    """Beyond the process id, which others must be able to read."""
+    """Beyond the process id: what is locked on Windows cannot be read, and other processes have to read the id."""
 
     def _lock(file: int) -> None:
         os.lseek(file, LOCKED_BYTE, os.SEEK_SET)
@@ -130,11 +132,11 @@ else:
 _held: weakref.WeakSet[FileLock] = weakref.WeakSet()
 
 
-def _let_go_in_child() -> None:
-    """A child of a fork shares the locks; it must not keep them when the parent is gone."""
+def _release_in_child() -> None:
+    """Close the lock files in a forked child: it shares the locks, and would keep them after the parent has ended."""
     for lock in list(_held):
         lock.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go_in_child)
+    os.register_at_fork(after_in_child=_release_in_child)

@@ -1,9 +1,14 @@
-"""The way to the store. What lives here: deadlines of calls, whether the store is up, and when to try again if it is
-not. What must not: what a call is for.
+"""The link to the store: every call of it, their deadlines, and whether the store is up or down.
 
-A call is a task that is never cancelled here. One that has not returned at its deadline counts as of unknown outcome;
-the store is asked to `abort` it, and it keeps its place until it returns. While the store is down one call at a time is
-let through to see whether it is back: the half-open state of a circuit breaker (Nygard, "Release It!", 2007).
+A call is a task of its own, and never cancelled here. A call that has not returned at its deadline has an *unknown
+outcome*: it may still take effect. The store is told to `abort` it, and the task is watched until it returns.
+
+The store goes *down* when a call fails to reach it, and comes back *up* when a call succeeds; the failure of a call
+that began before the latest success does not count. While it is down one call at a time is let through, as a *probe*,
+to see whether it is back: the half-open state of a circuit breaker (Nygard, "Release It!", 2007). In a store whose
+users fail independently, the failure of one user's call is not yet an outage; failures of several users in a row are.
+
+What a call is for is up to the modules above: claims, saves, releases.
 """
 
 from __future__ import annotations
@@ -28,27 +33,27 @@ __all__ = ["FIRST_RETRY", "LONGEST_RETRY", "Call", "CallTimedOutError", "StoreLi
 T = TypeVar("T")
 
 FIRST_PROBE = SECOND // 10
-"""How long after the store went down it is tried for the first time; then after twice as long each time,"""
+"""The time from the moment the store goes down to the first probe. It doubles with each probe that fails..."""
 LONGEST_PROBE = SECOND
-"""but at least this often."""
+"""... up to this."""
 AVERAGE_OVER = 16
-"""The latency is averaged over about so many calls."""
+"""The latency is a moving average over about so many calls."""
 MOST_FAILING = 8
-"""Of users who fail alone, how many calls may fail, each for others, with none that succeeds in between: if it is more,
-it is the store."""
+"""In a store whose users fail independently: how many calls, each for different users, may fail in a row. If it is
+more, the store counts as down."""
 FIRST_RETRY = SECOND // 20
 LONGEST_RETRY = SECOND
-"""Between two attempts of a call that somebody waits for, or of a release."""
+"""The pause between two attempts of a call that a caller waits for, or of a release; it doubles up to this."""
 CLOSING = SECOND
-"""How long the calls under way, and then the store itself, are waited for at the end."""
+"""How long `close` waits for the calls under way, and then once more for the store itself to close."""
 
 
 class CallTimedOutError(StoreUnavailableError):
-    """A call has not returned at its deadline."""
+    """A call has not returned at its deadline. It may still take effect."""
 
 
 class Call(Generic[T]):
-    """One call of the store, until it returns, however late that is."""
+    """One call of the store, from its beginning until it returns, however late that is."""
 
     __slots__ = ("_link", "is_probe", "started", "task", "users")
 
@@ -67,10 +72,11 @@ class Call(Generic[T]):
         self.is_probe: bool = is_probe
 
     async def answer(self) -> T:
-        """What the call returns or raises; at its deadline raises `CallTimedOutError`."""
+        """Wait for the call, and return or raise what it does; at its deadline raises `CallTimedOutError`."""
         try:
             await self._link.loop.wait(self.task, self._left())
         except asyncio.CancelledError:
+            # The caller goes away, the call goes on. A timer sees to its deadline in the caller's place.
             self._link.bound(self, self._left())
             raise
         if not self.task.done():
@@ -86,13 +92,13 @@ class Call(Generic[T]):
         await self._link.loop.wait(self.task, None)
 
     def result(self) -> T:
-        """What a call that has returned returned or raised."""
+        """Return or raise what the call did; only once it has returned."""
         if self.task.cancelled():
             raise StoreUnavailableError(f"a call of {self._link.name} was cancelled")
         error = self.task.exception()
         if error is None:
             return self.task.result()
-        is_of_users = self._link.store.independent  # and not of what lies under all of them
+        is_of_users = self._link.store.independent  # the error concerns these users, not what all users depend on
         if isinstance(error, StoreError) or is_of_users or not isinstance(error, (OSError, TimeoutError)):
             raise error
         raise StoreUnavailableError(f"{self._link.name} cannot be reached ({type(error).__name__})") from error
@@ -121,12 +127,13 @@ class StoreLink:
         self._identity = identity
         self._prepare = prepare
         self._opening: asyncio.Task[None] | None = None
-        self._calls: dict[asyncio.Task[Any], None] = {}  # in the order in which they began
+        self._calls: dict[asyncio.Task[Any], None] = {}  # under way, the oldest first
         self._writes: dict[int | str, asyncio.Task[Any]] = {}
-        """The writes and erasures under way by user, where the store fences off nothing that comes late."""
+        """In an unfenced store: by user, the last write or erasure that has not returned. See `outlast`."""
         self._last_success = -1
+        """When the latest call began that has succeeded; older calls that fail say nothing about the store now."""
         self._failing: list[frozenset[int | str]] = []
-        """Where users fail alone: the users of each call that has failed since the last one that succeeded."""
+        """If users fail independently: the users of each call that failed since one succeeded; no user is in two."""
         self._probe: Call[Any] | None = None
         self._probe_delay = FIRST_PROBE
         self._probe_at = 0
@@ -134,9 +141,9 @@ class StoreLink:
         self._on_change: Callable[[], None] = lambda: None
         self._incarnation = ""
         self.losses: int = 0
-        """How often the engine may have lost what it had acknowledged."""
+        """How often the engine may have lost acknowledged saves, because it was restarted or replaced."""
         self.returns: int = 0
-        """How often the store has come back after it was down."""
+        """How often the store has come back up."""
         self._admission: asyncio.Future[None] | None = None
         self.down_since: int | None = None
         self.last_error: Exception | None = None
@@ -145,16 +152,17 @@ class StoreLink:
         self.closed: bool = False
 
     def watch(self, on_change: Callable[[], None]) -> None:
-        """Have a function called when a call may begin again, and when `losses` or `returns` has grown."""
+        """Set the function to call when a call may begin again, and when `losses` or `returns` has grown."""
         self._on_change = on_change
 
     # Opening and closing
 
     async def open(self) -> None:
-        """Open the store, once; whoever comes meanwhile waits for the same. A failed attempt may be repeated.
+        """Open the store, once: callers that come meanwhile wait for the same attempt. A failed one may be repeated.
 
-        What has to be done before is done first. Raises what that and the store raise, and `StoreContractError` while
-        another manager has the store.
+        `prepare`, as given to the constructor, is awaited first. Raises what it and the store raise,
+        `StoreUnavailableError` if the store does not open within the deadline of a call, and `StoreContractError` while
+        another manager has the store open.
         """
         if self._closing:
             raise StoreUnavailableError(f"{self.name} is closed: the manager was destroyed")
@@ -173,14 +181,14 @@ class StoreLink:
         self._opening.result()
 
     def _has_store(self) -> bool:
-        """Whether the store was opened here, or is about to be; a failed attempt leaves it to anybody."""
+        """Whether this link has opened the store, or is opening it. After a failed attempt any manager may open it."""
         opening = self._opening
         if opening is None or not opening.done():
             return opening is not None
         return not opening.cancelled() and opening.exception() is None
 
     async def close(self) -> None:
-        """Wait a moment for what is under way, and close the store. Never raises."""
+        """Wait up to `CLOSING` for the calls under way, then close the store. Logs errors, and never raises."""
         if self._closing:
             return
         self._closing = True
@@ -189,11 +197,13 @@ class StoreLink:
         until = self.now() + CLOSING
         while self._calls and self.now() < until:
             await self.loop.wait(next(iter(self._calls)), until - self.now())
-            await asyncio.sleep(0)  # whoever waited for the call may have another to make
+            # A task that waited for this call may make another one, such as a release after a save. It needs one turn
+            # of the loop to wake up, and one to begin the call.
+            await asyncio.sleep(0)
             await asyncio.sleep(0)
         self.closed = True
         if not self._has_store():
-            return  # it may be open all the same, for somebody else
+            return  # never opened here; another manager may have it open
         closing = self._spawn(self.store.close)
         await self.loop.wait(closing, CLOSING)
         self._opening = None
@@ -208,11 +218,11 @@ class StoreLink:
     def start(
         self, users: Iterable[int | str], method: Callable[..., Coroutine[Any, Any, T]], *args: object
     ) -> Call[T]:
-        """Begin a call for some users."""
+        """Begin a call of a method of the store for some users, and return it."""
         call = Call(self, self._spawn(method, *args), self.now(), self.down, frozenset(users))
         if call.is_probe:
             self._probe = call
-        call.task.add_done_callback(lambda _: self._see_returned(call))
+        call.task.add_done_callback(lambda _: self._on_returned(call))
         return call
 
     async def ask(self, method: Callable[..., Coroutine[Any, Any, T]], user_id: int | str, *args: object) -> T:
@@ -223,25 +233,27 @@ class StoreLink:
         async def run() -> T:
             task = asyncio.current_task()
             try:
-                return await method(*args)  # here, so that what it raises before its first await is raised here too
+                return await method(*args)  # called here, so that an error before its first await is caught, too
             except Exception:
                 raise
             except BaseException as error:
                 if is_for_this_task(error, task):
                     raise
+                # A CancelledError that the store's own code raised, for one. As a task's own cancellation it would look
+                # as if the process were ending.
                 raised = f"a call of {self.name} raised {type(error).__name__}; what it has done is unknown"
                 raise StoreUnavailableError(raised) from error
 
         task = self.loop.spawn(run(), "store call", Context())
         self._calls[task] = None
         task.add_done_callback(self._calls.pop)
-        task.add_done_callback(_look_at)
+        task.add_done_callback(_mark_retrieved)
         return task
 
     def give_up_on(self, call: Call[Any]) -> None:
-        """The deadline of a call has passed."""
+        """Count a call as failed, because its deadline has passed, and tell the store to abort it."""
         if self._probe is call:
-            self._probe = None  # it may never return; the next one has a place of its own
+            self._probe = None  # it may never return, and must not keep the next probe from beginning
         self._failed_call(call, CallTimedOutError(f"{self.name} does not answer"))
         try:
             self.store.abort(call.task)
@@ -251,7 +263,7 @@ class StoreLink:
             self._say("error", "%s could not abort a call: %s", self.name, type(error).__name__)
 
     def bound(self, call: Call[Any], left: int) -> None:
-        """See to the deadline of a call that nobody waits for any more."""
+        """Enforce the deadline of a call, in `left` nanoseconds, after its caller has gone away."""
 
         def give_up() -> None:
             if not call.task.done() and not self.closed:
@@ -261,23 +273,24 @@ class StoreLink:
         call.task.add_done_callback(lambda _: timer.cancel())
 
     def write(self, records: list[Record]) -> Call[list[Verdict]]:
-        """Begin a call of `Store.save_many`, and know of it until it returns, whoever still waits for it."""
+        """Begin a call of `Store.save_many`. In an unfenced store it is remembered until it returns; see `outlast`."""
         user_ids = [record.user_id for record in records]
         call = self.start(user_ids, self.store.save_many, records)
-        self._remember(call.task, user_ids)
+        self._track_write(call.task, user_ids)
         return call
 
     async def erase(self, user_id: int | str, owner: str) -> bool:
-        """Call `Store.erase`, and know of it as of a write."""
+        """Call `Store.erase`, after any write of the user has returned; remembered like a write itself."""
         await self.outlast(user_id)
         call = self.start((user_id,), self.store.erase, user_id, owner)
-        self._remember(call.task, [user_id])
+        self._track_write(call.task, [user_id])
         return await call.answer()
 
     async def outlast(self, user_id: int | str) -> None:
-        """Where nothing fences off a late write, wait for the end of any before the user is claimed or erased.
+        """In an unfenced store, wait until earlier writes of a user have returned, before they are claimed or erased.
 
-        Raises `StoreUnavailableError` if it has not come within the deadline of a call.
+        Without a fence the store would accept such a write even after newer data. Raises `StoreUnavailableError` if it
+        has not returned within the deadline of a call.
         """
         while (write := self._writes.get(user_id)) is not None and not write.done():
             if not await self.loop.wait(write, self.timeout):
@@ -285,20 +298,22 @@ class StoreLink:
                     f"an earlier write of user {quote(user_id)} has not returned, and would land on top of what follows"
                 )
 
-    def _remember(self, task: asyncio.Task[Any], user_ids: list[int | str]) -> None:
+    def _track_write(self, task: asyncio.Task[Any], user_ids: list[int | str]) -> None:
+        """Remember a write of an unfenced store until it returns."""
         if self.store.fenced:
             return
         for user_id in user_ids:
             self._writes[user_id] = task
 
-        def forget(_: object) -> None:
+        def untrack(_: object) -> None:
             for user_id in user_ids:
                 if self._writes.get(user_id) is task:
                     del self._writes[user_id]
 
-        task.add_done_callback(forget)
+        task.add_done_callback(untrack)
 
-    def _see_returned(self, call: Call[Any]) -> None:
+    def _on_returned(self, call: Call[Any]) -> None:
+        """See what the result of a call says about the store: up, down, or nothing."""
         if self._probe is call:
             self._probe = None
         if call.task.cancelled():
@@ -312,16 +327,17 @@ class StoreLink:
         elif isinstance(error, (OSError, TimeoutError)):
             self._failed_call(call, error)
         elif call.is_probe and isinstance(error, Exception):
-            self.failed(call.started, error)  # whatever it says, it is not well
+            self.failed(call.started, error)  # a probe has to succeed: any error shows that the store is not well yet
         elif self.store.independent and isinstance(error, Exception) and not isinstance(error, StoreError):
             self._failed_call(call, error)
         else:
-            self._wake()
+            self._wake()  # the store has answered, with a refusal: it is reached, and the next call may begin
 
     async def persistently(self, work: Callable[[int], Awaitable[T]]) -> T:
-        """Do something with the store, again while it is unavailable, for as long as callers are made to wait.
+        """Await `work(until)`, and repeat it while the store is unavailable, until the deadline of a call has passed.
 
-        `work` is told until when that is, in nanoseconds of the clock. The store is opened first.
+        `until` is that moment, in nanoseconds of the clock. The store is opened first. Raises what `work` raises if
+        that is not about the store, and `StoreUnavailableError` otherwise.
         """
         until = self.now() + self.timeout
         delay = FIRST_RETRY
@@ -347,25 +363,27 @@ class StoreLink:
 
     @property
     def fails_for_several(self) -> bool:
-        """Whether calls of different users have failed one after the other, where users fail alone."""
+        """If users fail independently: whether calls of different users have failed with no success in between."""
         return len(self._failing) > 1
 
     @property
     def down(self) -> bool:
+        """Whether the store counts as unreachable."""
         return self.down_since is not None
 
     def may_call(self) -> bool:
-        """Whether a call may begin now: always while the store is up; one at a time, now and then, while it is not."""
+        """Whether a call may begin now: always while the store is up; as a probe, one at a time, while it is down."""
         return not self.down or (self._probe is None and self.now() >= self._probe_at)
 
     async def admission(self) -> None:
-        """Wait until a call may begin."""
+        """Wait until a call may begin, or the link closes."""
         while not self.may_call() and not self._closing:
             if self._admission is None:
                 self._admission = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._admission)
 
     def _succeeded(self, call: Call[Any]) -> None:
+        """A call has reached the store: it is up. Also notices when the engine is not the one of the last call."""
         now = self.now()
         self._last_success = max(self._last_success, call.started)
         self._failing.clear()
@@ -386,7 +404,7 @@ class StoreLink:
             self._wake()
 
     def _failed_call(self, call: Call[Any], error: Exception) -> None:
-        """A call has failed or hangs. Where users fail alone it takes several of them to say that the store is down."""
+        """A call has failed or hangs. If users fail independently, the store is down only after several of them."""
         if not self.store.independent or self.down:
             self.failed(call.started, error)
             return
@@ -399,10 +417,10 @@ class StoreLink:
             self._wake()
 
     def failed(self, started: int, error: Exception) -> None:
-        """A call begun at `started` did not reach the store, or is not known to have."""
+        """Count the store as down, because a call that began at `started` did not reach it, or may not have."""
         self.last_error = error
         if self._closing or started <= self._last_success:
-            return  # a later one has succeeded
+            return  # a call that began later has succeeded
         now = self.now()
         if self.down_since is None:
             self.down_since = now
@@ -410,15 +428,17 @@ class StoreLink:
                 "error", "%s is down: %s", self.name, error if isinstance(error, StoreError) else type(error).__name__
             )
         elif self._probe_timer is not None and now < self._probe_at:
-            return  # of several calls that fail at once the first has set the time
+            return  # several calls fail at once, and the first of them has set the time of the next probe
+        # spread, so that many processes do not probe an engine that has just come back all at once
         self._probe_at = now + int(self._probe_delay * self._identity.random.uniform(0.5, 1.0))
         self._probe_delay = min(self._probe_delay * 2, LONGEST_PROBE)
         self._stop_probing()
         self._probe_timer = self._clock.call_later(self._probe_at - now, self._let_probe, Context())
 
     def _let_probe(self) -> None:
+        """The time of the next probe has come: let whoever waits for admission make it."""
         self._probe_timer = None
-        if self.now() < self._probe_at:  # loops may wake us a fraction of a millisecond early
+        if self.now() < self._probe_at:  # an event loop may wake us a fraction of a millisecond early
             self._probe_timer = self._clock.call_later(SECOND // 1000, self._let_probe, Context())
             return
         self._wake()
@@ -435,7 +455,7 @@ class StoreLink:
         self._on_change()
 
 
-def _look_at(task: asyncio.Task[Any]) -> None:
-    """Whoever waited may be gone; an error that nobody looks at is noise on stderr."""
+def _mark_retrieved(task: asyncio.Task[Any]) -> None:
+    """Mark the error as retrieved: if the waiting task is gone, asyncio would print it as never retrieved."""
     if not task.cancelled():
         task.exception()

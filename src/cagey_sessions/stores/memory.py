@@ -1,4 +1,7 @@
-"""Users in the memory of this process. What lives here: the contract over a dict. What must not: files, waiting."""
+"""`MemoryStore`: users in the memory of this process.
+
+It is the contract over a dict, in the plainest form: a reference for other stores, and what the simulations run on.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ __all__ = ["MemoryBacking", "MemoryStore", "Row"]
 
 
 class Row:
-    """One user: `record` is None until the first save, and after an erasure."""
+    """The row of one user; `record` is None until the first save, and after an erasure."""
 
     __slots__ = ("claimant", "epoch", "erased", "record", "released")
 
@@ -33,28 +36,30 @@ class Row:
 
     @property
     def owner(self) -> str:
+        """The owner that has the user now; empty if it was released."""
         return "" if self.released else self.claimant
 
     def as_stored(self) -> StoredRow:
-        """All of it; what is in the record was given to us, and may be anything."""
+        """The row for the checks of `rows.py`; the record was given to this store, so its fields may be anything."""
         version, schema, body, saved_at = (0, 0, None, None) if self.record is None else self.record[3:7]
         return StoredRow(self.epoch, self.claimant, self.released, version, schema, body, saved_at, self.erased)
 
 
 class MemoryBacking:
-    """What several `MemoryStore` share, as several servers share one database."""
+    """The rows that several `MemoryStore` share, as several servers share one database."""
 
     def __init__(self) -> None:
         self.rows: dict[int | str, Row] = {}
         self.highest_lost = 0
-        """A new row starts above it, so that no epoch of a row that was lost comes again."""
+        """Tests that lose rows raise it: new rows start above it, so that no epoch of a lost row is given again."""
         self.dead: set[str] = set()
 
 
 class MemoryStore(Store):
-    """Users in the memory of this process: for tests, and for servers whose users may be forgotten.
+    """Users in the memory of this process: for tests, and for servers that may lose their users.
 
-    Each store is one node; those made with the same `backing` share their users. An owner is dead once `bury` says so.
+    Stores made with the same `backing` share their users, as several servers share a database. An owner is dead once
+    `bury` was called for it. All data is lost when the process ends.
     """
 
     shared = True
@@ -75,7 +80,7 @@ class MemoryStore(Store):
         self._is_open = False
 
     def bury(self, owner: str) -> None:
-        """Declare an owner dead: what it has may be claimed by others, and its late writes are fenced off by that."""
+        """Declare an owner dead: others may claim its users, and a claim fences off its late writes."""
         self.backing.dead.add(owner)
 
     async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> Answers:

@@ -1,8 +1,8 @@
-"""Why an engine cannot be reached, in words that hold nothing of its address. What lives here: what errors of the
-system and of TLS mean, and what is wrong with the files that TLS needs. What must not: any driver.
+"""Says why an engine cannot be reached, without quoting its address.
 
-What a driver says of such an error has the host in it, the user or a path: parts of a URL, and where a password was not
-percent-encoded, parts of the password.
+The texts of drivers contain the host, the user or a path: parts of a URL. If a password in the URL was not
+percent-encoded, these may be parts of the password, and must not get into a log. So errors of the operating system and
+of TLS are put into words here, by what they mean.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _NAMED = re.compile(f"{_QUOTE}.*{_QUOTE}", re.DOTALL)
 
 
 class SettingsError(Exception):
-    """A connection cannot even be tried: by what the URL or the environment says, or by a file that it names."""
+    """A connection cannot even be tried, because of a value in the URL or the environment, or a file named there."""
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error of the operating system or of TLS says, without what it says it about; may be empty."""
+    """The reason in an error of the operating system or of TLS, without the address or the file; may be empty."""
     if isinstance(error, ssl.SSLCertVerificationError):
         reason = error.verify_message.partition(", certificate is not valid for")[0]
         return f"the certificate of the server is refused: {reason}"
@@ -35,23 +35,24 @@ def reason_of(error: BaseException) -> str:
         return str(error.strerror)
     if isinstance(error, OSError):
         number = error.errno
-        if number is None and (found := _NUMBER.search(str(error))):  # several addresses, each with its own
+        if number is None and (found := _NUMBER.search(str(error))):  # asyncio joins the errors of several addresses
             number = int(found[1])
         return "" if number is None else os.strerror(number)
     return ""
 
 
 def without_names(text: str) -> str:
-    """What a server has answered, without what it quotes: the user, the database, a setting."""
+    """The answer of a server, without the names that it quotes: the user, the database, a setting."""
     return _NAMED.sub("…", text)
 
 
 def certificate_fault(
     authorities: Mapping[str, str], certificate: tuple[str, str] | None, key: tuple[str, str] | None, password: str = ""
 ) -> str:
-    """What is wrong with files for TLS, each given with the name of its setting; empty if nothing is.
+    """What is wrong with the files for TLS; empty if nothing is.
 
-    Reads them: it is to be called where a connection has failed.
+    Each file is given with the name of its setting, which the message names. Reads the files, and so blocks: call it
+    only after a connection has failed.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     for name, path in (*authorities.items(), *filter(None, (certificate, key))):

@@ -1,9 +1,11 @@
-"""What a row of a user has to be, on every engine. What lives here: the four states as checks of fields that may be
-anything, and how a key with a user id in it is written. What must not: any engine.
+"""The checks of a user's row, for all engines, and the text form of user ids in keys.
 
-Rows can be written by hand, by another program or by a fault of the engine. A row that is in none of the four states is
-*damaged*: it is told with the user it is of, and neither loaded nor claimed nor written over. Only an erasure, which
-somebody has to ask for, removes it.
+A row may have been written by hand, by another program or by a fault of the engine, so each field may be anything. A
+row that is in none of the four states of `contract.py` is *damaged*: its error names the user, and it is neither
+loaded nor claimed nor overwritten. Only `erase`, which has to be called for it, removes it.
+
+The same checks are written again in the languages of the engines (SQL, Lua), where a statement must not change a
+damaged row.
 """
 
 from __future__ import annotations
@@ -29,26 +31,26 @@ __all__ = [
 ]
 
 LAST_CLAIMED = MAX_NUMBER - 2
-"""The highest epoch, and version, of a row that may be claimed: there has to be a next one of each."""
+"""The highest epoch, and the highest version, of a row that may be claimed: each has to have a next one."""
 
 
 class StoredRow(NamedTuple):
-    """What an engine has of one user: each field as it came, whatever that is, and None for one that is not there.
+    """The row of one user as an engine has it: each field as it came, whatever it is, and None for a missing one.
 
-    An engine that keeps flags or numbers as something else hands over what it takes for one as such, and anything else
-    as it is.
+    An engine that stores flags or numbers in another form converts those that it recognizes, and gives anything else as
+    it is.
     """
 
     epoch: Any
-    """Of the last claim, or of the erasure."""
+    """The epoch of the last claim, or of the erasure."""
     owner: Any
-    """Who has made the last claim."""
+    """The owner that made the last claim."""
     released: Any
-    """Whether that owner has let go of the user."""
+    """Whether that owner has released the user."""
     version: Any
     """0 for a user who was never saved, or erased."""
     schema: Any
-    """As in `Record`; like the next two without meaning where there is no body."""
+    """As in `Record`; like `saved_at` it means nothing if there is no body."""
     body: Any
     """As in `Record`; None for a user who was never saved, or erased."""
     saved_at: Any
@@ -57,7 +59,7 @@ class StoredRow(NamedTuple):
     """Whether the row is a tombstone."""
 
     def fence_fault(self, first_epoch: int = 1) -> str:
-        """Why it cannot be told whose the row is, and what it may be overwritten by; empty if it can."""
+        """What is wrong with the fields that say whose the row is and what may overwrite it; empty if nothing is."""
         if fault := _number_fault("epoch", self.epoch, first_epoch) or _number_fault("version", self.version, 0):
             return fault
         for name, flag in (("released", self.released), ("erased", self.erased)):
@@ -70,7 +72,7 @@ class StoredRow(NamedTuple):
         return ""
 
     def fault(self) -> str:
-        """What keeps the row from being in one of the four states; empty if nothing does."""
+        """What is wrong with the row, so that it is in none of the four states; empty if nothing is."""
         if fault := self.fence_fault():
             return fault
         if self.body is None:
@@ -82,7 +84,7 @@ class StoredRow(NamedTuple):
         return _body_fault(self.schema, self.body, self.saved_at)
 
     def record(self, user_id: int | str) -> Record | None:
-        """The row as `Store.load` answers: None without a body. Raises `CorruptRecordError` for a damaged one."""
+        """The record to return from `Store.load`: None without a body. Raises `CorruptRecordError` if it is damaged."""
         if fault := self.fault():
             raise self.damage(user_id, fault)
         if self.body is None:
@@ -91,32 +93,32 @@ class StoredRow(NamedTuple):
         return Record(user_id, self.epoch, owner, self.version, self.schema, self.body, self.saved_at)
 
     def holder(self, user_id: int | str) -> tuple[str, int]:
-        """The row as `Store.holder` answers. Raises `CorruptRecordError` if it cannot be told."""
+        """The answer of `Store.holder`. Raises `CorruptRecordError` if the owner or the epoch cannot be read."""
         if fault := self.fence_fault():
             raise self.damage(user_id, fault)
         return "" if self.released else self.owner, self.epoch
 
     def claim_refusal(self, user_id: int | str) -> CorruptRecordError | None:
-        """Why nobody may claim the user; None if that is no fault of the row."""
+        """The error for a claim that the row does not allow to anybody; None if the row is sound."""
         fault = self.fault()
         if not fault and (self.epoch > LAST_CLAIMED or self.version > LAST_CLAIMED):
             fault = "no epoch or no version is left for what would be written next"
         return self.damage(user_id, fault) if fault else None
 
     def damage(self, user_id: int | str, fault: str) -> CorruptRecordError:
-        """The error that says so."""
+        """The error for a fault of this row."""
         return damaged(user_id, fault, self.body if type(self.body) is bytes else b"")
 
 
 def damaged(user_id: int | str, fault: str, body: bytes = b"") -> CorruptRecordError:
-    """The error for a row that cannot be taken for one of ours; `fault` is a clause about it, without its content."""
+    """The error for a damaged row; `fault` is a clause that says what is wrong, without quoting the row."""
     return CorruptRecordError(
         f"the record of user {quote(user_id)} is damaged, and is left as it is: {fault}", user_id=user_id, body=body
     )
 
 
 def verdict_of_damage(fault: str) -> Verdict:
-    """The verdict on a record whose row cannot be written because of a fault of the row."""
+    """The verdict on a record whose row is damaged, and so is not written."""
     return Verdict(Outcome.FAILED, f"the row is damaged, and is left as it is: {fault}")
 
 
@@ -137,18 +139,22 @@ def _body_fault(schema: object, body: object, saved_at: object) -> str:
 
 
 def check_claim(claim: Claim) -> None:
-    """See to it that a granted claim can be gone on from, whichever store it is of. Raises `CorruptRecordError`."""
-    if claim.record is not None and (refusal := _free(claim.epoch, claim.record).claim_refusal(claim.user_id)):
+    """Raise `CorruptRecordError` if a granted claim has a damaged record, or one without a next epoch or version.
+
+    Called for the claims of every store, because a store may be the program's own.
+    """
+    if claim.record is not None and (refusal := _as_row(claim.epoch, claim.record).claim_refusal(claim.user_id)):
         raise refusal
 
 
 def check_record(record: Record) -> Record:
-    """A record that was loaded, if its body can be read, whichever store it is of. Raises `CorruptRecordError`."""
-    _free(1, record).record(record.user_id)
+    """Return a record that a store has loaded, or raise `CorruptRecordError` if its fields are damaged."""
+    _as_row(1, record).record(record.user_id)
     return record
 
 
-def _free(epoch: int, record: Record) -> StoredRow:
+def _as_row(epoch: int, record: Record) -> StoredRow:
+    """A record as a released row, to check its fields by the same rules."""
     return StoredRow(epoch, "", True, record.version, record.schema, record.body, record.saved_at, False)
 
 
@@ -156,12 +162,12 @@ def _free(epoch: int, record: Record) -> StoredRow:
 
 
 def key_of(user_id: int | str) -> str:
-    """A user id as text: a number as it is, a text in quotes. No JSON, which escapes, and so may be too long."""
+    """A user id as text: a number as it is, a text in quotes. It is not JSON, whose escapes would make it longer."""
     return f'"{user_id}"' if isinstance(user_id, str) else int.__repr__(user_id)
 
 
 def user_id_of(key: str) -> int | str:
-    """Whose key that is. Raises `StoreError` for what `key_of` has not made."""
+    """The user id in a key. Raises `StoreError` for a text that `key_of` would not have made."""
     try:
         user_id = key[1:-1] if key.startswith('"') else int(key)
         check_user_id(user_id)
@@ -173,5 +179,5 @@ def user_id_of(key: str) -> int | str:
 
 
 def no_id(key: object) -> StoreError:
-    """The error for a row that is of nobody."""
+    """The error for a row whose key is not a user id."""
     return StoreError(f"the key {quote(key)} among the users is none of ours")

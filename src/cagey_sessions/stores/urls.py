@@ -1,9 +1,8 @@
-"""Stores by URL. What lives here: which store a URL names, and which of its parameters are the store's own. What must
-not: any driver, and what a driver makes of its part of a URL.
+"""`open_store`: makes a store from a URL, for programs and tools that are configured by text.
 
-The parameters that a store has of its own are taken out by their names, which mean nothing to a connection of a driver;
-everything else of a URL goes to the driver as it is, byte for byte. No error quotes more of a URL than its scheme, for
-the rest may be of a password.
+The parameters that are options of the store are taken out of the URL by their names, which no driver uses itself.
+Everything else goes to the driver as it is, byte for byte. No error quotes more of a URL than its scheme, because the
+rest may be part of a password.
 """
 
 from __future__ import annotations
@@ -24,8 +23,9 @@ __all__ = ["engine_of", "open_store"]
 class _Engine(NamedTuple):
     store: str
     in_url: tuple[str, ...]
-    """Options that may also be parameters of the URL."""
+    """Options of the constructor that may also be parameters of the URL."""
     others: tuple[str, ...] = ()
+    """Options that may not."""
 
 
 ENGINES = {
@@ -49,10 +49,10 @@ DURATIONS = ("timeout", "lease")
 
 
 def open_store(url: str, **options: Any) -> Store:
-    """The store that a URL names, for configuration by text. It is made, and not opened: the manager opens it.
+    """Make the store that a URL names. It is not opened: the manager does that, and nothing is connected to before.
 
     ``sqlite:///players.db`` is a file in the current folder, and ``sqlite:////var/lib/players.db`` one by its whole
-    path, as in SQLAlchemy; the path is taken as it is, up to a ``?``. ``postgresql://`` and ``postgres://`` are a
+    path, as in SQLAlchemy; the path is not decoded, and ends at a ``?``. ``postgresql://`` and ``postgres://`` are a
     `PostgresStore`, ``redis://``, ``rediss://``, ``unix://`` and ``redis+sentinel://`` a `RedisStore`, and ``memory:``
     is a `MemoryStore`.
 
@@ -61,7 +61,7 @@ def open_store(url: str, **options: Any) -> Store:
     of both. All other parameters are the driver's.
 
     Raises `OptionError` for a URL that names no store, an option that the store does not have, or one given twice, and
-    `MissingExtraError`, which names the extra, where the driver is not installed. Nothing is connected to.
+    `MissingExtraError`, which names the extra, if the driver is not installed.
     """
     engine = ENGINES[engine_of(url)]
     scheme, _, rest = url.partition(":")
@@ -75,7 +75,7 @@ def open_store(url: str, **options: Any) -> Store:
         elif name in options:
             raise OptionError(f"{name} is given twice; once is enough, in the URL or as an argument")
         else:
-            text = Hidden(unquote(value))
+            text = Hidden(unquote(value))  # in a URL that is misread it may be part of the password
             options[name] = duration_of(text) if name in DURATIONS else text
     if theirs and scheme in ("memory", "sqlite"):  # there is no driver to take them
         hint = suggest(theirs[0].partition("=")[0], engine.in_url) if engine.in_url else ""
@@ -91,7 +91,7 @@ def open_store(url: str, **options: Any) -> Store:
 
 
 def engine_of(url: str) -> str:
-    """The engine of a URL: ``"memory"``, ``"postgres"``, ``"redis"`` or ``"sqlite"``. Raises `OptionError`."""
+    """The engine that a URL names: ``"memory"``, ``"postgres"``, ``"redis"`` or ``"sqlite"``. Raises `OptionError`."""
     scheme, _, rest = url.partition(":") if isinstance(url, str) else ("", "", "")
     if not re.fullmatch(r"[a-z][a-z0-9+.-]{0,30}", scheme) or not (rest.startswith("//") or url == "memory:"):
         raise OptionError(f"a store's URL begins with one of {_known()}; the file players.db is sqlite:///players.db")
@@ -113,6 +113,7 @@ def _check_names(what: str, names: Any, known: tuple[str, ...]) -> None:
 
 
 def _path(address: str) -> str:
+    """The path in what follows ``sqlite:`` in a URL. Raises `OptionError` for two slashes, where a host would be."""
     if not address.startswith("///") or address == "///":
         raise OptionError(
             "the URL of a file has three slashes for a path from here (sqlite:///players.db) and four for a whole one "

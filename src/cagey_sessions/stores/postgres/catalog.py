@@ -1,5 +1,7 @@
-"""Somebody's own table in PostgreSQL. What lives here: what its catalog says, what of it is refused, and how user data
-becomes values of its columns and comes back. What must not: any write, and anything about owners.
+"""The program's own table, for `PostgresTable`: what the catalog says of it, and how user data becomes column values.
+
+`read_table` refuses every table in which data would not come back as it was saved, or users could be mixed up. It only
+reads; the statements that write are in `fences.py`.
 """
 
 from __future__ import annotations
@@ -21,22 +23,23 @@ from .engine import asyncpg, quoted
 __all__ = ["COLUMN_TYPES", "Column", "GivenBodies", "OwnTable", "UnfitError", "own_names", "read_table"]
 
 MOST_GIVEN = 64 * 1024 * 1024
-"""Bytes, in all."""
+"""In bytes, of all bodies together."""
 _INTEGERS = {"smallint": 16, "integer": 32, "bigint": 64}
 _TEXTS = ("text", "character varying")
 _JSON = ("json", "jsonb")
 COLUMN_TYPES = (*_INTEGERS, "double precision", "boolean", *_TEXTS, *_JSON)
 _ARRAYS = {"double precision": "float8[]", "boolean": "boolean[]"} | dict.fromkeys(_INTEGERS, "bigint[]")
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "i": "an index", "S": "a sequence"}
+# an escaped NUL in JSON text, which is not the end of an escaped backslash
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 _MAY_BE_LARGE = re.compile(r"\d[eE]\+?\d")
 _LARGE = re.compile(r'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?[eE]\+?\d{1,3}(?!\d)')
-"""A number with an exponent, or a text, in which there is none."""
+"""Matches a number with an exponent, or a whole text: what looks like a number in a text is passed over with it."""
 
 TABLE = """SELECT relkind::text AS kind, quote_ident(nspname) || '.' || quote_ident(relname) AS name,
         row_security_active(pg_class.oid) AS hides_rows
     FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = to_regclass($1)"""
-# of a domain what it is made from
+# The type of a column; if it is a domain, the type that the domain is made from.
 COLUMNS = """WITH RECURSIVE columns AS (
         SELECT attname, attnum, atttypid AS type, atttypmod AS modifier, attnotnull AS required,
             atthasdef OR attidentity <> '' AS has_default, attgenerated <> '' AS is_generated,
@@ -54,6 +57,7 @@ IS_UNIQUE = """SELECT EXISTS (SELECT FROM pg_index WHERE indrelid = $1::regclass
 
 
 def _written_out(match: re.Match[str]) -> str:
+    """A match of `_LARGE` without an exponent, and with a point, so that it stays a float; texts as they are."""
     if match[0].startswith('"'):
         return match[0]
     number = format(Decimal(match[0]), "f")
@@ -61,7 +65,7 @@ def _written_out(match: re.Match[str]) -> str:
 
 
 class UnfitError(Exception):
-    """Data, or an id, that the table cannot take: which column, and why; never the value."""
+    """The table cannot hold some data, or an id. The text names the column and the reason, never the value."""
 
 
 class Column(NamedTuple):
@@ -69,23 +73,27 @@ class Column(NamedTuple):
 
     name: str
     type: str
-    """What it is, or what the domain is made from that it is of."""
+    """Its type; for a domain the type that it is made from."""
     required: bool
-    """It takes no NULL."""
+    """Whether it is NOT NULL."""
     length: int | None
-    """The most characters, of a ``varchar(n)``."""
+    """The most characters, if it is a ``varchar(n)``."""
 
     @property
     def array(self) -> str:
+        """The type of the array by which its values are sent."""
         return _ARRAYS.get(self.type, "text[]")
 
     @property
     def cast(self) -> str:
-        """What makes a value of the array one of the column; the rest are assigned, which refuses what does not fit."""
+        """The cast from an element of the array to the column; empty if PostgreSQL converts it by itself.
+
+        It then refuses a value that does not fit; a cast would cut it off.
+        """
         return f"::{self.type}" if self.type in _JSON else ""
 
     def sent(self, value: Any) -> Any:
-        """A JSON value, as the driver is given it. Raises `UnfitError`."""
+        """A JSON value as the driver wants it. Raises `UnfitError` if it would not come back the same."""
         if self.type in _JSON:
             return self._json(value)
         if value is None:
@@ -119,30 +127,31 @@ class Column(NamedTuple):
         return self.text(orjson.dumps(value).decode())
 
     def text(self, text: str) -> str:
-        """JSON as it is sent, so that the same comes back. Raises `UnfitError`."""
+        """JSON text as it is sent, so that the same data comes back. Raises `UnfitError`."""
         if self.type != "jsonb":
             return text
         if _NUL.search(text):
             raise UnfitError(f"column {self.name}: no jsonb of PostgreSQL has a NUL in it")
-        # a jsonb writes numbers out, and a large float would come back as an int
+        # jsonb keeps a number as a decimal, and drops the exponent: 1e20 would come back as an int
         return _LARGE.sub(_written_out, text) if _MAY_BE_LARGE.search(text) else text
 
     def came(self, value: Any) -> Any:
-        """What the driver has given, as it is put into a body."""
+        """A value from the driver as it is put into a body."""
         if value is None:
             return None
         if self.type in _JSON:
             return orjson.Fragment(value)
         if type(value) is float and not math.isfinite(value):
-            return orjson.Fragment(b"NaN")  # no JSON, so that nobody takes it for data: the record counts as damaged
+            return orjson.Fragment(b"NaN")  # not JSON, on purpose: JSON cannot say this value, so the record is damaged
         return value
 
 
 class GivenBodies:
-    """Bodies as they were given to us, where others come back.
+    """Bodies as they were saved, for tables that give back the same data in other bytes.
 
     A session that has to claim its user again, after a claim that came late or a change during its last save, goes on
-    only if what is stored are the very bytes it has written. That is soon after, so the oldest are forgotten.
+    only if the stored body is exactly what it wrote. That happens soon after the save, so the oldest bodies are dropped
+    when there are too many.
     """
 
     def __init__(self) -> None:
@@ -150,6 +159,7 @@ class GivenBodies:
         self._size = 0
 
     def add(self, record: Record) -> None:
+        """Keep the body of a record in the place of an older one of the user."""
         self.forget(record.user_id)
         self._kept[record.user_id] = record.version, record.body
         self._size += len(record.body)
@@ -161,13 +171,13 @@ class GivenBodies:
         self._size -= len(body)
 
     def as_given(self, user_id: int | str, version: int, body: bytes) -> bytes:
-        """The bytes that were given as this version, if a body is still the same data; else the body."""
+        """The kept bytes of a version if `body`, which was read, is the same data; otherwise `body`."""
         known = self._kept.get(user_id)
         return known[1] if known is not None and known[0] == version and _is_same(body, known[1]) else body
 
 
 def _is_same(body: bytes, other: bytes) -> bool:
-    """Whether two bodies are the same data, whatever the order of members and the writing of numbers."""
+    """Whether two bodies are the same data, apart from the order of members and how numbers are written."""
     try:
         return _equal(decode_plain(body), decode_plain(other))
     except EncodingError:
@@ -183,28 +193,28 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 class OwnTable:
-    """A table with the columns that are ours to read and write: either one with the whole of the data, or several."""
+    """The program's table, and its columns that the store reads and writes: one for the whole data, or several."""
 
     def __init__(self, name: str, key: Column, columns: Sequence[Column], is_body: bool, rest: dict[str, bool]) -> None:
         self.name = name
-        """With its schema, quoted."""
+        """Its name with its schema, quoted."""
         self.key = key
         self.columns: tuple[Column, ...] = tuple(columns)
         self.is_body = is_body
         self.needed: tuple[str, ...] = tuple(name for name, needed in rest.items() if needed)
-        """Other columns without which there is no row: NOT NULL, and no default."""
+        """Columns that the store does not set, and that are NOT NULL and have no default: they prevent an INSERT."""
         self.makes_keys = False
-        """The key is GENERATED ALWAYS, so that nobody else may make one."""
+        """Whether the key is GENERATED ALWAYS, so that an INSERT may not set it."""
         self.keeps_bytes: bool = is_body and columns[0].type != "jsonb"
         """Whether a body comes back byte for byte."""
         self._names = frozenset(column.name for column in columns)
 
     def check_key(self, key: Any) -> Any:
-        """An id, if it may be one of this table. Raises `UnfitError`."""
+        """Check that the key column can hold a key, and return it. Raises `UnfitError`."""
         return self.key.sent(key)
 
     def sent(self, body: bytes) -> tuple[Any, ...]:
-        """A body, as the values of the columns. Raises `UnfitError`."""
+        """The values of the columns for a body. Raises `UnfitError`."""
         if self.is_body:
             text = text_of(body)
             if text is None:
@@ -223,7 +233,11 @@ class OwnTable:
         return tuple(column.sent(value[column.name]) for column in self.columns)
 
     def body(self, row: Any, was_saved: bool) -> bytes | None:
-        """What a row has; None for one without data: the column of the whole is NULL, or all are and it is not ours."""
+        """The body of a row; None if it has no data.
+
+        With one column for the whole data that is so if it is NULL. With several it is so if all are NULL and we never
+        saved the user: the program may have made the row without them.
+        """
         values = [row[f"c{place}"] for place in range(len(self.columns))]
         if all(value is None for value in values) and (self.is_body or not was_saved):
             return None
@@ -235,7 +249,7 @@ class OwnTable:
         )
 
     def reason(self, error: asyncpg.PostgresError) -> str:
-        """Why PostgreSQL has refused a row, without a value of it."""
+        """Why PostgreSQL refused a row, in words that quote no value of it."""
         name: str | None = getattr(error, "column_name", None)  # asyncpg sets it, and declares it nowhere
         if isinstance(error, asyncpg.NotNullViolationError) and name in self.needed:
             return (
@@ -245,15 +259,17 @@ class OwnTable:
         if isinstance(error, asyncpg.PLPGSQLError):
             return f"a trigger of the table refuses it ({type(error).__name__})"
         text = str(error.args[0])
+        # the message of a data error quotes the value after a colon
         return text if isinstance(error, asyncpg.IntegrityConstraintViolationError) else text.partition(":")[0]
 
 
 async def read_table(
     connection: Any, table: str, key: str, names: Sequence[str], is_body: bool, ours: Sequence[str]
 ) -> OwnTable:
-    """Look a table up, by its quoted name. `ours` are columns of it that are for the fence.
+    """Look up a table by its quoted name.
 
-    Raises `StoreLayoutError` for what cannot be a table of users.
+    `key` is its column with the user ids, `names` are the columns of the data, one for all of it if `is_body`, and
+    `ours` the columns of the fence. Raises `StoreLayoutError` for a table that cannot keep users.
     """
     found = await connection.fetchrow(TABLE, table)
     if found is None:
@@ -309,12 +325,13 @@ async def read_table(
 
 
 def _column(row: Any) -> Column:
+    # a varchar(n) has the type modifier n + 4
     is_limited = row["type_name"] == "character varying" and row["modifier"] > 4
     return Column(row["attname"], row["type_name"], row["required"], row["modifier"] - 4 if is_limited else None)
 
 
 def own_names(own: OwnTable, first: int) -> dict[str, str]:
-    """What statements are written with in place of a name in braces, the arrays of the data being from `$first` on."""
+    """What to put into statements for the names in braces; the arrays of the data are parameters from `$first` on."""
     fields = [f"c{place}" for place in range(len(own.columns))]
     both = list(zip(own.columns, fields, strict=True))
     return {

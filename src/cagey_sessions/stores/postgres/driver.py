@@ -1,4 +1,4 @@
-"""The driver of PostgreSQL, which only an extra installs. What lives here: its import. What must not: any use of it."""
+"""Imports asyncpg, which only an extra installs, in one place: if it is missing, the error says how to get it."""
 
 from __future__ import annotations
 

@@ -1,11 +1,14 @@
-"""A server of PostgreSQL, as the stores that are kept in one share it. What lives here: opening and closing, calls and
-how they end, the leases of nodes, and what each error of the driver means. What must not: any statement about users,
-and any retry of a call whose outcome is unknown.
+"""The part that both stores in PostgreSQL share: connections, calls and their deadlines, leases, and errors.
 
-A node that has users renews its *lease*, by the clock of PostgreSQL. An expired lease alone takes no users from
-anybody: after an outage all of them have expired. Whoever asks for such a user first puts the owner in *doubt*, for a
-third of a lease; only an owner that has not renewed by then is dead. One whose lease is not there at all is put in
-doubt, too.
+A server that has users renews its *lease*, by the clock of PostgreSQL. That a lease has expired does not make its owner
+dead: after an outage of the database the leases of all servers have expired. A claim of such a user first puts the
+owner in *doubt*, for a third of a lease. Only an owner that has not renewed its lease by then is dead, and a later
+claim is granted. An owner without any lease is put in doubt, too.
+
+A statement is repeated only if PostgreSQL says that it was rolled back. A call whose outcome is unknown is not: the
+caller decides what to do.
+
+The statements about users are in `store.py` and in `fences.py`.
 """
 
 from __future__ import annotations
@@ -44,15 +47,16 @@ T = TypeVar("T")
 
 OLDEST = 15
 LONGEST_NAME = 63
-"""Bytes; PostgreSQL cuts off what is longer."""
+"""In bytes; PostgreSQL cuts longer names off without an error."""
 CONNECTIONS = 6
-"""As many as batches are in flight, and two for logins."""
+"""One for each batch in flight, of which there are 4 by default, and two for logins."""
 LONGEST_WAIT = 2.0
-"""Seconds for a row that somebody has locked; then it is the row that fails, and not the server."""
+"""How many seconds a statement waits for a row that another program has locked. It is shorter than the timeout of a
+call, so that such a row fails by itself, and does not make the store count as down."""
 ANY_NUMBER = 1 << 30
-"""Of places where the pool is somebody else's: it has a number of its own."""
+"""The limit of connections if the program gave a pool: that has a limit of its own."""
 ATTEMPTS = 5
-"""Of a statement that PostgreSQL has rolled back and says may be repeated."""
+"""How often a statement is tried that PostgreSQL rolls back and says may be repeated."""
 
 SCHEMA = "CREATE SCHEMA IF NOT EXISTS {schema}"
 NODES = """CREATE TABLE IF NOT EXISTS {nodes} (
@@ -70,8 +74,9 @@ DOUBT = """INSERT INTO {nodes} AS nodes
         WHERE NOT nodes.doubted AND nodes.alive_until < clock_timestamp()"""
 END_LEASES = """UPDATE {nodes} SET alive_until = clock_timestamp() - interval '1 s', doubted = true
     WHERE owner = ANY ($1::text[])"""
-# A replica that is promoted begins a timeline. A crash loses the last commits where they are not synchronous, and a
-# table that is not logged; it resets the statistics, also when one backend is killed and the server itself lives on.
+# When this text changes, acknowledged saves may be lost. A promoted replica begins a new timeline, which is in the name
+# of the WAL file. A crash loses the last commits if they are not synchronous, and all of an unlogged table; it shows in
+# the start time of the server, and in that of the statistics, which a crash resets even if only one backend died.
 INCARNATION = """SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8) || CASE
         WHEN $1::boolean OR current_setting('synchronous_commit') = 'off' OR current_setting('fsync') = 'off'
         THEN pg_postmaster_start_time()::text || coalesce((SELECT stats_reset::text FROM pg_stat_bgwriter), '')
@@ -80,21 +85,22 @@ FORGET_NODES = "DELETE FROM {nodes} WHERE alive_until < clock_timestamp() - inte
 
 
 def quoted(name: str) -> str:
+    """A name as an SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def check_name(what: str, name: object) -> str:
-    """A name as PostgreSQL takes one; raises `OptionError`."""
+    """Check a name for PostgreSQL, and return it; raises `OptionError` for one that is empty or too long."""
     if not is_text(name) or not 0 < len(name.encode()) <= LONGEST_NAME:
         raise OptionError(f"{what} is a name of at most {LONGEST_NAME} bytes, not {quote(name)}")
     return name
 
 
 class PostgresEngine(Store):
-    """What the stores in PostgreSQL have in common."""
+    """The base of the stores in PostgreSQL."""
 
     uses_leases = True
-    """Whether others may have the users of this store, too."""
+    """Whether other servers may use the same users, so that owners need leases."""
 
     def __init__(
         self, dsn: str | None, pool: Any, schema: str, create: bool, timeout: Duration, lease: Duration
@@ -112,19 +118,19 @@ class PostgresEngine(Store):
         if self._lease < self._timeout:
             raise OptionError(f"lease is at least timeout ({self._timeout:g} s): else it runs out during a claim")
         self._names = {"nodes": f"{quoted(schema)}.cagey_sessions_nodes"}
-        """What statements are written with in place of a name in braces."""
+        """What to put into statements for the names in braces."""
         self._statements: dict[str, str] = {}
         self._is_unlogged = False
         self._connections: Connections[Any] | None = None
         self._state = "closed"
         self._leases = Leases(self.name, self._lease, self._send_renewal)
-        self._keeper: Any = None
-        """The connection for leases, which are not to wait behind anything; not where the pool is given."""
+        self._lease_connection: Any = None
+        """A connection for leases alone, so that a renewal waits behind no save; unused if the program gave a pool."""
         self._is_pooled = False
-        """Whether the DSN leads to a pooler, which may give each transaction another session of the server."""
+        """Whether the DSN leads to a pooler, which may run each transaction in another session of the server."""
 
     def _sql(self, statement: str) -> str:
-        """A statement with our names in it."""
+        """A statement with our names put in."""
         text = self._statements.get(statement)
         if text is None:
             text = self._statements[statement] = statement.format(**self._names)
@@ -151,7 +157,7 @@ class PostgresEngine(Store):
         try:
             if pool is None:
                 self._is_pooled = await self._find_pooler()
-            await connections.run(self._look_around)
+            await connections.run(self._set_up)
             if self._state != "opening":
                 raise StoreUnavailableError(f"this {self.name} was closed while it was opened")
         except BaseException as error:
@@ -164,6 +170,7 @@ class PostgresEngine(Store):
         self._state = "open"
 
     async def _find_pooler(self) -> bool:
+        """Whether a pooler is in front of the server; asked on a connection of its own, without prepared statements."""
         connection = await self._dial("cagey-sessions", {}, statement_cache_size=0)
         try:
             async with asyncio.timeout(self._timeout):
@@ -174,6 +181,7 @@ class PostgresEngine(Store):
         return found
 
     async def _connect(self, name: str = "cagey-sessions") -> Any:
+        """A new connection for statements about users; `name` is shown by PostgreSQL in its list of sessions."""
         limits = {
             "lock_timeout": str(int(LONGEST_WAIT * 1000)),
             "statement_timeout": str(int(self._timeout * 1000)),
@@ -183,7 +191,7 @@ class PostgresEngine(Store):
         return await self._dial(name, {"default_transaction_isolation": "read committed", **limits})
 
     async def _dial(self, name: str, settings: dict[str, str], **options: Any) -> Any:
-        """A new connection. Raises `SettingsError` where it cannot be tried, else the driver's errors."""
+        """A new connection. Raises `SettingsError` if it cannot even be tried, otherwise the driver's errors."""
         settings = {"application_name": name, **settings}
         try:
             timeout: Any = self._timeout  # asyncpg has no annotation there, and its default is an int
@@ -199,7 +207,8 @@ class PostgresEngine(Store):
         except asyncpg.PostgresError as error:
             raise _refused(error) from None
 
-    async def _look_around(self, connection: Any) -> None:
+    async def _set_up(self, connection: Any) -> None:
+        """Check the server, and prepare what the store needs in it."""
         async with asyncio.timeout(self._timeout):
             if self._given is not None:
                 await refuse_shared_statements(self._given, connection)
@@ -209,6 +218,10 @@ class PostgresEngine(Store):
                 await connection.execute(self._sql(FORGET_NODES))
 
     async def _check_server(self, connection: Any) -> None:
+        """Refuse a server that is too old, read-only, or set to another encoding or isolation than the stores need.
+
+        With REPEATABLE READ an update of a row that another statement has just changed would fail, not wait.
+        """
         if connection.get_server_version().major < OLDEST:
             raise StoreUnavailableError(f"PostgreSQL {OLDEST} or newer is needed")
         encoding = await connection.fetchval("SHOW server_encoding")
@@ -221,12 +234,12 @@ class PostgresEngine(Store):
 
     @abstractmethod
     async def _prepare(self, connection: Any) -> None:
-        """Look at the tables, make those that are missing, and set `loss_class`."""
+        """Check the tables, create missing ones, and set `loss_class`."""
 
     async def _make(self, connection: Any, name: str, statements: Sequence[str]) -> None:
-        """Make a table of ours, and whatever else the statements make, unless it is there."""
+        """Run statements that create a table of ours, unless it exists. Raises `StoreLayoutError` if it may not."""
         async with connection.transaction():
-            # one at a time of those who open it first
+            # several servers may open the store at once, and CREATE TABLE IF NOT EXISTS may fail then
             await connection.execute("SELECT pg_advisory_xact_lock(hashtext('cagey-sessions'))")
             if await connection.fetchval("SELECT to_regclass($1)", name) is not None:
                 return
@@ -246,7 +259,10 @@ class PostgresEngine(Store):
                 ) from None
 
     async def _check_ours(self, connection: Any, name: str, layout: int, of: str = "") -> None:
-        """Refuse a table in the place of ours that is not, or is of a newer version, or may not be used."""
+        """Raise `StoreLayoutError` for a table that is not ours, is of a newer version, or may not be used.
+
+        `of` is the table that it is a side table of.
+        """
         comment = await connection.fetchval("SELECT obj_description($1::regclass, 'pg_class')", name)
         mark, _, found = (comment or "").partition(", layout ")
         found, _, whose = found.partition(", of ")
@@ -258,11 +274,12 @@ class PostgresEngine(Store):
         await self._check_may_use(connection, name)
 
     async def _check_may_use(self, connection: Any, name: str) -> None:
+        """Raise `StoreLayoutError` unless this database user may read and write a table."""
         if not await connection.fetchval(MAY_USE, name):
             raise StoreLayoutError(f"this user may not read and write {name}, or it is not there")
 
     async def _loss_class(self, connection: Any, *tables: str) -> str:
-        """What a crash may cost of what these tables have been given."""
+        """What a crash may lose of what was committed to some tables, by the settings of the server."""
         names = ("synchronous_commit", "synchronous_standby_names", "fsync")
         synchronous, standbys, fsync = [await connection.fetchval(f"SHOW {name}") for name in names]
         kinds = await connection.fetch(
@@ -287,34 +304,35 @@ class PostgresEngine(Store):
         try:
             await self._leases.end()
             if self._leases.owners:
+                # If a user was not released, other servers need not wait for the lease to run out.
                 with suppress(Exception):
-                    # nobody has to wait for users we have left behind
                     async with asyncio.timeout(self._timeout):
                         await connections.run(
                             lambda connection: connection.execute(self._sql(END_LEASES), self._leases.owners)
                         )
         finally:
             self._connections = None
-            self._drop_keeper()
+            self._drop_lease_connection()
             await connections.close()
 
     # Calls
 
     def abort(self, call: asyncio.Task[Any]) -> None:
-        """Close the connection under a call; what became of its statement is not known."""
+        """Close the connection of a call. The outcome of its statement is unknown."""
         if self._connections is not None:
             self._connections.abort(call)
 
     async def _run(self, work: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
+        """Await `work(connection)`, repeat it if PostgreSQL rolled it back, and raise errors of the store."""
         attempt = 0
         while True:
             attempt += 1
             if self._connections is None:
                 raise StoreUnavailableError(f"this {self.name} is not open")
             try:
-                return await self._connections.run(partial(_or_cut, work))
+                return await self._connections.run(partial(_run_or_cut, work))
             except (asyncpg.SerializationError, asyncpg.DeadlockDetectedError) as error:
-                if attempt == ATTEMPTS:  # it has been rolled back each time
+                if attempt == ATTEMPTS:
                     raise StoreUnavailableError(f"PostgreSQL: {error.args[0]}") from None
             except Exception as error:
                 raise _explained(error) from None
@@ -322,47 +340,49 @@ class PostgresEngine(Store):
     # Leases
 
     async def _send_renewal(self, owner: str) -> None:
+        """Renew the lease of an owner, on the connection that is for that alone, or on the program's pool."""
         renewal = self._sql(RENEW), owner, timedelta(seconds=self._lease)
         if self._connections is None:
             raise StoreUnavailableError(f"this {self.name} is not open")
         try:
             if self._given is not None:
-                await self._connections.run(partial(_or_cut, partial(self._renew, renewal)))
+                await self._connections.run(partial(_run_or_cut, partial(self._renew, renewal)))
                 return
-            if self._keeper is None or self._keeper.is_closed():
-                self._keeper = await self._connect("cagey-sessions lease")
+            if self._lease_connection is None or self._lease_connection.is_closed():
+                self._lease_connection = await self._connect("cagey-sessions lease")
                 if self._connections is None:
                     raise StoreUnavailableError(f"this {self.name} was closed meanwhile")
-            await _or_cut(partial(self._renew, renewal), self._keeper)
+            await _run_or_cut(partial(self._renew, renewal), self._lease_connection)
         except BaseException as error:
-            self._drop_keeper()
+            self._drop_lease_connection()
             raise _explained(error) from None
 
     async def _renew(self, renewal: tuple[Any, ...], connection: Any) -> None:
         await connection.execute(*renewal)
         before = self.incarnation
+        # read with each renewal, and so soon after a failover
         with suppress(asyncpg.PostgresError):  # some hosted servers have no such functions
             self.incarnation: str = await connection.fetchval(INCARNATION, self._is_unlogged)
         if before not in ("", self.incarnation):
-            # those we have may lead to the old primary, which goes on taking what will be lost
+            # Open connections may lead to the old primary. It may still accept writes, which nobody will ever read.
             if self._connections is not None:
                 self._connections.cut_all()
             if self._given is not None:
                 await self._given.expire_connections()
 
-    def _drop_keeper(self) -> None:
-        keeper, self._keeper = self._keeper, None
-        if keeper is not None:
-            keeper.terminate()
+    def _drop_lease_connection(self) -> None:
+        connection, self._lease_connection = self._lease_connection, None
+        if connection is not None:
+            connection.terminate()
 
     async def _doubt(self, connection: Any, owners: set[str]) -> None:
-        """Have owners whose lease has run out, or is not there, show that they live."""
+        """Put owners in doubt whose lease has expired or is missing: they have a third of a lease to renew it."""
         if owners:
             await connection.execute(self._sql(DOUBT), list(owners), timedelta(seconds=self._lease / 3))
 
 
 class _OfPool(Connections[Any]):
-    """Connections of somebody else's pool."""
+    """The connections of a pool that the program gave: taken from it for each call, and given back."""
 
     def __init__(self, pool: Any, name: str, **settings: Any) -> None:
         super().__init__(name, **settings)
@@ -372,16 +392,17 @@ class _OfPool(Connections[Any]):
         await self._pool.release(connection)
 
 
-async def _or_cut(work: Callable[[Any], Coroutine[Any, Any, T]], connection: Any) -> T:
+async def _run_or_cut(work: Callable[[Any], Coroutine[Any, Any, T]], connection: Any) -> T:
+    """Await `work(connection)`; after an error by which the connection is of no more use, close it."""
     try:
         return await work(connection)
     except (asyncpg.ReadOnlySQLTransactionError, asyncpg.InternalClientError):
-        _cut(connection)  # of a standby by now, or broken; a new one may do better
+        _cut(connection)  # its server has become a standby, or it is broken; a new one may reach the primary
         raise
     except AttributeError:
         if not connection.is_closed():
             raise
-        # cut between two messages of a call: for the second the driver looks for what it gave up with the connection
+        # It was cut between two messages of a call, and the driver uses an attribute that it has already dropped.
         raise asyncpg.InterfaceError("the connection was closed during the call") from None
 
 
@@ -390,8 +411,8 @@ def _is_live(connection: Any) -> bool:
 
 
 def _cut(connection: Any) -> None:
-    # not cancelled by a request: that could end the wait for a standby, and a repeat would take for saved what no
-    # standby has
+    # Without a request to cancel the statement: that could end its wait for a synchronous standby. The row would be
+    # there, a repeated save would be "already", and the standby might not have it.
     connection.terminate()
 
 
@@ -404,7 +425,7 @@ _UNREACHABLE = (
     TimeoutError,
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
-    asyncpg.InternalClientError,  # of a connection that the server ends while something is being sent
+    asyncpg.InternalClientError,  # raised if the server ends a connection while something is being sent
     asyncpg.OperatorInterventionError,
     asyncpg.InsufficientResourcesError,
     asyncpg.ReadOnlySQLTransactionError,
@@ -413,14 +434,15 @@ _UNREACHABLE = (
 
 
 def is_of_call(error: Exception) -> bool:
-    """Whether an error is of the call as a whole, and not of what was asked for."""
+    """Whether an error is about the connection or the server, and not about the rows of a statement."""
     return isinstance(error, (*_UNREACHABLE, asyncpg.SerializationError, asyncpg.DeadlockDetectedError))
 
 
 def _explained(error: BaseException) -> BaseException:
-    """What an error of the driver means for whoever has made the call.
+    """An error of the driver as an error of the store.
 
-    The driver's own error goes no further: its details quote rows, and what it says of a connection is of the DSN.
+    The driver's own error is not passed on, also not as a cause: its details quote rows, and what it says about a
+    connection quotes the DSN.
     """
     if isinstance(error, (CageySessionsError, asyncio.CancelledError)):
         return error
@@ -444,7 +466,7 @@ def _explained(error: BaseException) -> BaseException:
 
 
 def _refused(error: asyncpg.PostgresError) -> StoreUnavailableError | SettingsError:
-    """What an answer of the server to a new connection means."""
+    """The error for a server that refuses a new connection."""
     text = without_names(str(error.args[0]))
     if isinstance(error, (asyncpg.UndefinedObjectError, asyncpg.InvalidParameterValueError)):
         return SettingsError(
@@ -457,7 +479,7 @@ def _refused(error: asyncpg.PostgresError) -> StoreUnavailableError | SettingsEr
 
 
 def verdict_on(record: Record, row: Any, first_epoch: int = 1) -> Verdict:
-    """Why a record was not written, by the row of its user."""
+    """The verdict on a record that was not written, by the row of its user; None if there is no row."""
     if row is None:
         return Verdict(Outcome.MISSING)
     kept = StoredRow(row["epoch"], row["owner"], row["released"], row["version"], 0, None, None, row["erased"])

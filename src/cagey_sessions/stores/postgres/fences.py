@@ -1,10 +1,14 @@
-"""The fence around a table that is somebody's own. What lives here: where it is kept, and every statement that goes by
-it. What must not: a value of anybody, in any of these texts.
+"""The fence of `PostgresTable`: epochs, owners and versions of users whose data is in the program's own table.
 
-Beside the table, in one of ours, a row is written under its fence in one statement: the rows of the fence that hold are
-locked, the data is updated, and where it was, the fence is moved on. What another transaction has committed while a
-statement waited for a lock it sees only in the rows it locks: so what is read after a claim, and deleted after a lock,
-is so by a statement of its own.
+The fence is in a side table of ours, in columns that the program added to its table, or nowhere. The statements are
+written once, with names in braces that `fence_names` fills in for each of these; values are always parameters.
+
+With a side table a save is one statement: it locks the rows of the fence that allow the save, updates the data, and
+sets the new version in the fence where there was a row to update.
+
+In READ COMMITTED a statement that has waited for a lock sees the new version of the locked row, but of all other rows
+only what was committed before it began. So the data is read after the claim, and deleted after the lock, by a statement
+of its own.
 """
 
 from __future__ import annotations
@@ -54,11 +58,11 @@ LAYOUT = 1
 """The number of the layout of the side table, kept in its comment."""
 PREFIX = "cagey_sessions_fence_"
 FIELDS = ("epoch", "owner", "released", "version", "schema", "saved_at", "erased", "absent")
-"""`absent`: the user is claimed, and has no data; in the side table also no row."""
+"""The fields of a fence. `absent` says that the user is claimed and has no data; with a side table, also no row."""
 INSIDE = tuple(f"cagey_{field}" for field in FIELDS)
-"""What they are called where they are columns of the table itself."""
+"""Their names as columns of the program's table."""
 FIRST_EPOCH = {"side_table": 1, "columns": 0, "none": 0}
-"""The lowest epoch of a row; 0 where one is there that was never claimed."""
+"""The lowest epoch of a sound row; 0 if rows may exist that were never claimed."""
 
 SIDE_DDL = (
     "CREATE TABLE {fence} AS SELECT {key} AS user_id FROM {table} WITH NO DATA",
@@ -91,12 +95,13 @@ INSIDE_DDL = (
 )
 
 CLOCK = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
-# FOR SHARE, for a statement may have waited for a row: what it sees of the leases without it is as old as its beginning
+# FOR SHARE reads the leases as they are now; without it a statement that has waited for a row would see them as they
+# were when it began.
 IS_FREE = """(kept.{released} OR kept.{owner} = {who} OR EXISTS (SELECT FROM {nodes} AS nodes
         WHERE nodes.owner = kept.{owner} AND nodes.doubted AND nodes.alive_until < clock_timestamp() FOR SHARE))"""
 HOLDS = """kept.{epoch} = batch.epoch AND kept.{owner} = batch.owner AND kept.{version} < batch.version
         AND kept.{version} >= 0 AND NOT kept.{released} AND NOT kept.{erased}"""
-# What `PostgresTable.refusal` says of a row that was read, of one that is to be changed.
+# The checks of `PostgresTable._kept`, in SQL, for a row that is to be changed.
 IS_FENCE_SOUND = f"""(kept.{{epoch}} BETWEEN {{first_epoch}} AND {MAX_NUMBER - 1}
         AND kept.{{version}} BETWEEN 0 AND {MAX_NUMBER - 1} AND kept.{{released}} IS NOT NULL
         AND kept.{{erased}} IS NOT NULL AND kept.{{absent}} IS NOT NULL AND (kept.{{released}} OR kept.{{owner}} <> '')
@@ -109,7 +114,7 @@ MOVES = """{released} = batch.release, {version} = batch.version, {schema} = bat
 BATCH = """unnest($1::{keys}, $2::bigint[], $3::text[], $4::bigint[], $5::bigint[], $6::float8[], $7::boolean[]{arrays})
         AS batch (user_id, epoch, owner, version, schema, saved_at, release{fields})"""
 
-# A new row begins above any epoch there ever was: at the clock, in microseconds.
+# A new row gets an epoch above all that were ever given: the clock, in microseconds.
 CLAIM = """INSERT INTO {fence} AS kept
         ({id}, {epoch}, {owner}, {released}, {version}, {schema}, {erased}, {absent})
     SELECT user_id, {clock}, $2, false, 0, 0, false, true FROM unnest($1::{keys}) AS batch (user_id) ORDER BY user_id
@@ -165,14 +170,15 @@ RELEASE_REPEATED = """UPDATE {fence} AS kept SET {released} = true
     FROM unnest($1::{keys}, $2::bigint[], $3::text[], $4::bigint[]) AS batch (user_id, epoch, owner, version)
     WHERE kept.{id} = batch.user_id AND kept.{epoch} = batch.epoch AND kept.{owner} = batch.owner
         AND kept.{version} = batch.version AND NOT kept.{released} AND NOT kept.{erased} AND {is_fence_sound}"""
-# not if there has been an erasure: who had the user then must not find them missing, and save them again
+# Not after an erasure (then saved_at is set): a server that had the user would find the row missing, and save the user
+# again.
 DELETE_UNSAVED = """DELETE FROM {fence} AS kept USING unnest($1::{keys}, $2::bigint[]) AS batch (user_id, epoch)
     WHERE kept.{id} = batch.user_id AND kept.{epoch} = batch.epoch AND kept.{released} AND kept.{absent}
         AND NOT kept.{erased} AND kept.{version} = 0 AND kept.{saved_at} IS NULL"""
 
 ENSURE = """INSERT INTO {fence} ({id}, {epoch}, {owner}, {released}, {version}, {schema}, {erased}, {absent})
     SELECT {key}, {clock}, '', true, 0, 0, false, false FROM {table} WHERE {key} = $1 ON CONFLICT DO NOTHING"""
-# Of a damaged row it may not be told who has it, or after which epoch the erasure comes.
+# In a damaged row the owner and the epoch may be unusable; the erasure then needs no owner, and takes a new epoch.
 LOCK = f"""SELECT kept.{{absent}} AS absent,
         CASE WHEN kept.{{epoch}} BETWEEN 0 AND {LAST_CLAIMED - 1} THEN kept.{{epoch}} ELSE {{clock}} END AS epoch
     FROM {{fence}} AS kept
@@ -203,12 +209,15 @@ INSERT_ALONE = """INSERT INTO {table} ({key}{columns})
 
 
 def side_table(table: str, schema: str) -> str:
-    """The name of the side table of a table, quoted. A name that is too long is cut; the comment tells them apart."""
+    """The name of the side table of a table, quoted.
+
+    A name that is too long is cut off, so that two tables may have the same one; the comment says whose it is.
+    """
     return f"{quoted(schema)}.{quoted((PREFIX + table).encode()[:63].decode(errors='ignore'))}"
 
 
 def ddl(fence: str, table: str, key: str, side: str) -> list[str]:
-    """What makes the fence of a table; all names are quoted, but for the kind of the fence."""
+    """The statements that create the fence of a table. `fence` is its kind; all other names are quoted."""
     if fence == "columns":
         return [statement.format(table=table) for statement in INSIDE_DDL]
     texts = {
@@ -224,7 +233,7 @@ def _literal(text: str) -> str:
 
 
 def fence_names(fence: str, own: OwnTable, side: str, nodes: str) -> dict[str, str]:
-    """What statements are written with in place of a name in braces."""
+    """What to put into statements for the names in braces."""
     names = own_names(own, 2 if fence == "none" else 8)
     inside = fence == "columns"
     names |= dict(zip(FIELDS, INSIDE if inside else FIELDS, strict=True))

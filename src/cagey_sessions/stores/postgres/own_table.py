@@ -1,8 +1,10 @@
-"""Users in a table of PostgreSQL that is somebody's own. What lives here: the store, and which statement comes when.
-What must not: the statements, the catalog, and what connections and leases are.
+"""`PostgresTable`: users in a table of PostgreSQL that belongs to the program.
 
-Their table stays theirs: nothing but the listed columns is ever set, and nothing of the table is changed. A row that
-is missing is inserted only if it was missing at the claim; one that goes later is reported first.
+The table stays the program's: only the listed columns are ever set, and its definition is never changed. A row is
+inserted only if there was none when the user was claimed. If one is deleted later, the user is reported as missing
+first.
+
+The statements are in `fences.py`, the columns and their values in `catalog.py`, connections and leases in `engine.py`.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ _REFUSALS = (
     asyncpg.IntegrityConstraintViolationError,
     asyncpg.PLPGSQLError,
 )
-"""Of one row for good; nothing of the statement is left, and PostgreSQL does not say which row it was."""
+"""Errors because of one row, which will never be accepted. PostgreSQL has undone the statement, and does not say which
+row it was."""
 
 _WRITES = {
     "side_table": (sql.SAVE_BESIDE, sql.INSERT_BESIDE),
@@ -55,6 +58,8 @@ Insert = Callable[[Any, "int | str", Any], Awaitable[object]]
 
 
 class _Row(NamedTuple):
+    """A record to be saved: its key, the values of the listed columns, and the record itself."""
+
     key: Any
     values: tuple[Any, ...]
     record: Record
@@ -127,10 +132,10 @@ class PostgresTable(PostgresEngine):
         self._given_bodies = GivenBodies()
         self._epoch = 0
         self._new: set[int | str] = set()
-        """Without a fence: users who had no row when they were claimed."""
+        """Without a fence: the users who had no row when they were claimed."""
 
     def ddl(self) -> list[str]:
-        """The statements that create what the fence needs, in order; with ``fence="columns"`` you run them yourself."""
+        """Return the statements that create what the fence needs; with ``fence="columns"`` you run them yourself."""
         if not self.uses_leases:
             return []
         return [SCHEMA.format(schema=quoted(self._schema)), *self._fence_ddl(), NODES.format(**self._names)]
@@ -139,11 +144,14 @@ class PostgresTable(PostgresEngine):
         return sql.ddl(self._fence, self._table, quoted(self._key_name), self._side)
 
     def key_of(self, user_id: int | str) -> int | str:
-        """What the key column has for a user; the id itself. Override both, one the inverse of the other, where not."""
+        """Return the value of the key column for a user.
+
+        It is the id itself. If your keys are something else, override this and `user_id_of`, its inverse.
+        """
         return user_id
 
     def user_id_of(self, key: int | str) -> int | str:
-        """Whose row has this key."""
+        """Return the user whose row has a key; the inverse of `key_of`."""
         return key
 
     # Opening
@@ -168,12 +176,12 @@ class PostgresTable(PostgresEngine):
             await self._check_may_use(connection, nodes)
         self._names = sql.fence_names(self._fence, own, self._side, nodes)
         self._statements.clear()
-        await self._try_out(connection, own)
+        await self._check_statements(connection, own)
         self.loss_class: str = await self._loss_class(connection, *tables)
         self._own = own
 
-    async def _try_out(self, connection: Any, own: OwnTable) -> None:
-        """Have PostgreSQL look at the statements, and whether this user may carry them out."""
+    async def _check_statements(self, connection: Any, own: OwnTable) -> None:
+        """Run the statements with nothing in them: PostgreSQL checks the columns, and what this user may do."""
         arrays: list[list[Any]] = [[] for _ in own.columns]
         await connection.fetch(self._sql(sql.READ), [])
         if not self.fenced:
@@ -199,7 +207,7 @@ class PostgresTable(PostgresEngine):
     async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> Answers:
         if not user_ids:
             return []
-        keys = {self._key(user_id): user_id for user_id in user_ids}  # before anything has changed
+        keys = {self._key(user_id): user_id for user_id in user_ids}  # first, because it may raise
         if len(keys) < len(user_ids):
             raise StoreContractError("key_of has given two users the same key")
         if not self.fenced:
@@ -215,7 +223,12 @@ class PostgresTable(PostgresEngine):
     async def _claim(
         self, connection: Any, left: list[Any], keys: dict[Any, int | str], owner: str
     ) -> dict[Any, Claim | StoreError]:
-        own = self._table_at_hand()
+        """Claim users in the fence, then read their rows; returns the answers that are known.
+
+        In this order, because a row that is read before its user is claimed may be out of date. If a user was released
+        between the statements there is no answer, and the claim has to be repeated.
+        """
+        own = self._open_table()
         claims: dict[Any, Claim | StoreError] = {}
         granted = {row["user_id"]: row for row in await connection.fetch(self._sql(sql.CLAIM), left, owner)}
         if granted:
@@ -228,7 +241,7 @@ class PostgresTable(PostgresEngine):
                 if absent != row["absent"] or (body is None and row["version"]):
                     to_settle.append((key, row["epoch"], absent, body is None))
                 claims[key] = Claim(keys[key], row["epoch"], self._record(keys[key], row, owner, body))
-            if to_settle:  # versions of who is new begin anew
+            if to_settle:  # the fence does not agree with the row: note whether there is one, and begin versions anew
                 await connection.execute(self._sql(sql.SETTLE), *map(list, zip(*to_settle, strict=True)), owner)
         if len(granted) < len(left):
             holders = set()
@@ -237,18 +250,19 @@ class PostgresTable(PostgresEngine):
                 if not is_sound:
                     fence = await connection.fetchrow(self._sql(sql.FENCE), key)
                     refusal = None if fence is None else self._refusal(keys[key], fence)
-                    if refusal is not None:  # else it has been mended meanwhile
+                    if refusal is not None:  # else it was repaired meanwhile
                         claims[key] = refusal
-                elif holder not in ("", owner):  # else it has been released meanwhile
+                elif holder not in ("", owner):  # else it was released meanwhile
                     claims[key] = Claim(keys[key], epoch, None, holder)
                     holders.add(holder)
             await self._doubt(connection, holders)
         return claims
 
     def _kept(self, user_id: int | str, fence: Any) -> StoredRow:
-        """What the fence has of a user, as if there were data, which belongs to others and may be there or not.
+        """The fence of a user as a row for the checks of `StoredRow`, which wants a body, a version and a time.
 
-        Who was never saved from here has no time, and version 0. Raises `CorruptRecordError`.
+        The fence has no body: that is in the program's table. For a user whom only others have written it has version 0
+        and no time. Raises `CorruptRecordError` if the fence is damaged.
         """
         epoch, owner, released, version, schema, saved_at, erased, absent = (fence[field] for field in sql.FIELDS)
         kept = StoredRow(epoch, owner, released, version, schema, None, saved_at, erased)
@@ -264,7 +278,7 @@ class PostgresTable(PostgresEngine):
         return kept
 
     def _refusal(self, user_id: int | str, fence: Any) -> CorruptRecordError | None:
-        """Why nobody may claim a user; None if that is no fault of the fence."""
+        """The error for a claim that a damaged fence does not allow to anybody; None if the fence is sound."""
         try:
             return self._kept(user_id, fence).claim_refusal(user_id)
         except CorruptRecordError as error:
@@ -273,12 +287,13 @@ class PostgresTable(PostgresEngine):
     def _record(self, user_id: int | str, row: Any, owner: str, body: bytes | None) -> Record | None:
         if body is None:
             return None
-        version = max(row["version"], 1)  # 0: written by others alone
+        version = max(row["version"], 1)  # 0 if only others have written the row; a record begins with 1
         body = self._given_bodies.as_given(user_id, version, body)
         return Record(user_id, row["epoch"], owner, version, row["schema"], body, row["saved_at"] or 0.0)
 
     async def _claim_alone(self, connection: Any, keys: dict[Any, int | str], owner: str) -> dict[Any, Claim]:
-        own = self._table_at_hand()
+        """Claim users without a fence: read their rows, and grant everything."""
+        own = self._open_table()
         claims = {}
         found = {row["user_id"]: row for row in await connection.fetch(self._sql(sql.READ), list(keys))}
         for key, user_id in keys.items():
@@ -298,15 +313,16 @@ class PostgresTable(PostgresEngine):
         rows = []
         for user_id, record in latest.items():
             try:
-                rows.append(_Row(self._key(user_id), self._table_at_hand().sent(record.body), record))
+                rows.append(_Row(self._key(user_id), self._open_table().sent(record.body), record))
             except (UnfitError, RecordError) as error:
                 verdicts[user_id] = Verdict(Outcome.INVALID, str(error))
-        rows.sort(key=lambda row: row.key)  # the same order everywhere: two batches do not wait for each other
+        rows.sort(key=lambda row: row.key)  # all servers lock rows in the same order, so two batches cannot deadlock
         if rows:
             verdicts |= await self._run(lambda connection: self._save(connection, rows))
         return [verdicts[record.user_id] for record in records]
 
     async def _save(self, connection: Any, rows: list[_Row]) -> dict[int | str, Verdict]:
+        """Update the rows of a batch, look up why some were not written, and insert those that are new."""
         verdicts: dict[int | str, Verdict] = {}
         await self._write(connection, self._save_sql, rows, verdicts)
         if left := [row for row in rows if row.record.user_id not in verdicts]:
@@ -316,18 +332,22 @@ class PostgresTable(PostgresEngine):
         for row in rows:
             record = row.record
             if verdicts[record.user_id].outcome is Outcome.SAVED:
-                self._remember(record)
+                self._remember_body(record)
         return verdicts
 
     async def _write(
         self, connection: Any, statement: str, rows: list[_Row], verdicts: dict[int | str, Verdict]
     ) -> None:
-        """Write rows, those that are refused each by itself; who was not written gets no verdict."""
+        """Write rows by one statement, and add the verdicts of those that were written or are refused for good.
+
+        If the table refuses a row, the batch is halved until that row is alone. A row that the statement did not find,
+        or that its fence did not allow, gets no verdict here.
+        """
         try:
             found = await connection.fetch(self._sql(statement), *self._arrays(rows))
         except _REFUSALS as error:
             if len(rows) == 1:
-                verdicts[rows[0].record.user_id] = Verdict(Outcome.INVALID, self._table_at_hand().reason(error))
+                verdicts[rows[0].record.user_id] = Verdict(Outcome.INVALID, self._open_table().reason(error))
                 return
             middle = len(rows) // 2
             await self._write(connection, statement, rows[:middle], verdicts)
@@ -345,21 +365,21 @@ class PostgresTable(PostgresEngine):
         return [keys, epochs, owners, versions, schemas, times, releases, *columns]
 
     async def _look(self, connection: Any, rows: list[_Row], verdicts: dict[int | str, Verdict]) -> list[_Row]:
-        """See why rows were not written; those that are to be inserted come back."""
+        """Find out why rows were not updated, and add their verdicts; returns the rows that are to be inserted."""
         new, repeated = [], []
         keys = [row.key for row in rows]
         kept = {row["user_id"]: row for row in await connection.fetch(self._sql(sql.LOOK), keys)}
         for row in rows:
             record, found = row.record, kept.get(row.key)
             verdict = verdict_on(record, found, sql.FIRST_EPOCH[self._fence])
-            if found is not None and verdict.outcome is Outcome.FAILED:  # it is not the fence
+            if found is not None and verdict.outcome is Outcome.FAILED:  # the fence allows it: the row is the reason
                 if not found["there"] and found["absent"]:
                     new.append(row)
                     continue
                 verdict = _HELD_BACK if found["there"] else Verdict(Outcome.MISSING)
             elif found is not None and verdict.outcome is Outcome.ALREADY and record.version == found["version"]:
-                self._remember(record)
-                if record.release:  # a repeat that comes late releases nothing
+                self._remember_body(record)
+                if record.release:  # only here: a lower version has come late, and must not release the user
                     repeated.append((row.key, record.epoch, record.owner, record.version))
             verdicts[record.user_id] = verdict
         if repeated:
@@ -367,6 +387,7 @@ class PostgresTable(PostgresEngine):
         return new
 
     async def _look_alone(self, connection: Any, rows: list[_Row], verdicts: dict[int | str, Verdict]) -> list[_Row]:
+        """As `_look`, without a fence."""
         new = [row for row in rows if row.record.user_id in self._new]
         others = [row for row in rows if row.record.user_id not in self._new]
         found = await connection.fetch(self._sql(sql.READ), [row.key for row in others])
@@ -378,7 +399,7 @@ class PostgresTable(PostgresEngine):
         if self._insert is not None:
             for row in rows:
                 verdicts[row.record.user_id] = await self._insert_one(connection, self._insert, row)
-        elif self._table_at_hand().makes_keys:
+        elif self._open_table().makes_keys:
             reason = (
                 "the key of a new row is GENERATED ALWAYS: give PostgresTable insert=, a function that makes the row"
             )
@@ -390,6 +411,7 @@ class PostgresTable(PostgresEngine):
                 self._new.discard(row.record.user_id)
 
     async def _insert_one(self, connection: Any, insert: Insert, row: _Row) -> Verdict:
+        """Have the program's `insert` make a row, and set the listed columns, in one transaction under the fence."""
         record = row.record
         try:
             async with connection.transaction():
@@ -403,26 +425,29 @@ class PostgresTable(PostgresEngine):
         except _NoRowError:
             return Verdict(Outcome.FAILED, "insert made no row with the key of this user")
         except _REFUSALS as error:
-            return Verdict(Outcome.INVALID, self._table_at_hand().reason(error))
+            return Verdict(Outcome.INVALID, self._open_table().reason(error))
         except Exception as error:
             if connection.is_closed() or (is_of_call(error) and not isinstance(error, (OSError, TimeoutError))):
-                raise  # else it is of something else that the function uses
+                raise  # an OSError alone may be about something else that the program's function uses
             return Verdict(Outcome.FAILED, f"insert raised {type(error).__name__}")
         return _SAVED
 
-    def _remember(self, record: Record) -> None:
-        if self.fenced and not self._table_at_hand().keeps_bytes:
+    def _remember_body(self, record: Record) -> None:
+        """Keep the bytes of a saved record, if the table would give others back."""
+        if self.fenced and not self._open_table().keeps_bytes:
             self._given_bodies.add(record)
 
     # The rest
 
-    def _table_at_hand(self) -> OwnTable:
+    def _open_table(self) -> OwnTable:
+        """The table, as it was found when the store was opened. Raises `StoreUnavailableError` if it is not open."""
         if self._own is None or self._state != "open":
             raise StoreUnavailableError(f"this {self.name} is not open")
         return self._own
 
     def _key(self, user_id: int | str) -> Any:
-        own = self._table_at_hand()
+        """The key of a user. Raises `RecordError` if the key column cannot hold it."""
+        own = self._open_table()
         try:
             return own.check_key(self.key_of(user_id))
         except UnfitError as error:
@@ -441,7 +466,7 @@ class PostgresTable(PostgresEngine):
             rows = await connection.fetch(self._sql(sql.RELEASE), keys, [epochs[key] for key in keys], owner)
             absent = [row["user_id"] for row in rows if row["absent"]]
             if absent and self._fence == "side_table":  # the rows of their table are not ours to delete
-                with suppress(asyncpg.PostgresError):  # they are released all the same
+                with suppress(asyncpg.PostgresError):  # the rows of the fence only take up space
                     await connection.execute(self._sql(sql.DELETE_UNSAVED), absent, [epochs[key] for key in absent])
             return {row["user_id"] for row in rows}
 
@@ -449,9 +474,10 @@ class PostgresTable(PostgresEngine):
         return [key in released for key in epochs]
 
     async def erase(self, user_id: int | str, owner: str = "") -> bool:
-        """Delete the user's row, with all its columns. Returns whether there was one.
+        """Delete the user's row, with all its columns; returns whether there was one.
 
-        What is left is the fence: the id, and that it was erased.
+        The fence keeps the id, and that it was erased. Raises `StoreError` if a trigger prevents it, and
+        `OwnedElsewhereError` while a live owner other than `owner` has the user.
         """
         key = self._key(user_id)
 
@@ -477,7 +503,7 @@ class PostgresTable(PostgresEngine):
                     return False
                 holder = holders[0]["holder"]
                 if holder in ("", owner):
-                    continue  # it has been released meanwhile
+                    continue  # it was released meanwhile
                 await self._doubt(connection, {holder})
                 raise OwnedElsewhereError(
                     f"user {quote(user_id)} is on another server ({holder}) and cannot be erased now",
@@ -495,12 +521,13 @@ class PostgresTable(PostgresEngine):
         return None if row is None else self._loaded(row)
 
     def _loaded(self, row: Any) -> Record | None:
+        """The record of a row that was read with its fence; None if it has no data."""
         user_id = self.user_id_of(row["user_id"])
         if not row["is_fenced"]:
-            body = self._table_at_hand().body(row, was_saved=False)
+            body = self._open_table().body(row, was_saved=False)
             return None if body is None else Record(user_id, 0, "", 1, 0, body, 0.0)
         self._kept(user_id, row)
-        body = self._table_at_hand().body(row, row["version"] > 0)
+        body = self._open_table().body(row, row["version"] > 0)
         return self._record(user_id, row, "" if row["released"] else row["owner"], body)
 
     async def holder(self, user_id: int | str) -> tuple[str, int]:
@@ -514,7 +541,7 @@ class PostgresTable(PostgresEngine):
         return "" if row["released"] else row["owner"], row["epoch"]
 
     async def scan(self) -> AsyncIterator[Record | StoreError]:
-        """All users with data, including those never saved from here."""
+        """As `Store.scan`: all users with data, including those who were never saved by this library."""
         statement = self._load_sql + sql.FIRST_PAGE
         last: list[Any] = []
 
@@ -537,7 +564,7 @@ class PostgresTable(PostgresEngine):
 
 
 class _NoRowError(Exception):
-    """Undoes a transaction."""
+    """Raised to undo a transaction: `insert` returned, but there is no row with the user's key."""
 
 
 _HELD_BACK = Verdict(Outcome.FAILED, "the row was changed at the same moment, or a trigger of the table held it back")

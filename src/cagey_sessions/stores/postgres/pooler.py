@@ -1,6 +1,8 @@
-"""A pooler between us and PostgreSQL, such as PgBouncer, which may give each transaction another session of the server.
-What lives here: how one is seen, what is not to be sent through it, and statements that depend on no session. What must
-not: any statement about users.
+"""Poolers in front of PostgreSQL, such as PgBouncer, which may run each transaction in another session of the server.
+
+Settings and prepared statements belong to a session, so a connection through such a pooler may find neither. This
+module detects a pooler, refuses a pool of the program's whose prepared statements would get mixed up, and sends
+statements in a form that needs no session.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ __all__ = ["SHARED_STATEMENTS", "Unattached", "driver_of", "is_pooled", "refuse_
 T = TypeVar("T")
 
 LOOKS = 5
-"""How often it is seen whether two clients get one session; what others do at the same time may hide it once."""
+"""How often it is tried whether two clients get the same session; other clients of the pooler may hide it once."""
 SHARED_STATEMENTS = (
     "a pooler gives each transaction another session of PostgreSQL, and asyncpg looks for statements where it has not "
     "prepared them: make the pool with statement_cache_size=0, or give the store a DSN"
@@ -26,9 +28,9 @@ SHARED_STATEMENTS = (
 
 
 class Unattached:
-    """A connection whose statements each find all they need, in whichever session they are carried out.
+    """A connection whose statements may each run in a different session of the server.
 
-    Each is sent in a transaction of its own, with the `settings` that are otherwise those of the session.
+    Each statement is sent in a transaction of its own, which begins with the `settings` that a session would have.
     """
 
     def __init__(self, driver: Any, settings: dict[str, str]) -> None:
@@ -65,30 +67,31 @@ class Unattached:
         except asyncpg.PostgresError:
             if not self.driver.is_closed():
                 await self.driver.execute("ROLLBACK")
-            raise  # after any other error the connection is not used again
+            raise  # after any other error the connection is not used again, and need not be rolled back
         await self.driver.execute("COMMIT")
         return result
 
 
 def driver_of(connection: Any) -> Any:
-    """The connection of the driver itself, for code that is not ours."""
+    """The driver's own connection, to give to functions of the program."""
     return connection.driver if isinstance(connection, Unattached) else connection
 
 
 async def is_pooled(connection: Any) -> bool:
-    """Whether a connection leads to a pooler: it has a number of its own, which is not that of the server's process.
+    """Whether a connection leads to a pooler: the process id that it was told is not that of the server's process.
 
-    In a transaction, or without a statement cache.
+    To be called in a transaction, or on a connection without a statement cache: the query itself must not be prepared
+    in a session that another client may get.
     """
     return bool(connection.get_server_pid() != await connection.fetchval("SELECT pg_backend_pid()"))
 
 
 async def refuse_shared_statements(pool: Any, connection: Any) -> None:
-    """Refuse a pool that keeps prepared statements, if those of several clients come together in one session.
+    """Raise `OptionError` for a pool that keeps prepared statements, if those of several clients share a session.
 
-    By the names that the driver gives them a client may then find another's statement in the place of its own. Raises
-    `OptionError`. A pooler that keeps them apart, as PgBouncer does with ``max_prepared_statements``, gives them other
-    names.
+    The driver numbers its statements, so a client would find another client's statement under the name of its own. A
+    pooler that keeps them apart, as PgBouncer does with ``max_prepared_statements``, gives them names of its own, by
+    which it is recognized here.
     """
     mark = secrets.token_hex(8)
     try:
@@ -111,8 +114,8 @@ async def refuse_shared_statements(pool: Any, connection: Any) -> None:
 
 
 async def _is_shared(connection: Any, other: Any, mark: str) -> bool:
-    """Whether another client gets the session of this one, or this one does not keep it."""
-    # what has no arguments is sent by `execute` as it is, without a prepared statement
+    """Whether another client gets the session of this one, or this client does not keep its session."""
+    # `execute` sends a statement without arguments as it is, without preparing it
     has_mark = f"SELECT FROM current_setting('cagey_sessions.mark', true) AS mark WHERE mark = '{mark}'"
     for _ in range(LOOKS):
         await connection.execute(f"SET cagey_sessions.mark = '{mark}'")

@@ -1,7 +1,7 @@
-"""What may be wrong with a DSN of PostgreSQL before anything is connected to. What lives here: the parameters whose
-values are known, and the files of TLS. What must not: a connection, and a value of a DSN in any text.
+"""Finds what is wrong with a DSN of PostgreSQL before anything is connected to: parameters, and the files of TLS.
 
-The driver raises for these what it raises for a server that is not there, or quotes the value.
+For such faults the driver raises the errors of a server that cannot be reached, or quotes the value, which may be a
+part of the password. The texts here name the parameter, and quote no value.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _IN_ENVIRONMENT = {
     "ssl_max_protocol_version": "PGSSLMAXPROTOCOLVERSION",
     "target_session_attrs": "PGTARGETSESSIONATTRS",
 }
-"""What a parameter of the DSN is called there, where it is not just in capitals after PG."""
+"""The environment variables of parameters, where they are not PG and the name in capitals."""
 _OF_USER = Path("~/.postgresql")
-"""Where libpq, too, looks for the files of TLS that nobody names."""
+"""Where libpq and the driver look for the files of TLS that are not named."""
 
 
 def settings_fault(dsn: str, error: Exception) -> str:
-    """Why the driver has not even tried to connect; empty if it has, and this error is of that."""
+    """Why the driver could not even try to connect; empty if it tried, and `error` is the outcome of that."""
     try:
         given = {name: values[-1] for name, values in parse_qs(urlsplit(dsn).query).items()}
     except ValueError:
@@ -64,11 +64,12 @@ def settings_fault(dsn: str, error: Exception) -> str:
 
 
 def _in_environment(name: str) -> str:
+    """The environment variable for a parameter of the DSN."""
     return _IN_ENVIRONMENT.get(name, f"PG{name.upper()}")
 
 
 def _tls_fault(mode: str, setting: Callable[[str], str | None]) -> str:
-    """What is wrong with the files of TLS, as far as they are needed."""
+    """What is wrong with the files of TLS that `mode` needs; empty if nothing is."""
     if mode == "disable":
         return ""
     authorities: dict[str, str] = {}

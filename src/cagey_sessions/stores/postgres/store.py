@@ -1,9 +1,10 @@
-"""Users in PostgreSQL, in a table of ours. What lives here: the table, and the statements about users. What must not:
-SQL that is put together from values, and how calls and leases work.
+"""`PostgresStore`: users in PostgreSQL, in a table of ours. The table, and the statements about users.
 
-Everything a batch needs is one statement over arrays (``unnest``), with the fence in its WHERE: a row changes only
-under the epoch and the owner it was claimed with. The few rows that were not written are looked at by a second one.
-Several servers share the table; when the owner of a user is dead is said in `postgres_engine`.
+A batch is one statement over arrays (``unnest``), with the fence in its WHERE: a row is changed only under the epoch
+and the owner of its claim. If some rows were not written, a second statement reads them to tell why. No statement is
+put together from values.
+
+Several servers share the table. When the owner of a user counts as dead is explained in `engine.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ __all__ = ["PostgresStore"]
 LAYOUT = 1
 """The number of the layout below, kept in the comment of the table."""
 ROWS_IN_A_SCAN = 100
+# fillfactor: half of each page is left free, so that a row that is saved again stays in its page, and its index entry
+# need not change
 DDL = (
     """CREATE TABLE {users} (
     -- 7 is a number, "7" is text
@@ -42,8 +45,6 @@ DDL = (
 ) WITH (fillfactor = 50)""",
     "COMMENT ON TABLE {users} IS 'cagey-sessions, layout {layout}'",
 )
-"""Half of each page is left free, so that a row that is saved again stays in its page and the index is not touched."""
-
 COLUMNS: dict[str, tuple[str, ...]] = {
     "user_id": ("text",),
     "epoch": ("bigint",),
@@ -55,11 +56,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "saved_at": ("double precision",),
     "erased": ("boolean",),
 }
-"""What each is of. Whether they are NOT NULL was up to whoever has made the table."""
+"""The types that each column may have. NOT NULL is not checked: the program may have created the table itself."""
 TYPES = """SELECT attname, format_type(atttypid, NULL) FROM pg_attribute
     WHERE attrelid = $1::regclass AND attnum > 0 AND NOT attisdropped"""
 
-# What `StoredRow` says of a row that was read, of one that is to be changed.
+# The checks of `StoredRow`, in SQL, for a row that is to be changed.
 IS_FENCE_SOUND = f"""(kept.epoch BETWEEN 1 AND {MAX_NUMBER - 1} AND kept.version BETWEEN 0 AND {MAX_NUMBER - 1}
     AND kept.released IS NOT NULL AND kept.erased IS NOT NULL AND (kept.released OR kept.owner <> '')
     AND (kept.released OR NOT kept.erased)) IS TRUE"""
@@ -69,8 +70,9 @@ IS_SOUND = f"""({IS_FENCE_SOUND} AND CASE WHEN kept.body IS NULL THEN kept.versi
 MAY_BE_CLAIMED = f"({IS_SOUND} AND kept.epoch <= {LAST_CLAIMED} AND kept.version <= {LAST_CLAIMED})"
 FIELDS = "kept.epoch, kept.owner, kept.released, kept.version, kept.schema, kept.body::text, kept.saved_at, kept.erased"
 
-# A new row begins above any epoch there ever was: at the clock, in microseconds. FOR SHARE, for a statement may have
-# waited for a row: what it sees of the leases without it is as old as its beginning.
+# A new row gets an epoch above all that were ever given, the clock in microseconds: the row of a user may have been
+# deleted. FOR SHARE reads the leases as they are now; without it a statement that has waited for a row would see them
+# as they were when it began.
 CLAIM = """INSERT INTO {users} AS kept
     SELECT user_id, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, $2, false, 0, 0, NULL, NULL, false
         FROM unnest($1::text[]) AS batch (user_id) ORDER BY user_id COLLATE "C"
@@ -81,8 +83,8 @@ CLAIM = """INSERT INTO {users} AS kept
     RETURNING user_id, epoch, version, schema, body::text, saved_at"""
 HOLDERS = """SELECT user_id, CASE WHEN released THEN '' ELSE owner END AS holder, epoch, {may_be_claimed} AS is_sound
     FROM {users} AS kept WHERE user_id = ANY ($1::text[])"""
-# Arrays are what a save costs here, most of all those of numbers: what is commonly the same for all rows is none of
-# them. Who was written is told only where somebody was not.
+# Most of the time of a save goes into arrays, those of numbers above all. So values that are the same for all rows are
+# no arrays, and the users that were written are returned only if some were not.
 SAVE = """WITH saved AS (
         UPDATE {users} AS kept SET released = batch.user_id = ANY ($8::text[]), version = batch.version, schema = $7,
             body = batch.body::json, saved_at = batch.saved_at
@@ -102,11 +104,12 @@ RELEASE_REPEATED = """UPDATE {users} AS kept SET released = true
     FROM unnest($1::text[], $2::bigint[], $3::bigint[]) AS batch (user_id, epoch, version)
     WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.version = batch.version
         AND kept.owner = $4 AND NOT kept.released AND NOT kept.erased AND {is_fence_sound}"""
-# not if there has been an erasure: who had the user then must not find them missing, and save them again
+# Not after an erasure (then saved_at is set): a server that had the user would find the row missing, and save the user
+# again.
 DELETE_UNSAVED = """DELETE FROM {users} AS kept USING unnest($1::text[], $2::bigint[]) AS batch (user_id, epoch)
     WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.released AND kept.body IS NULL
         AND NOT kept.erased AND kept.version = 0 AND kept.saved_at IS NULL"""
-# Of a damaged row it may not be told who has it, or after which epoch the erasure comes.
+# In a damaged row the owner and the epoch may be unusable; the erasure then needs no owner, and takes a new epoch.
 ERASE = f"""UPDATE {{users}} AS kept SET epoch = CASE WHEN epoch BETWEEN 1 AND {LAST_CLAIMED - 1} THEN epoch + 1
             ELSE (extract(epoch FROM clock_timestamp()) * 1000000)::bigint END,
         owner = coalesce(owner, ''), released = true, version = 0, schema = 0, body = NULL,
@@ -129,19 +132,19 @@ def _row(fields: Sequence[Any]) -> StoredRow:
 
 
 _Row = tuple[str, str, Record]
-"""What is to be saved: the key, the body as text, and all of it."""
+"""A record to be saved: its key, its body as text, and the record itself."""
 
 
 class PostgresStore(PostgresEngine):
-    """Users in one table of PostgreSQL 15 or newer, for as many servers as you like.
+    """Users in one table of PostgreSQL 15 or newer, shared by any number of servers.
 
-    `dsn` says where it is, as asyncpg and libpq understand it; without it, and without `pool`, the environment does
-    (``PGHOST``, ``PGUSER``, ...). With `pool`, an ``asyncpg.Pool`` of yours, calls go through that, and it stays open.
-    `schema` is the schema of the table ``cagey_sessions``, which is created at `open` unless `create` is false: then
-    create it yourself, with the statements of `ddl`. The connection of a call that takes longer than `timeout`
-    (seconds, or a text such as "10s") is closed, with an unknown outcome. A server that dies keeps its users from
-    others until `lease` has run out, and then for a third of it after another server first asks; asking before that
-    begins nothing. With a shorter lease a server that stalls loses them sooner.
+    `dsn` says where the database is, as asyncpg and libpq understand it. Without it, and without `pool`, the
+    environment does (``PGHOST``, ``PGUSER``, ...). `pool` is an ``asyncpg.Pool`` of yours, which is used for all calls
+    and stays open. `schema` is the schema of the table ``cagey_sessions``. The table is created at `open` unless
+    `create` is false: then create it yourself, with the statements of `ddl`. A call that takes longer than `timeout`
+    (seconds, or a text such as "10s") has its connection closed, and an unknown outcome. If a server dies, others
+    cannot claim its users until its `lease` has run out, and then for another third of it, which begins when one of
+    them first asks. With a shorter lease a server that only stalls loses its users sooner.
 
     Raises `MissingExtraError` without asyncpg, and `OptionError`. `open` raises `StoreUnavailableError` if the server
     cannot be reached, or refuses the user, `StoreLayoutError` for a table of another shape, one made by a newer
@@ -169,7 +172,7 @@ class PostgresStore(PostgresEngine):
         self._names |= {"is_sound": IS_SOUND, "is_fence_sound": IS_FENCE_SOUND, "may_be_claimed": MAY_BE_CLAIMED}
 
     def ddl(self) -> list[str]:
-        """The statements that create what `open` creates, in order, for your own migrations."""
+        """Return the statements that create what `open` creates, in order, for your own migrations."""
         schema = [] if self._schema == "public" else [SCHEMA.format(schema=quoted(self._schema))]
         return [*schema, *self._tables()]
 
@@ -192,6 +195,8 @@ class PostgresStore(PostgresEngine):
                     f"{table} is not of the shape it was made with: {name} is {types.get(name, 'not there')}; it is "
                     "left as it is"
                 )
+        # Run the statements with nothing in them: PostgreSQL then checks the columns, and whether there is a unique
+        # index for ON CONFLICT.
         try:
             await connection.fetch(self._sql(SCAN), "", 0)
             await connection.fetch(self._sql(CLAIM), [], "")
@@ -226,15 +231,15 @@ class PostgresStore(PostgresEngine):
                 if not is_sound:
                     fields = await connection.fetchrow(self._sql(LOAD), key)
                     refusal = None if fields is None else _row(fields).claim_refusal(left[key])
-                    if refusal is not None:  # else it has been mended meanwhile
+                    if refusal is not None:  # else it was repaired meanwhile, and is claimed again below
                         del left[key]
                         answers[key] = refusal
-                elif holder not in ("", owner):  # else it has been released meanwhile
+                elif holder not in ("", owner):  # else it was released meanwhile, and is claimed again below
                     answers[key] = Claim(left.pop(key), epoch, None, holder)
                     holders.add(holder)
             await self._doubt(connection, holders)
 
-        while left:
+        while left:  # of a user who was released between the two statements, neither knows the answer
             await self._run(claim)
         return [answers[key_of(user_id)] for user_id in user_ids]
 
@@ -249,7 +254,7 @@ class PostgresStore(PostgresEngine):
             else:
                 alike.setdefault((record.owner, record.schema), []).append((key_of(record.user_id), text, record))
         for rows in alike.values():
-            rows.sort(key=itemgetter(0))  # the same order everywhere: two batches do not wait for each other
+            rows.sort(key=itemgetter(0))  # all servers lock rows in the same order, so two batches cannot deadlock
             verdicts |= await self._run(partial(self._save, rows))
         return [verdicts[record.user_id] for record in records]
 
@@ -266,7 +271,8 @@ class PostgresStore(PostgresEngine):
             asyncpg.ProgramLimitExceededError,
             asyncpg.IntegrityConstraintViolationError,
         ) as error:
-            # nothing of the statement is left; one record is the cause, and PostgreSQL does not say which
+            # PostgreSQL has undone the statement. One record is the cause, and it does not say which: halve the batch
+            # until that record is alone.
             if len(rows) == 1:
                 return {records[0].user_id: Verdict(Outcome.INVALID, str(error.args[0]))}
             middle = len(rows) // 2
@@ -279,7 +285,7 @@ class PostgresStore(PostgresEngine):
             repeated = []
             for key, record in others.items():
                 verdict = verdicts[record.user_id] = verdict_on(record, kept.get(key))
-                # only of the version that is there: a repeat that comes late releases nothing
+                # only with the row's own version: a repeated write that comes late must not release the user
                 if verdict.outcome is Outcome.ALREADY and record.release and record.version == kept[key]["version"]:
                     repeated.append((key, record.epoch, record.version))
             if repeated:
@@ -295,7 +301,7 @@ class PostgresStore(PostgresEngine):
             keys = sorted(epochs)
             rows = await connection.fetch(self._sql(RELEASE), keys, [epochs[key] for key in keys], owner)
             if unsaved := [row["user_id"] for row in rows if row["unsaved"]]:
-                with suppress(asyncpg.PostgresError):  # they are released all the same
+                with suppress(asyncpg.PostgresError):  # the rows only take up space
                     await connection.execute(self._sql(DELETE_UNSAVED), unsaved, [epochs[key] for key in unsaved])
             return {row["user_id"] for row in rows}
 
@@ -315,7 +321,7 @@ class PostgresStore(PostgresEngine):
                     return False
                 holder = holders[0]["holder"]
                 if holder in ("", owner):
-                    continue  # it has been released meanwhile
+                    continue  # it was released meanwhile
                 await self._doubt(connection, {holder})
                 raise OwnedElsewhereError(
                     f"user {quote(user_id)} is on another server ({holder}) and cannot be erased now",

@@ -1,9 +1,8 @@
-"""The engine under `RedisStore`. What lives here: the scripts, where the engine is, what a connection is at, and what
-each error means. What must not: a pool, and what a script is run for.
+"""Redis as `RedisStore` uses it: the Lua scripts, how to connect, one call on a connection, and what errors mean.
 
-The driver's client and pool are not used, only its connections, and these only from here. One has a single call at a
-time; whatever happens before its reply has been read whole, it is closed: on a connection that is a reply behind,
-everybody would get the answer meant for the one before.
+Of the driver only connections are used, not its client and its pool, and only this module touches them. A connection
+has one call at a time. If anything happens before its reply was read completely, the connection is closed: otherwise
+every later call would get the answer to the one before it.
 """
 
 from __future__ import annotations
@@ -64,7 +63,8 @@ __all__ = [
 
 SENTINEL_PORT = 26379
 FORGET_NODES = 7 * 24 * 3600
-"""After how many seconds without renewal a node is no longer known; its users then count as those of one in doubt."""
+"""After how many seconds without a renewal a lease is removed. An owner without a lease is put in doubt before others
+get its users, like one whose lease has expired."""
 
 # Scripts
 
@@ -73,7 +73,7 @@ FIELDS = ("epoch", "owner", "released", "version", "schema", "body", "saved_at",
 
 
 class Script:
-    """A script, by the name that the engine gives it; ``{fields}`` in it are the names of `FIELDS`."""
+    """A Lua script, and the hash by which the engine names it; ``{fields}`` in it stands for the names of `FIELDS`."""
 
     def __init__(self, text: str) -> None:
         text = text.replace("{fields}", ", ".join(f"'{field}'" for field in FIELDS))
@@ -81,6 +81,7 @@ class Script:
         self.sha: str = sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
+# Reads fields of a hash; of a key that is no hash it returns the error, and raises any other.
 _READ = """
 local function read(key, ...)
     local row = redis.pcall('HMGET', key, ...)
@@ -88,7 +89,7 @@ local function read(key, ...)
     return row
 end
 """
-# A hash can be written by anybody, field by field; `StoredRow` says the same of what was read.
+# The checks of `StoredRow`, in Lua, for a row that is to be changed: any client can write any field of a hash.
 _IS_SOUND = (
     _READ
     + """
@@ -113,8 +114,9 @@ end
 """.replace("{most}", f"{MAX_NUMBER - 1}")
 )
 
-# An expired lease alone takes no users from anybody: after an outage all of them have expired. Whoever asks for such a
-# user first puts the owner in doubt, for a part of a lease; only one that has not renewed by then is dead.
+# That a lease has expired does not make its owner dead: after an outage the leases of all servers have expired. A claim
+# of such a user first puts the owner in doubt, for a third of a lease. Only an owner that has not renewed its lease by
+# then is dead.
 _IS_DEAD = """
 local now = redis.call('TIME')
 local micros = now[1] * 1000000 + now[2]
@@ -143,8 +145,8 @@ redis.call('EXPIRE', KEYS[1], {forget})
 """.replace("{forget}", str(FORGET_NODES))
 )
 
-# A new row begins above any epoch there ever was: at the clock, in microseconds. The answer for a row that may not be
-# claimed by anybody is nil.
+# A new row gets an epoch above all that were ever given, the clock in microseconds: the row of a user may have been
+# deleted. The answer for a row that is damaged is nil.
 CLAIM = Script(
     _IS_SOUND
     + _IS_DEAD
@@ -172,8 +174,8 @@ return answers
 """.replace("{last}", str(LAST_CLAIMED))
 )
 
-# Each row is one argument of numbers and one of the body, for arguments are what a call costs here. The answer is one
-# letter for each row.
+# Arguments are what takes the time of a call, so all numbers of a row are in one, and the body in another. The answer
+# is one letter for each row; see `_ANSWERS` in `store.py`.
 SAVE = Script(
     _IS_SOUND
     + """
@@ -211,7 +213,7 @@ return table.concat(answers)
 """
 )
 
-# A row that was never saved is nothing to keep, unless it says that somebody was erased.
+# The row of a user who was never saved is deleted, unless it is a tombstone.
 RELEASE = Script(
     _IS_SOUND
     + """
@@ -233,7 +235,7 @@ return answers
 """
 )
 
-# Who has a row that is damaged may not be told by it; it is made anew, with the epoch of a new row where it has none.
+# In a damaged row the owner and the epoch may be unusable; the erasure then needs no owner, and takes a new epoch.
 ERASE = Script(
     _IS_SOUND
     + _IS_DEAD
@@ -257,8 +259,8 @@ return {'', had_data and 1 or 0}
 """.replace("{last}", str(LAST_CLAIMED - 1))
 )
 
-# As scripts that might write these are refused by a replica: one that has nothing of a user would make them new, and
-# one that is behind would leave some out.
+# These only read, but they are not flagged as such, so that a replica refuses them: a replica that is behind could
+# answer that a user is new, or leave users out of a scan.
 LOAD = Script(
     "#!lua flags=allow-oom\n"
     + _READ
@@ -283,7 +285,7 @@ NAMES = Script("#!lua flags=allow-oom\nreturn redis.call('SCAN', ARGV[1], 'MATCH
 
 
 class Address:
-    """Where the engine is, and how one connects to it."""
+    """Where the engine is, by its URL, and how to connect to it. Raises `OptionError` for a URL with a fault."""
 
     def __init__(self, url: str, timeout: float) -> None:
         scheme, sentinel, rest = url.partition("+sentinel://")
@@ -301,7 +303,7 @@ class Address:
                     raise ValueError("no service")
                 url = f"{scheme}://{user}{at}primary/{database or 0}{rest[len(rest.partition('?')[0]) :]}"
             if not url.startswith("unix:") and not re.fullmatch(r"/?\d*", urlsplit(url).path):
-                raise ValueError("no number of a database")  # the driver would take 0
+                raise ValueError("no number of a database")  # the driver would silently take database 0
             self._pool = ConnectionPool.from_url(url)
         except ValueError as error:
             known = _IMPOSSIBLE.match(str(error))
@@ -315,6 +317,7 @@ class Address:
             health_check_interval=0,
             client_name="cagey-sessions",
         )
+        # the driver checks the settings only when it makes a connection; nothing is connected to yet
         try:
             self._pool.make_connection()  # type: ignore[no-untyped-call]
         except TypeError:
@@ -325,7 +328,10 @@ class Address:
             ) from None
 
     async def make_connection(self) -> Any:
-        """A connection to the primary, not connected yet."""
+        """Make a connection to the primary, which is not connected yet. With Sentinel, ask which server that is.
+
+        Raises `SettingsError` if the files of TLS cannot be used, and the driver's errors.
+        """
         if self._sentinels:
             patience = {"socket_timeout": self._timeout / 3, "socket_connect_timeout": self._timeout / 3}
             sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]
@@ -346,7 +352,7 @@ class Address:
         return connection
 
     def _tls_fault(self) -> str:
-        """What is wrong with what TLS is to be done by."""
+        """What is wrong with the files and settings of TLS."""
         given = {name: self._pool.connection_kwargs.get(name) for name in _TLS_SETTINGS}
         authorities = {"ssl_ca_certs": path} if (path := given["ssl_ca_certs"]) else {}
         certificate, key = ((name, path) if (path := given[name]) else None for name in ("ssl_certfile", "ssl_keyfile"))
@@ -374,17 +380,17 @@ def _host_and_port(text: str) -> tuple[str, int]:
 
 
 def is_live(connection: Any) -> bool:
-    """Whether a connection can take a call: connected, with nothing in it that nobody has read."""
+    """Whether a connection can take a call: it is connected, and there is no part of an unread reply in it."""
     reader, writer = connection._reader, connection._writer
     if reader is None or writer is None or writer.is_closing():
         return False
     if reader.at_eof() or reader.exception() is not None:
         return False
-    return not reader._buffer and not connection._parser._reader.has_data()  # what came with the last reply is in there
+    return not reader._buffer and not connection._parser._reader.has_data()  # bytes after the last reply
 
 
 def cut(connection: Any) -> None:
-    """Close a connection at once: without it what has not been sent yet would be waited for."""
+    """Close a connection at once. The driver's own way would wait until everything is sent, which may be never."""
     if connection is not None and connection._writer is not None:
         connection._writer.transport.abort()
         connection._reader = connection._writer = None
@@ -405,37 +411,41 @@ async def ask(connection: Any, *command: Any) -> Any:
             cut(connection)
         raise
     except BaseException:
-        cut(connection)  # a reply may be under way that nobody would read
+        cut(connection)  # the reply may still come, and would be taken for that of the next call
         raise
 
 
 async def run_script(connection: Any, script: Script, keys: Sequence[str | bytes], *arguments: Any) -> Any:
+    """Run a script, and return its answer; raises the driver's errors."""
     try:
         return await ask(connection, "EVALSHA", script.sha, len(keys), *keys, *arguments)
-    except errors.NoScriptError:  # nothing has been done; the text in the same call, for scripts may be flushed again
+    except errors.NoScriptError:
+        # Nothing was done: the engine was restarted, or its scripts were flushed. Send the text in the call itself, as
+        # they may be flushed again.
         return await ask(connection, "EVAL", script.text, len(keys), *keys, *arguments)
 
 
 # What the engine says
 
 _GONE = (errors.ReadOnlyError, errors.MasterDownError)
-"""Replies of an engine that is no primary, or cannot be one now: another connection may reach another one."""
+"""Replies of an engine that is not a primary, or cannot act as one now. A new connection may reach another engine."""
 _FOR_NOW = (*_GONE, errors.OutOfMemoryError, errors.ClusterDownError, errors.TryAgainError)
-"""Replies that say nothing about what was asked for."""
+"""Replies about the state of the engine, not about what was asked for."""
 _BEGINNINGS = ("MISCONF", "NOREPLICAS", "BUSY", "UNKILLABLE")
-"""Of more such replies, for which the driver has no class; where it has one, it takes the beginning away."""
+"""The beginnings of more such replies, for which the driver has no class of error."""
 
 
 def explained(error: BaseException) -> BaseException:
-    """What an error of the driver means for whoever has made the call.
+    """An error of the driver as an error of the store.
 
-    The driver's own error goes no further: what it says of a connection is of the URL.
+    The driver's own error is not passed on, also not as a cause: what it says about a connection quotes the URL.
     """
     if isinstance(error, (CageySessionsError, asyncio.CancelledError)):
         return error
     if isinstance(error, SettingsError):
         return StoreUnavailableError(str(error))
-    text = str(error).partition(", with args beginning with")[0]  # of a command it does not know: AUTH, or a script
+    # an engine that does not know a command quotes its arguments: a password, or a script with data
+    text = str(error).partition(", with args beginning with")[0]
     text = _USER.sub("this user has", text)
     if isinstance(error, (errors.AuthenticationError, errors.AuthorizationError)) or text.startswith("NOAUTH"):
         return StoreUnavailableError(f"Redis refuses the connection: {text}; check the user and password")
@@ -451,11 +461,11 @@ def explained(error: BaseException) -> BaseException:
 
 _USER = re.compile(r"\b(User|user) \S+ has\b")
 _REPLIES = (errors.ResponseError, errors.BusyLoadingError)
-"""What the engine itself has said."""
+"""Errors whose text is a reply of the engine, and quotes nothing of the URL."""
 
 
 def _reason(error: BaseException, text: str) -> str:
-    """Why it cannot be reached, without where that is."""
+    """The reason why the engine cannot be reached, without its address."""
     if isinstance(error, _REPLIES):
         return text
     if isinstance(error, MasterNotFoundError):
@@ -472,12 +482,13 @@ _PLACE = re.compile(r"\.? (?:connecting to|reading from|writing to|while reading
 
 
 def parse_info(reply: bytes) -> dict[str, str]:
+    """The fields of a reply to INFO."""
     pairs = (line.partition(":") for line in reply.decode(errors="replace").splitlines())
     return {name: value for name, colon, value in pairs if colon}
 
 
 async def text_at(connection: Any, key: str) -> str:
-    """The text under a key; empty if there is none, or something else."""
+    """The text under a key; empty if there is none, or if something else than a text is there."""
     try:
         return (await ask(connection, "GET", key) or b"").decode(errors="replace")
     except errors.ResponseError as error:
@@ -487,6 +498,7 @@ async def text_at(connection: Any, key: str) -> str:
 
 
 async def append_fsync(connection: Any) -> str:
+    """How often the engine syncs its log to the disk, by its own setting."""
     try:
         reply = await ask(connection, "CONFIG", "GET", "appendfsync")
     except errors.ResponseError:
@@ -495,6 +507,7 @@ async def append_fsync(connection: Any) -> str:
 
 
 def loss_class(info: dict[str, str], fsync: str) -> str:
+    """What a crash may lose, by the settings of the engine."""
     failover = "; a failover loses what had not reached the replica"
     if info.get("aof_enabled") != "1":
         return f"appendonly=no: a crash of Redis loses everything since its last snapshot{failover}"

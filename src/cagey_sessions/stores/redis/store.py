@@ -1,8 +1,10 @@
-"""Users in Redis. What lives here: which script is run for what, and who has which connection. What must not: any retry
-of a call whose outcome is unknown, and any other way to a key than by the prefix.
+"""`RedisStore`: users in Redis or Valkey.
 
-A user is a hash, and everything a batch needs is one script: the engine runs it as one step, so the fence and the write
-are never apart. Redis Cluster is refused, for there a script may only touch keys of one slot.
+A user is a hash under the prefix. A batch is one call of a Lua script, which the engine runs as one step: no other
+client can come between the check of the fence and the write. Redis Cluster is refused, because a script may use only
+keys of one slot there. A call whose outcome is unknown is not repeated here: the caller decides what to do.
+
+The scripts, and what is done on a connection, are in `engine.py`.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ __all__ = ["RedisStore"]
 
 T = TypeVar("T")
 
+# numbers and flags as our scripts write them; anything else in a field is damaged
 _WHOLE = re.compile(rb"0|[1-9]\d{0,15}")
 _TIME = re.compile(rb"-?\d+\.?\d*(?:e[-+]?\d+)?")
 _FLAGS = {b"0": False, b"1": True}
@@ -65,34 +68,34 @@ LAYOUT = 1
 """The number of the layout, kept under the prefix."""
 OLDEST = 7
 CONNECTIONS = 6
-"""As many as batches are in flight, and two for logins."""
+"""One for each batch in flight, of which there are 4 by default, and two for logins."""
 ROWS_IN_A_CALL = 200
-"""While a script runs nobody else is served."""
+"""The engine serves no other client while a script runs."""
 BYTES_IN_A_CALL = 1_048_576
 NAMES_IN_A_SCAN = 1000
-"""They may be names of anything: a scan goes over all that the engine holds."""
+"""How many keys one step of a scan looks at. SCAN goes over all keys of the engine, also those of other programs."""
 ROWS_IN_A_SCAN = 50
 LONGEST_PREFIX = 256
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
 
 
 class RedisStore(Store):
-    """Users in Redis 7 or newer, or Valkey, for as many servers as you like.
+    """Users in Redis 7 or newer, or Valkey, shared by any number of servers.
 
     `url` says where it is: ``redis://``, ``rediss://`` (TLS) or ``unix://``, as redis-py understands them, or
     ``redis+sentinel://host:port,host:port/service/database``, where the Sentinels say which server is the primary. All
-    keys begin with `prefix`. The connection of a call that takes longer than `timeout` (seconds, or a text such as
-    "10s") is closed, with an unknown outcome. A server that dies keeps its users from others until `lease` has run out,
-    and then for a third of it after another server first asks; asking before that begins nothing. With a shorter lease
-    a server that stalls loses them sooner.
+    keys begin with `prefix`. A call that takes longer than `timeout` (seconds, or a text such as "10s") has its
+    connection closed, and an unknown outcome. If a server dies, others cannot claim its users until its `lease` has run
+    out, and then for another third of it, which begins when one of them first asks. With a shorter lease a server that
+    only stalls loses its users sooner.
 
     Raises `MissingExtraError` without redis-py and hiredis, and `OptionError`. `open` raises `StoreUnavailableError` if
     the engine cannot be reached, refuses the user, or is a replica, and `StoreLayoutError` for Redis Cluster, for an
-    engine that is set to evict keys, for one that this user may not write to, and where the prefix is somebody else's.
-    What is written is as safe as the engine keeps it: `loss_class` says how safe that is.
+    engine that is set to evict keys, for one that this user may not write to, and for a prefix that another program
+    uses. How safe acknowledged data is depends on the engine's settings: `loss_class` says what a crash may lose.
 
-    Costs one script call for each 200 users, and about half a kilobyte of the engine's memory for a user beside the
-    body.
+    Costs one call of a script for each 200 users, and about half a kilobyte of the engine's memory for a user, besides
+    the body.
     """
 
     shared = True
@@ -119,11 +122,11 @@ class RedisStore(Store):
         self._address = Address(url, self._timeout)
         self._state = "closed"
         self._connections: Connections[Any] | None = None
-        self._keeper: Any = None
-        """The connection for leases, which are not to wait behind anything."""
+        self._lease_connection: Any = None
+        """A connection for leases alone, so that a renewal waits behind no save."""
         self._leases = Leases(self.name, self._lease, self._send_renewal)
-        self._lives: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
-        """Which life of the engine each connection leads to; after a failover some may lead to the old primary."""
+        self._incarnations: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+        """The incarnation that each connection leads to; after a failover some may still lead to the old primary."""
 
     # Opening and closing
 
@@ -158,7 +161,7 @@ class RedisStore(Store):
         self._state = "open"
 
     async def _prepare(self, connection: Any) -> str:
-        """Look at the engine and the prefix, and say what a crash may cost."""
+        """Check the engine and the prefix, load the scripts, and return the `loss_class`."""
         info = parse_info(await ask(connection, "INFO"))
         version = info.get("redis_version", "0")
         if int(version.partition(".")[0]) < OLDEST:
@@ -180,7 +183,7 @@ class RedisStore(Store):
         check_layout(self._layout, mark, layout, kind="key", known=LAYOUT, setting="prefix")
         for script in (RENEW, CLAIM, SAVE, RELEASE, ERASE, LOAD, NAMES):
             await ask(connection, "SCRIPT", "LOAD", script.text)
-        await run_script(connection, CLAIM, [], "", self._nodes, 1)
+        await run_script(connection, CLAIM, [], "", self._nodes, 1)  # fails now if this user may not run scripts
         return loss_class(info, await append_fsync(connection))
 
     async def close(self) -> None:
@@ -193,37 +196,42 @@ class RedisStore(Store):
             with suppress(Exception):
                 async with asyncio.timeout(self._timeout):
                     for owner in self._leases.owners:
-                        await self._end_lease(owner)  # nobody has to wait for users we have left behind
+                        # if a user was not released, other servers need not wait for the lease to run out
+                        await self._end_lease(owner)
         finally:
             self._connections = None
-            cut(self._keeper)
-            self._keeper = None
+            cut(self._lease_connection)
+            self._lease_connection = None
             await connections.close()
 
     # Calls
 
     def abort(self, call: asyncio.Task[Any]) -> None:
-        """Close the connection under a call; what became of its command is not known."""
+        """Close the connection of a call. The outcome of its command is unknown."""
         if self._connections is not None:
             self._connections.abort(call)
 
     async def _run(self, work: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
+        """Await `work(connection)`, and raise errors of the store.
+
+        If another engine has taken over meanwhile, its answer does not count: the new one may not have the write.
+        """
         if self._connections is None:
             raise StoreUnavailableError("this RedisStore is not open")
 
-        async def known_to_last(connection: Any) -> T:
+        async def checked(connection: Any) -> T:
             result = await work(connection)
-            if not self._leads_to_todays(connection):
+            if not self._is_current(connection):
                 raise StoreUnavailableError("another Redis has taken over meanwhile; it may know nothing of this call")
             return result
 
         try:
-            return await self._connections.run(known_to_last)
+            return await self._connections.run(checked)
         except Exception as error:
             raise explained(error) from None
 
     async def _connect(self) -> Any:
-        """A new connection to the primary."""
+        """A new connection to the primary; also notes the engine's incarnation."""
         connection = None
         try:
             async with asyncio.timeout(self._timeout):
@@ -237,15 +245,15 @@ class RedisStore(Store):
             cut(connection)
             raise StoreUnavailableError("this Redis is a replica, which takes no writes")
         self.incarnation: str = info.get("run_id", "")
-        self._lives[connection] = self.incarnation
+        self._incarnations[connection] = self.incarnation
         return connection
 
-    def _leads_to_todays(self, connection: Any) -> bool:
-        """Whether a connection leads to the engine that was last connected to, and not to one that it has replaced."""
-        return self._lives.get(connection) == self.incarnation
+    def _is_current(self, connection: Any) -> bool:
+        """Whether a connection leads to the engine that was connected to last, and not to one that it has replaced."""
+        return self._incarnations.get(connection) == self.incarnation
 
     def _is_usable(self, connection: Any) -> bool:
-        return is_live(connection) and self._leads_to_todays(connection)
+        return is_live(connection) and self._is_current(connection)
 
     # Leases
 
@@ -253,18 +261,19 @@ class RedisStore(Store):
         if self._state != "open":
             raise StoreUnavailableError("this RedisStore is not open")
         try:
-            if self._keeper is None or not self._is_usable(self._keeper):
-                cut(self._keeper)
-                self._keeper = await self._connect()
+            if self._lease_connection is None or not self._is_usable(self._lease_connection):
+                cut(self._lease_connection)
+                self._lease_connection = await self._connect()
                 if self._state != "open":
                     raise StoreUnavailableError("this RedisStore was closed meanwhile")
-            await run_script(self._keeper, RENEW, [self._nodes + owner], self._lease, 0)
+            await run_script(self._lease_connection, RENEW, [self._nodes + owner], self._lease, 0)
         except BaseException as error:
-            keeper, self._keeper = self._keeper, None
+            keeper, self._lease_connection = self._lease_connection, None
             cut(keeper)
             raise explained(error) from None
 
     async def _end_lease(self, owner: str) -> None:
+        """End a lease, and put the owner in doubt at once, so that the next claim of its users is granted."""
         await self._run(lambda connection: run_script(connection, RENEW, [self._nodes + owner], -1, 1))
 
     # The contract
@@ -362,7 +371,8 @@ class RedisStore(Store):
         return ("", 0) if row is None else row.holder(user_id)
 
     async def scan(self) -> AsyncIterator[Record | StoreError]:
-        """See `Store.scan`. The key of each is remembered, for Redis may name one twice: about 100 B a user."""
+        """As `Store.scan`. Redis may return a key twice, so all keys are remembered: about 100 bytes for each user."""
+        # the prefix may have characters in it that mean something in a pattern
         pattern = re.sub(r"([*?\[\]\\])", r"\\\1", self._users) + "*"
         seen: set[bytes] = set()
         cursor = b"0"
@@ -392,7 +402,7 @@ class RedisStore(Store):
 
 
 def _found(key: bytes, fields: Any) -> Record | StoreError | None:
-    """What a scan tells of one key."""
+    """What a scan yields for one key: a record, an error, or None for a user without data."""
     try:
         user_id = user_id_of(key.decode())
         row = _row(user_id, fields)
@@ -404,7 +414,10 @@ def _found(key: bytes, fields: Any) -> Record | StoreError | None:
 
 
 def _row(user_id: int | str, fields: Any) -> StoredRow | None:
-    """What LOAD has told of one key; None if there is none. What is not written as we write it stays bytes."""
+    """The answer of LOAD for one key as a row; None if there is no such key.
+
+    A field that our scripts would not have written so stays bytes, which the checks of `StoredRow` take for damage.
+    """
     if fields is None:
         return None
     if isinstance(fields, bytes):
@@ -427,6 +440,7 @@ def _number(field: bytes | None) -> int | bytes | None:
 
 
 def _claim(user_id: int | str, answer: Sequence[Any], owner: str) -> Claim:
+    """The answer of CLAIM for one user as a claim."""
     holder, epoch, *stored = answer
     if holder:
         return Claim(user_id, int(epoch), None, holder.decode(errors="replace"))
@@ -439,7 +453,7 @@ def _claim(user_id: int | str, answer: Sequence[Any], owner: str) -> Claim:
 
 
 def _portions(records: list[Record]) -> list[list[Record]]:
-    """Records in lists that a script is done with soon."""
+    """Split records into lists that are short enough for one call of a script, by their number and by their bytes."""
     portions: list[list[Record]] = []
     size = BYTES_IN_A_CALL
     for record in records:

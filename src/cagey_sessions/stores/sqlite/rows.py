@@ -1,5 +1,7 @@
-"""What is done to the rows of an SQLite file, on a connection and within a transaction that are somebody else's. What
-lives here: the tables, the statements, and what their answers mean. What must not: files, threads, transactions.
+"""The tables of `SQLiteStore`, the statements about users, and what their answers mean.
+
+All functions run in the writer thread of `store.py`, on its connection and within its transaction. So each statement
+sees the file as the one before it left it, and no row is locked.
 """
 
 from __future__ import annotations
@@ -36,16 +38,17 @@ __all__ = [
 T = TypeVar("T")
 
 APPLICATION_ID = 0x63616765
-"""What ``file`` and SQLite itself know our files by: "cage"."""
+"""The mark of our files, which SQLite keeps in the header: "cage" in ASCII."""
 LAYOUT = 1
 """The number of the layout below, kept in ``user_version``."""
 ROWS_IN_A_SCAN = 500
+"""Saves wait while a portion of a scan is read."""
 ROWS_IN_A_STATEMENT = 200
 MOST_COLUMNS = 6
-"""Of a row below that is bound to parameters."""
+"""The most columns of a batch in a statement below; each is one parameter a row, and SQLite limits their number."""
 
 CREATE = (
-    # no affinity for user_id, so that 1 and '1' are two users
+    # user_id has no type, and so no affinity: with one SQLite would convert, and 1 and '1' would be the same user
     """CREATE TABLE cagey_sessions (
         user_id UNIQUE NOT NULL,
         epoch INTEGER NOT NULL,
@@ -57,7 +60,8 @@ CREATE = (
         saved_at REAL,
         erased INTEGER NOT NULL
     )""",
-    # rows that were claimed and never saved are deleted; a new row starts above the highest epoch of any of them
+    # Rows of users who were never saved are deleted at their release. A new row starts above the highest epoch that any
+    # of them had, so that no epoch of a user is given twice.
     "CREATE TABLE cagey_sessions_epochs (highest_deleted INTEGER NOT NULL)",
     "INSERT INTO cagey_sessions_epochs VALUES (0)",
     f"PRAGMA application_id = {APPLICATION_ID}",
@@ -66,8 +70,8 @@ CREATE = (
 TABLES = {"cagey_sessions", "cagey_sessions_epochs"}
 COLUMNS = ["user_id", "epoch", "owner", "released", "version", "schema", "body", "saved_at", "erased"]
 
-# SQLite keeps values of any type in any column, and NULL in what it takes for a number; so whatever is to be there is
-# looked for. `StoredRow` says the same of a row that was read.
+# The checks of `StoredRow`, in SQL. SQLite stores values of any type in any column, whatever its declared type, so the
+# type of each is checked, too.
 IS_SOUND = f"""typeof(user_id) IN ('integer', 'text')
     AND typeof(epoch) = 'integer' AND epoch BETWEEN 1 AND {LAST_CLAIMED}
     AND released IN (0, 1) AND (released = 1 OR typeof(owner) = 'text' AND owner <> '')
@@ -78,8 +82,8 @@ IS_SOUND = f"""typeof(user_id) IN ('integer', 'text')
             AND typeof(saved_at) = 'real' AND abs(saved_at) < 9e999 END"""
 FIELDS = "epoch, owner, released, version, schema, CAST(body AS BLOB), saved_at, erased"
 
-# Of the statements below that take many rows one text serves for all numbers of them up to the same power of two, so
-# that few are prepared and kept; the rows that are left over are NULL.
+# In the statements below {rows} stands for a number of rows that is rounded up to a power of two, and the rows that are
+# left over are NULL. So there are few texts, and SQLite prepares each only once.
 CLAIM = f"""INSERT INTO cagey_sessions
     WITH batch (user_id, owner) AS (VALUES {{rows}})
     SELECT user_id, highest_deleted + 1, owner, 0, 0, 0, NULL, NULL, 0 FROM batch, cagey_sessions_epochs
@@ -93,15 +97,15 @@ LOOK = """WITH batch (user_id, epoch, version) AS (VALUES {rows})
     WHERE batch.user_id IS NOT NULL AND (kept.epoch = batch.epoch AND kept.owner = ?
         AND typeof(kept.version) = 'integer' AND kept.version BETWEEN 0 AND batch.version - 1
         AND kept.released = 0 AND kept.erased = 0) IS NOT TRUE"""
-"""The rows that forbid a save. Commonly there are none."""
-# An upsert, though every row is there: UPDATE FROM copies the bodies into a table of its own, and by statistics that
-# are out of date it may read all of ours.
+"""Finds the rows that forbid a save; usually there are none."""
+# An upsert, though every row exists: UPDATE FROM would copy all bodies into a temporary table, and with outdated
+# statistics it may read our whole table.
 SAVE = """INSERT INTO cagey_sessions
     WITH batch (user_id, released, version, schema, body, saved_at) AS (VALUES {rows})
     SELECT user_id, 0, '', released, version, schema, body, saved_at, 0 FROM batch WHERE user_id IS NOT NULL
     ON CONFLICT (user_id) DO UPDATE SET released = excluded.released, version = excluded.version,
         schema = excluded.schema, body = excluded.body, saved_at = excluded.saved_at"""
-# What is returned of a NULL some versions of SQLite take for no NULL, but not `typeof`.
+# typeof(body), because some versions of SQLite do not see in RETURNING that a value IS NULL.
 RELEASE = f"""WITH batch (user_id, epoch) AS (VALUES {{rows}})
     UPDATE cagey_sessions SET released = 1 WHERE rowid IN (
         SELECT kept.rowid FROM batch JOIN cagey_sessions AS kept ON kept.user_id = batch.user_id
@@ -112,7 +116,7 @@ DELETE_UNSAVED = """WITH batch (user_id) AS (VALUES {rows})
     DELETE FROM cagey_sessions WHERE user_id IN (SELECT user_id FROM batch)
         AND body IS NULL AND version = 0 AND erased = 0"""
 REMEMBER_UNSAVED = "UPDATE cagey_sessions_epochs SET highest_deleted = max(highest_deleted, ?)"
-# where there is no epoch to go on from, one above any there ever was: the clock, in microseconds
+# A damaged row may have no epoch to go on from. It gets one above all that were ever given: the clock, in microseconds.
 ERASE = f"""UPDATE cagey_sessions
     SET user_id = ?, epoch = iif(typeof(epoch) = 'integer' AND epoch BETWEEN 1 AND {LAST_CLAIMED - 1}, epoch + 1, ?),
         owner = iif(typeof(owner) = 'text', owner, ''),
@@ -121,12 +125,12 @@ ERASE = f"""UPDATE cagey_sessions
 HAD_DATA = f"SELECT body IS NOT NULL OR ({IS_SOUND}) IS NOT TRUE FROM cagey_sessions WHERE user_id = ?"
 HIGHEST_DELETED = f"""SELECT count(*) = 1 AND typeof(max(highest_deleted)) = 'integer'
     AND max(highest_deleted) BETWEEN 0 AND {LAST_CLAIMED - 1} FROM cagey_sessions_epochs"""
-LOAD = f"SELECT typeof(user_id) = typeof(?), {FIELDS} FROM cagey_sessions WHERE user_id = ?"  # 1 and 1.0 are equal
+LOAD = f"SELECT typeof(user_id) = typeof(?), {FIELDS} FROM cagey_sessions WHERE user_id = ?"  # 1 = 1.0
 SCAN = f"SELECT rowid, user_id, {FIELDS} FROM cagey_sessions WHERE rowid > ? ORDER BY rowid LIMIT ?"
 
 
 def text(raw: bytes) -> str | bytes:
-    """A text of the file, as it is read; what is no text stays bytes, which no field takes for one."""
+    """Decode a text of the file, as the connection's `text_factory`; what is not UTF-8 stays bytes, and is damaged."""
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -134,6 +138,7 @@ def text(raw: bytes) -> str | bytes:
 
 
 def _row(*fields: Any) -> StoredRow:
+    """A row for the checks of `StoredRow`: SQLite has no booleans, so the flags are converted."""
     row = StoredRow(*fields)
     return row._replace(released=_flag(row.released), erased=_flag(row.erased))
 
@@ -143,6 +148,7 @@ def _flag(value: Any) -> Any:
 
 
 def load_row(user_id: int | str, connection: sqlite3.Connection) -> Record | None:
+    """As `Store.load`."""
     found = connection.execute(LOAD, (user_id, user_id)).fetchone()
     if found is None:
         return None
@@ -157,7 +163,11 @@ _OTHER_ID = "its user_id is equal to the id, and of another type"
 
 
 def scan_rows(last: float, connection: sqlite3.Connection) -> tuple[float | None, list[Record | StoreError]]:
-    """The last row that was looked at, None if it was the last of all; and the records, with errors in their places."""
+    """Read a portion of a scan, the rows after rowid `last`.
+
+    Returns the last rowid that was read, or None at the end of the table, and the records; errors are in the places of
+    damaged rows.
+    """
     found: list[Record | StoreError] = []
     rows = connection.execute(SCAN, (last, ROWS_IN_A_SCAN)).fetchall()
     for _, user_id, *fields in rows:
@@ -175,6 +185,7 @@ def scan_rows(last: float, connection: sqlite3.Connection) -> tuple[float | None
 
 
 def erase_row(user_id: int | str, connection: sqlite3.Connection) -> bool:
+    """As `Store.erase`; no other owner can be alive, as the file has one process."""
     row = connection.execute(HAD_DATA, (user_id,)).fetchone()
     connection.execute(ERASE, (user_id, time.time_ns() // 1000, user_id))
     return row is not None and bool(row[0])
@@ -187,7 +198,11 @@ def _statement(template: str, columns: int, rows: int) -> str:
 
 
 def _execute(connection: sqlite3.Connection, template: str, rows: Sequence[tuple[Any, ...]], *others: Any) -> list[Any]:
-    """For many rows at once: with each step Python gives the GIL away, and a busy loop is slow to give it back."""
+    """Execute a statement once for many rows, and return what it returns.
+
+    Once, and not for each row: with each step of a statement Python releases the GIL, and this thread waits for an
+    event loop that is busy to give it back.
+    """
     columns, size = len(rows[0]), min(1 << (len(rows) - 1).bit_length(), _most_rows(connection))
     parameters = [*itertools.chain.from_iterable(rows), *[None] * (columns * (size - len(rows))), *others]
     return connection.execute(_statement(template, columns, size), parameters).fetchall()
@@ -198,12 +213,14 @@ def _most_rows(connection: sqlite3.Connection) -> int:
 
 
 def portions(connection: sqlite3.Connection, everything: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Split rows into as many as one statement takes."""
     most = _most_rows(connection)
     for start in range(0, len(everything), most):
         yield everything[start : start + most]
 
 
 def claim_rows(connection: sqlite3.Connection, user_ids: Sequence[int | str], owner: str) -> list[Claim | StoreError]:
+    """As `Store.claim_many`. No claim is refused: every owner but this process is dead, as it has the file's lock."""
     claims: dict[int | str, Claim] = {}
     for portion in portions(connection, user_ids):
         for user_id, epoch, version, schema, body, saved_at in _execute(
@@ -217,7 +234,7 @@ def claim_rows(connection: sqlite3.Connection, user_ids: Sequence[int | str], ow
 
 
 def _refusal(connection: sqlite3.Connection, user_id: int | str) -> StoreError:
-    """Why a row could not be claimed."""
+    """The error for a row that CLAIM left out: it is damaged, or its epoch or version has no next one."""
     found = connection.execute(LOAD, (user_id, user_id)).fetchone()
     if found is None:
         raise StoreLayoutError("the table cagey_sessions_epochs does not say which epoch a new user begins with")
@@ -227,9 +244,14 @@ def _refusal(connection: sqlite3.Connection, user_id: int | str) -> StoreError:
 
 
 def save_rows(connection: sqlite3.Connection, records: Sequence[Record]) -> list[Verdict]:
+    """As `Store.save_many`, for as many records as one statement takes, each of a different user.
+
+    Two statements for the whole batch: one finds the rows that forbid a save, the other writes all others.
+    """
     owner = records[0].owner
     if any(record.owner != owner for record in records):
-        return [save_rows(connection, [record])[0] for record in records]  # never by a manager, which is one owner
+        # never for a manager, which is one owner, so it need not be fast
+        return [save_rows(connection, [record])[0] for record in records]
     try:
         keys = [(record.user_id, record.epoch, record.version) for record in records]
         forbidding = {user_id: row for user_id, *row in _execute(connection, LOOK, keys, owner)}
@@ -246,7 +268,8 @@ def save_rows(connection: sqlite3.Connection, records: Sequence[Record]) -> list
         if rows:
             _execute(connection, SAVE, rows)
     except (sqlite3.DataError, OverflowError):
-        # nothing of the statement is left; one record is the cause, and SQLite does not say which
+        # SQLite has undone the statement. One record is the cause, and it does not say which: halve the batch until
+        # that record is alone.
         if len(records) == 1:
             return [Verdict(Outcome.INVALID, "the body is larger than SQLite takes")]
         middle = len(records) // 2
@@ -254,7 +277,7 @@ def save_rows(connection: sqlite3.Connection, records: Sequence[Record]) -> list
     repeated = [
         (record.user_id, record.epoch)
         for record, verdict in (zip(records, verdicts, strict=True) if forbidding else ())
-        # only of the version that is there: a repeat that comes late releases nothing
+        # only with the row's own version: a repeated write that comes late must not release the user
         if verdict.outcome is Outcome.ALREADY and record.release and record.version == forbidding[record.user_id][4]
     ]
     if repeated:
@@ -263,6 +286,7 @@ def save_rows(connection: sqlite3.Connection, records: Sequence[Record]) -> list
 
 
 def release_rows(connection: sqlite3.Connection, claims: Sequence[tuple[int | str, int]], owner: str) -> list[bool]:
+    """As `Store.release_many`. The rows of users who were never saved are deleted, so that they do not add up."""
     released = set()
     for portion in portions(connection, claims):
         rows = _execute(connection, RELEASE, portion, owner)
@@ -277,6 +301,7 @@ _SAVED = Verdict(Outcome.SAVED)
 
 
 def _verdict(record: Record, forbidding: list[Any] | None) -> Verdict:
+    """The verdict on a record, by the row that forbids its save, if one does."""
     if forbidding is None:
         return _SAVED
     is_missing, epoch, owner, released, version, erased = forbidding

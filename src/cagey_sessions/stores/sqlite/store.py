@@ -1,10 +1,13 @@
-"""Users in an SQLite file. What lives here: the writer thread, its transactions, and what is seen to when the file
-is opened. What must not: statements about rows.
+"""`SQLiteStore`: users in an SQLite file, written by one thread.
 
-One thread has the one connection. It takes all jobs that wait and runs them in one transaction, so that whoever saves
-at the same time shares one sync of the disk (group commit: DeWitt et al., SIGMOD 1984); what a job returns is told when
-the transaction is committed. One process has the file: an OS lock on ``<path>.lock`` keeps every other out, so every
-owner but ours is dead.
+The thread has the only connection. It takes all jobs that wait and runs them in one transaction, so that saves made at
+the same time share one sync of the disk (group commit: DeWitt et al., SIGMOD 1984). The results of the jobs are
+delivered once the transaction is committed, and not before: an acknowledged save has to survive.
+
+One process has the file: an OS lock on ``<path>.lock`` keeps every other out. So every owner but ours is dead, and a
+claim is never refused.
+
+The statements about users are in `rows.py`.
 """
 
 from __future__ import annotations
@@ -61,20 +64,22 @@ BUSY_SECONDS = 5.0
 """How long a transaction waits for another program that writes to the file."""
 JOBS_IN_A_TRANSACTION = 64
 LARGEST_LOG = 8 * 1024 * 1024
-"""The ``-wal`` file comes back to so many bytes. From 4 MB on SQLite begins it anew when nobody reads what is in it."""
+"""The size in bytes to which the write-ahead log, the ``-wal`` file, shrinks again. From 4 MB on SQLite starts it anew,
+unless some program is still reading from it."""
 LOG_PAUSE = 5.0
-"""Seconds between two attempts to empty a log that is larger than that."""
+"""Seconds between two attempts to empty a log that is larger."""
 LOG_WAIT = 0.1
-"""For how many seconds such an attempt waits for programs that read. Saves wait meanwhile."""
+"""How many seconds such an attempt waits for programs that read. Saves wait meanwhile, so it is short."""
 HANGING_PATIENCE = 1.0
-"""For how many seconds a cancelled `open` or `close` still waits for the thread, which then goes on alone. It is short,
+"""How many seconds a cancelled `open` or `close` still waits for the thread, which then goes on alone. It is short,
 because it adds to the deadline of a manager that ends while the disk hangs."""
 CACHE_KIB = 16 * 1024
-"""Users who are saved in no order lie all over the file; SQLite's own 2 MB hold hardly more than one batch."""
+"""SQLite's page cache. The users of a batch are spread over the whole file, and the default of 2 MB holds hardly more
+than one batch."""
 
 
 class _Job(NamedTuple):
-    """Something to be done on the connection, and where its result goes."""
+    """Work to be done on the connection, and the future for its result."""
 
     work: Callable[[sqlite3.Connection], Any] | None  # None: close
     future: asyncio.Future[Any]
@@ -83,11 +88,11 @@ class _Job(NamedTuple):
 class SQLiteStore(Store):
     """Users in one SQLite file, for one process: no server, nothing to set up.
 
-    `path` is the file; it is created if there is none. `synchronous` is SQLite's: with ``"FULL"`` acknowledged data
-    survives a crash of the machine; with ``"NORMAL"`` it survives the death of the process, but a crash of the machine
-    may cost the last transactions. The file is in WAL mode: others may read it meanwhile, with any SQLite tool; `body`
-    is JSON text. With `read_only` the file has to exist, is not changed and not locked: `load`, `holder` and `scan`
-    work beside a running server, and a manager can only `read`.
+    `path` is the file; it is created if there is none. `synchronous` is SQLite's setting: with ``"FULL"`` acknowledged
+    data survives a crash of the machine; with ``"NORMAL"`` it survives the death of the process, but a crash of the
+    machine may lose the last transactions. The file is in WAL mode, so other programs may read it meanwhile, with any
+    SQLite tool; `body` is JSON text. With `read_only` the file has to exist, and is neither changed nor locked: `load`,
+    `holder` and `scan` work beside a running server, and a manager can only `read`.
 
     Raises `OptionError`. `open` raises `StoreInUseError` while another process, or another store of this one, has the
     file; `StoreLayoutError` for a file that is not ours or was made by a newer version; `StoreUnavailableError` for one
@@ -125,7 +130,8 @@ class SQLiteStore(Store):
             self.loss_class: str = await outlast(opening, patience=HANGING_PATIENCE)
         except BaseException as error:
             self._writer = None
-            if not (opening.done() and opening.exception()):  # it is open, or will be, and nobody wants it any more
+            if not (opening.done() and opening.exception()):
+                # This call was cancelled, and the file is open, or will be soon: have the thread close it again.
                 closed = writer.close(self._loop)
                 if isinstance(error, asyncio.CancelledError):
                     with suppress(TimeoutError):
@@ -173,7 +179,7 @@ class SQLiteStore(Store):
                 yield each
 
     def abort(self, call: asyncio.Task[Any]) -> None:
-        """Interrupt the statement under way: its whole transaction is rolled back and told to have failed."""
+        """Interrupt the statement under way: its whole transaction is rolled back, and all jobs in it fail."""
         if self._writer is not None:
             self._writer.interrupt()
 
@@ -183,6 +189,7 @@ class SQLiteStore(Store):
         return await self._run(work)
 
     async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Have the thread do some work in its next transaction, and return what it returns once that is committed."""
         writer, loop = self._writer, asyncio.get_running_loop()
         if writer is None:
             raise StoreUnavailableError(f"{self.path} is not open")
@@ -194,7 +201,7 @@ class SQLiteStore(Store):
 
 
 class _Writer:
-    """The thread that has the connection."""
+    """The thread that has the connection and the lock of the file."""
 
     def __init__(self, path: Path, synchronous: str, read_only: bool) -> None:
         self._path = path
@@ -204,11 +211,11 @@ class _Writer:
         self._connection: sqlite3.Connection | None = None
         self._lock = FileLock()
         self._file_id: tuple[int, int] | None = None
-        self._log_is_large = not read_only  # for all we know of what an earlier process has left
+        self._log_is_large = not read_only  # until it was measured: an earlier process may have left a large one
         self._next_emptying = 0.0
 
     def start(self, opening: asyncio.Future[str]) -> None:
-        # a daemon: a manager that was forgotten must not keep the process from its end
+        # a daemon, so that a manager that was never destroyed does not keep the process from ending
         thread = threading.Thread(target=self._run, args=(opening,), name="cagey-sessions sqlite", daemon=True)
         try:
             thread.start()
@@ -219,22 +226,25 @@ class _Writer:
         self._jobs.put(job)
 
     def close(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
-        """Have the thread close the file, when it has opened it and done what was put before."""
+        """Have the thread close the file after the jobs that were put before; the future is done when it has."""
         closed: asyncio.Future[None] = loop.create_future()
         self.put(_Job(None, closed))
         return closed
 
     def interrupt(self) -> None:
+        """Interrupt the statement under way, from another thread."""
         connection = self._connection
         if connection is not None:
             try:
                 connection.interrupt()
             except sqlite3.ProgrammingError:
-                return  # it has been closed meanwhile
+                return  # it was closed meanwhile
 
     def _run(self, opening: asyncio.Future[str]) -> None:
+        """The life of the thread: open the file, run jobs until one says to close, close the file."""
         try:
-            # a symbolic link and what it leads to are one file, and stay so wherever the process changes its folder to
+            # Resolved once: the lock has to be the same through any symbolic link, and the process may change its
+            # folder later.
             self._path = path = Path(os.path.realpath(self._path))
             if path.exists() and not path.is_file():
                 raise StoreLayoutError(
@@ -252,6 +262,7 @@ class _Writer:
             _deliver([(opening, None, self._explained(error))])
             return
         if not _deliver([(opening, loss_class, None)]):
+            # the event loop was closed meanwhile, and no job will come
             self._close()
             return
         closing: asyncio.Future[Any] | None = None
@@ -264,7 +275,7 @@ class _Writer:
             while len(jobs) < JOBS_IN_A_TRANSACTION and not self._jobs.empty():
                 jobs.append(self._jobs.get())
             for place, job in enumerate(jobs):
-                if job.work is None:
+                if job.work is None:  # what came after it fails below
                     closing = job.future
                     del jobs[place:]
                     break
@@ -279,35 +290,39 @@ class _Writer:
                 (job.future, None, None if job.work is None else StoreUnavailableError(f"{self._path} has been closed"))
             )
         _deliver(late)
-        _deliver([(closing, None, None)])  # perhaps on another loop than theirs
+        _deliver([(closing, None, None)])  # by itself: `close` may have been called on another loop than the jobs
 
     def _close(self) -> None:
-        self._abandon()
+        self._drop_connection()
         self._lock.release()
 
     # Transactions
 
     def _transact(self, jobs: list[_Job]) -> list[_Answer]:
-        """Run jobs in one transaction. None of them has an answer before it is committed."""
+        """Run jobs in one transaction, and commit it; returns their answers, to be delivered only then."""
         try:
             self._check_identity()
             connection = self._connect()
+            # IMMEDIATE takes the write lock now: a transaction that reads first may be refused it later
             connection.execute("BEGIN" if self._read_only else "BEGIN IMMEDIATE")
             answers = [self._do(connection, job) for job in jobs]
             connection.execute("COMMIT")
         except Exception as error:
-            self._abandon()
+            self._drop_connection()
             return [(job.future, None, self._explained(error)) for job in jobs]
         return answers
 
     def _check_identity(self) -> None:
-        """SQLite goes on writing to a file that has been deleted or moved away, and nobody would ever read that."""
+        """Raise `StoreUnavailableError` if the file was deleted or replaced: SQLite would go on writing to the old one.
+
+        Everything written there would be lost when the process ends.
+        """
         status = os.stat(self._path)
         if (status.st_dev, status.st_ino) != self._file_id:
             raise StoreUnavailableError(f"{self._path} has been replaced by another file while it was in use")
 
     def _do(self, connection: sqlite3.Connection, job: _Job) -> _Answer:
-        """Run one job so that it fails alone, unless SQLite has given up the whole transaction."""
+        """Run one job in a savepoint, so that it fails alone, unless SQLite gives up the whole transaction."""
         assert job.work is not None
         connection.execute("SAVEPOINT job")
         try:
@@ -321,15 +336,15 @@ class _Writer:
         connection.execute("RELEASE job")
         return job.future, result, None
 
-    def _abandon(self) -> None:
-        """After a failure begin with a fresh connection: what the old one still holds is not known."""
+    def _drop_connection(self) -> None:
+        """Close the connection after a failure: its state is not known, and the next transaction opens a new one."""
         connection, self._connection = self._connection, None
         if connection is not None:
             try:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
             except sqlite3.Error:
-                pass  # closing it does the same
+                pass  # closing rolls back, too
             try:
                 connection.close()
             except sqlite3.Error:
@@ -338,15 +353,15 @@ class _Writer:
     # The log
 
     def _until_next_emptying(self) -> float | None:
-        """In how many seconds the log is to be emptied, though nobody saves; None if it is not large."""
+        """In how many seconds to try to empty the log even if no job comes; None if it is not large."""
         return max(0.0, self._next_emptying - time.monotonic()) if self._log_is_large else None
 
     def _empty_large_log(self) -> None:
-        """Empty the log if it has become large, which it does while some program reads for long.
+        """Empty the write-ahead log if it is large; it becomes so while another program reads for a long time.
 
-        SQLite writes on behind what is still read. When nobody reads any of it the next saves begin at the front again,
-        and by ``journal_size_limit`` the file is made shorter then. That leaves two cases: nobody saves any more, and
-        readers who come and go so that there is always one. They are waited for here, for a moment.
+        SQLite appends to the log while any of it is being read. Once none is, the next save begins at its front again,
+        and ``journal_size_limit`` makes the file shorter. That does not happen if no save comes any more, or if readers
+        come and go so that there is always one. For these two cases a checkpoint here waits for readers, for a moment.
         """
         now = time.monotonic()
         self._log_is_large = not self._read_only and self._log_size() > LARGEST_LOG
@@ -356,10 +371,11 @@ class _Writer:
         try:
             connection = self._connect()
             connection.execute(f"PRAGMA busy_timeout = {round(LOG_WAIT * 1000)}")
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()  # which says whether somebody reads still
+            # The row that it returns says whether readers prevented it; the size below says that, too.
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             connection.execute(f"PRAGMA busy_timeout = {round(BUSY_SECONDS * 1000)}")
         except sqlite3.Error:
-            self._abandon()  # the next save tells what is wrong with the file
+            self._drop_connection()  # the next save will report what is wrong with the file
         self._log_is_large = self._log_size() > LARGEST_LOG
 
     def _log_size(self) -> int:
@@ -369,6 +385,7 @@ class _Writer:
             return 0
 
     def _explained(self, error: Exception) -> Exception:
+        """An error of SQLite or the system as an error of the store."""
         if isinstance(error, StoreError):
             return error
         if isinstance(error, sqlite3.Error):
@@ -384,7 +401,7 @@ class _Writer:
 
     def _connect(self) -> sqlite3.Connection:
         if self._connection is None:
-            # not mode=ro, which leaves the files of the WAL behind, for it may not remove them
+            # not mode=ro: without the right to write, SQLite cannot remove the -wal and -shm files that it makes
             place = f"{self._path.as_uri()}?mode=rw" if self._read_only else self._path
             connection = sqlite3.connect(
                 place, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=self._read_only
@@ -392,8 +409,8 @@ class _Writer:
             connection.text_factory = text
             try:
                 connection.execute(f"PRAGMA synchronous = {self._synchronous}")
-                # where a statement, or a savepoint, keeps the pages that it may have to restore: in a file these cost
-                # more than all the rest of a save but its commit
+                # The pages that a statement or a savepoint may have to restore. Kept in a file, they cost more than all
+                # else in a save except for the commit.
                 connection.execute("PRAGMA temp_store = MEMORY")
                 connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
                 connection.execute(f"PRAGMA journal_size_limit = {LARGEST_LOG}")  # see `_empty_large_log`
@@ -404,15 +421,15 @@ class _Writer:
         return self._connection
 
     def _prepare(self) -> str:
-        """Look at the file, make our tables if it is empty, and say what a crash may cost."""
+        """Check the file, create our tables if it is empty, and return the `loss_class`."""
         if self._read_only:
-            os.stat(self._path)  # tells more than SQLite does of a file that is not there
+            os.stat(self._path)  # if there is no file, its error says so; SQLite's would not
         try:
             connection = self._connect()
             self._check_layout(connection)
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):
-                raise
+                raise  # about the disk or a lock, not about the content
             raise StoreLayoutError(f"{self._path} is not an SQLite database ({error}); it is left as it is") from error
         status = os.stat(self._path)
         self._file_id = (status.st_dev, status.st_ino)
@@ -459,12 +476,12 @@ _Answer = tuple[asyncio.Future[Any], Any, Exception | None]
 
 
 def _deliver(answers: list[_Answer]) -> bool:
-    """Tell those who wait, all on one loop: False if that is closed, and nobody is left to be told."""
+    """Set futures, all of one event loop, from the thread. Returns False if the loop is closed."""
 
     def tell() -> None:
         for future, result, error in answers:
             if future.done():
-                continue  # whoever waited has been cancelled; it is done all the same
+                continue  # the waiting task was cancelled; the job is done all the same
             if error is None:
                 future.set_result(result)
             else:
