@@ -44,6 +44,7 @@ cdef int check_everything(SessionTable table) except -1:
             seen.add(slot)
             if bucket < BUCKETS:
                 assert table.rows[slot].state in (IDLE, ENDING), f"slot {slot} is in the wheel"
+                assert table.rows[slot].state == ENDING or not table.rows[slot].flags & FLAG_SILENT
                 in_wheel += 1
                 if table.rows[slot].deadline > table.wheel.elapsed:
                     span = table.rows[slot].deadline >> (level * LEVEL_BITS)

@@ -349,6 +349,6 @@ cdef class SessionLanes(SessionRows):
         if lane:
             list_append(self.rows, lane, slot)
             self.counters.due += 1
-        elif again:
+        elif again and not (row.flags & FLAG_SILENT and after == IDLE):  # that one is saved when it ends
             wheel_arm(&self.wheel, self.rows, slot, deadline)
         return 0
