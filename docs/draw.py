@@ -23,7 +23,8 @@ DOCS = Path(__file__).parent
 PICTURES = DOCS / "pictures"
 PACKAGE = Path(cagey_sessions.__file__).parent
 ARCHITECTURE = DOCS / "architecture.md"
-ROOMS = re.compile(r"(?<=<!-- rooms -->\n).*?(?=<!-- /rooms -->)", re.DOTALL)
+PACKAGES = re.compile(r"(?<=<!-- packages -->\n).*?(?=<!-- /packages -->)", re.DOTALL)
+MODULES = re.compile(r"(?<=<!-- modules -->\n).*?(?=<!-- /modules -->)", re.DOTALL)
 
 INK, SOFT, PAPER = "#22303c", "#7d8b97", "#ffffff"
 LIVE, LEAVING, SAVING = "#e8f1f8", "#f8ece4", "#d9ead9"
@@ -328,16 +329,34 @@ def shown(room: str) -> str:
     return f"{room}/" if is_folder(room) else room
 
 
-def rooms_table() -> str:
+def packages_table() -> str:
     """Each room from the top down: what lives there, and what it imports."""
     rooms = imports()
     levels = floors(rooms)
-    lines = ["| room | what lives here | what must not | imports |", "|---|---|---|---|"]
+    lines = ["| package or module | what lives there | what must not | imports |", "|---|---|---|---|"]
     for room in sorted(rooms, key=lambda room: (-levels[room], room)):
         lives, must_not = told(room)
         others = ", ".join(f"`{other}`" for other in sorted(rooms[room], key=lambda other: (-levels[other], other)))
         lines.append(f"| `{shown(room)}` | {lives} | {must_not} | {others or '-'} |")
     return "\n".join([*lines, ""])
+
+
+def modules_table() -> str:
+    """The modules of each package but the public ones, from the top down: what each does."""
+    levels = floors(imports())
+    packages = [path.parent for path in PACKAGE.glob("*/__init__.py") if path.parent.name not in ("testing", "tools")]
+    lines = ["| module | what it does |", "|---|---|"]
+    for package in sorted(packages, key=lambda path: (-levels[path.name], path.name)):
+        for path in sorted(package.rglob("*.py")):
+            if path.stem != "__init__":
+                text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+                name = path.relative_to(PACKAGE).with_suffix("").as_posix()
+                lines.append(f"| `{name}` | {first_sentence(text)} |")
+    return "\n".join([*lines, ""])
+
+
+def first_sentence(text: str) -> str:
+    return re.split(r"(?<=\.) ", " ".join(text.split()))[0]
 
 
 def told(room: str) -> tuple[str, str]:
@@ -350,7 +369,7 @@ def told(room: str) -> tuple[str, str]:
     text = " ".join(text.split())
     found = re.search(r"What lives here: (.*?)\.? What must not: (.*?)\.(?: |$)", text)
     if found is None:
-        return re.split(r"(?<=\.) ", text)[0], "-"
+        return first_sentence(text), "-"
     return sentence(found[1]), sentence(found[2])
 
 
@@ -366,8 +385,8 @@ PICTURE_OF = {
 
 
 def drawn(page: str) -> str:
-    """The page about the architecture with its table written anew."""
-    return ROOMS.sub(lambda _: rooms_table(), page)
+    """The page about the architecture with its tables written anew."""
+    return MODULES.sub(lambda _: modules_table(), PACKAGES.sub(lambda _: packages_table(), page))
 
 
 def main(names: Iterable[str] = PICTURE_OF) -> None:

@@ -1,9 +1,49 @@
 """The end of a session: its steps, the callers that wait for it, and what becomes of it when its last save fails.
 
-Ending a session is the work of one task, owned here; callers wait for it through a shield, so cancelling them cancels
-nothing. The steps: hide the session from its key, ``before_destroy``, wait for what is in flight, the last save, forget
-the session, ``destroy``, the end. If the last save fails the end is parked: the session stays hidden, its user's slot
-stays taken, no task is at work, and the wheel tries the save again until it succeeds or the manager's deadline passes.
+Theory of operation
+===================
+
+The end of one session is an `Ending`, which exists from the moment the session is hidden until its handle is dead. One
+task works on it. Callers wait for the task's outcome through a shield, so cancelling a caller cancels nothing.
+
+The stages (`TRANSITIONS` says which may follow which)::
+
+    PARKED --> ANNOUNCING --> SETTLING --> SAVING --> GONE --> ENDED
+      ^            |              |           |
+      +------------+--------------+-----------+   the last save failed: no task, the wheel tries again
+
+- **ANNOUNCING**: the session can no longer be found by its key. The listeners of ``before_destroy`` run, and may change
+  the data, save, or wait for anything that does not wait for this end (`events.deadlocks` refuses the rest).
+- **SETTLING**: a save that was under way comes to its end. Until now a caller can still ask for a last save, or take
+the wish back. - **SAVING**: the last save, repeated while the data goes on changing, at most `MOST_LAST_SAVES` times.
+The row is flagged *final*, so that the save releases the user in the same write. A user whom no save has released is
+released here. - **GONE**: the row is forgotten, and the user may log in again, here or elsewhere. The listeners of
+``destroy`` run. - **PARKED**: the last save failed. The session stays hidden and keeps its user. There is no task and
+no timer of its own: the wheel makes the save due again, and when it succeeds the end goes on. A million parked ends are
+a million rows.
+
+Who moves what:
+
+    a caller (`end`)            begins an end, joins it, or wakes a parked one
+    saving (`see_settled`)      a save of a session that is being ended is over: a parked end goes on after a success
+    saving (`see_lost`)         the user was lost: the end goes on without a save, whatever stage it is in
+    the drain (`Drain`)         everybody ends; after its deadline no failure parks any more, and who is left is ended
+    by force (`end_by_force`), which is why GONE and ENDED follow every stage somebody else's `cancel()`  the task is
+    gone (`_see_stopped`): the end is parked if it was to save, finished otherwise
+
+Three promises rest on this order:
+
+- *Nothing acknowledged is lost*: a session is forgotten only when its data is known to be saved (`Saver.is_saved`), or
+  when it was said that it need not be, or in the report of a drain that names it.
+- *A user is in one session*: the user's slot is taken until GONE, so a login on this server waits for the last save;
+and the store has released the user by then, so one on another server finds the newest data. - *An end ends*: every wait
+in it has a deadline, or is for the program's own listeners, and a drain cuts those off.
+
+A *silent* session (`Endings.write`, `Endings.drop`) holds a user for a call that has no session, such as an edit. No
+listener hears of it, and a failed last save ends it unsaved, because its caller is told that it failed.
+
+What was tried and dropped: an object and a task for each end that waits for a store that is down (two kilobytes each;
+it is one object now, and no task), and a fingerprint of the data in the ending (the row has the digest already).
 """
 
 from __future__ import annotations
