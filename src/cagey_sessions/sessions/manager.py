@@ -361,11 +361,11 @@ class SessionManager(ManagerCore, Generic[T]):
         return report
 
     async def run_until_signal(self, *, deadline: Duration = "25s") -> int:
-        """Wait for SIGTERM or SIGINT, then `destroy` the manager; returns an exit status, 1 if a user is unsaved.
+        """Wait for SIGTERM or SIGINT, then `destroy` the manager; returns 0, or 1 if a user is unsaved.
 
-        Users are saved if `persist_on` has ``"shutdown"``. `deadline` is that of `destroy`. The call also returns when
-        the manager was destroyed by other code. The report goes to the log, and leaving ``async with`` does not raise
-        its errors again:
+        Users are saved if `persist_on` has ``"shutdown"``. `deadline` is that of `destroy`. The result is meant to be
+        the exit status. The call also returns when the manager was destroyed by other code. The report goes to the log,
+        and leaving ``async with`` does not raise its errors again:
 
             async def main() -> int:
                 async with manager:
@@ -414,7 +414,7 @@ class SessionManager(ManagerCore, Generic[T]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Destroy the manager. Users are saved if `persist_on` has ``"shutdown"``, as it has by default with a store."""
+        """Destroy the manager. Users are saved if `persist_on` has ``"shutdown"``: by default it has with a store."""
         if self._is_over:
             return  # `run_until_signal` has destroyed the manager, and logged the report
         begun = self._endings.drain is not None  # the call that began it has said whether to save
