@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 VENV := .venv
+# into how many processes the suite is divided; a debugger wants 0, which is pytest's own
+TEST_WORKERS ?= 2
 BIN := $(VENV)/bin
 CORE := $(wildcard src/cagey_sessions/*.pyx src/cagey_sessions/core/*.pxi)
 SOURCES := pyproject.toml setup.py $(CORE)
@@ -19,7 +21,7 @@ GROWTH := find_1e6,timer_schedule,timer_refresh,timer_cancel,timer_expire,tick_i
 
 help:
 	@echo "make demo        a game server and its bots, stopped and killed: nothing acknowledged is lost"
-	@echo "make test        the whole suite, and what moves users about on a debug build"
+	@echo "make test        the whole suite, and what moves users about on a debug build (TEST_WORKERS=2)"
 	@echo "make check-core  the core under assertions, sanitizers and leak scripts (CHECK_ARGS='--only leaks')"
 	@echo "make lint types  ruff, cython-lint and codespell; mypy in strict mode, pyright, and the stub against the core"
 	@echo "make coverage    how much of the Python and of the core the tests run: at least 95 % (TEST_ARGS=)"
@@ -76,7 +78,7 @@ demo: $(VENV)/demo
 	$(BIN)/cagey-sessions demo $(DEMO_ARGS)
 
 test: $(VENV)/dev test-debug
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 test-debug: $(DEBUG)/built
 	PYTHONPATH=$(DEBUG) CAGEY_TEST_EXAMPLES=40 $(BIN)/python -m pytest tests/random/test_manager_machine.py \

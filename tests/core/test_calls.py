@@ -30,7 +30,7 @@ from cagey_sessions import (
     WrongLoopError,
 )
 from cagey_sessions._core import ManagerCore, SessionCore, SessionTable
-from support import python
+from support import inside, python
 
 
 def make() -> SessionManager:
@@ -338,7 +338,7 @@ async def test_a_clock_that_meddles_with_the_session_that_gets_a_user_meets_a_wh
         assert manager.find_by_user(1) is session
     assert not todo
     assert manager.statistics().live == len(manager) == len(manager.sessions())
-    manager._server.table._check()
+    inside(manager).table._check()
     await manager.destroy(False)
 
 

@@ -48,7 +48,7 @@ NO_KEYS = [Text("key"), b"key", bytearray(b"key"), 1, 1.0, True, (), ["key"], {}
 
 
 @pytest.mark.parametrize("key", [*NO_KEYS, ""], ids=lambda key: type(key).__name__)
-def test_case_59_what_is_no_key_is_refused_before_it_is_looked_at(key, unraisable):
+def test_what_is_no_key_is_refused_before_it_is_looked_at(key, unraisable):
     """With a subclass of `str` the index would have to trust its `__eq__`; the call after the refusal works."""
     table = SessionTable(Session, None)
     session = identified(table)
@@ -67,7 +67,7 @@ def test_case_59_what_is_no_key_is_refused_before_it_is_looked_at(key, unraisabl
 
 
 @given(st.lists(st.text(st.characters(), min_size=1, max_size=8), max_size=8, unique=True), st.text(st.characters()))
-def test_o13_keys_are_data(keys, other):
+def test_keys_are_data(keys, other):
     """Any text at all, surrogates and NUL too, finds the session made with it and no other."""
     table = SessionTable(Session, None)
     hostile = ["__class__", "__proto__", "__init__", "constructor", "\0", " ", "k" * 100_000, "create", "by_key"]
@@ -101,7 +101,7 @@ def test_the_user_of_a_session_that_is_ending_is_still_taken():
     assert table.find_by_user(1) is newer
 
 
-def test_case_29_the_end_of_the_older_never_removes_the_newer():
+def test_the_end_of_the_older_never_removes_the_newer():
     """Of two sessions under one key, or of one user."""
     table = SessionTable(Session, None)
     older = table.create("key")
@@ -193,7 +193,7 @@ class Touchy:
     __eq__ = __ne__ = __hash__ = __bool__ = __len__ = __repr__ = __iter__ = __contains__ = __getattr__ = _raise
 
 
-def test_case_72_user_data_is_never_looked_at(unraisable):
+def test_user_data_is_never_looked_at(unraisable):
     """Neither compared, hashed, measured nor shown, from the first call to the last."""
     table = SessionTable(Session, None)
     data = Touchy()
@@ -227,7 +227,7 @@ class Clingy:
 
 @pytest.mark.parametrize("wrap", [lambda data: data, lambda data: {"pet": data}, lambda data: [data]])
 @pytest.mark.parametrize("end", [False, True], ids=["replaced", "ended"])
-def test_case_72_data_that_uses_its_session_while_it_is_freed(wrap, end, unraisable):
+def test_data_that_uses_its_session_while_it_is_freed(wrap, end, unraisable):
     """It finds the session as it is after the change: without the data, or with the new data; never a dying object."""
     table = SessionTable(Session, None)
     session = table.create()
@@ -247,7 +247,7 @@ def test_case_72_data_that_uses_its_session_while_it_is_freed(wrap, end, unraisa
     table._check()
 
 
-def test_case_72_a_weak_reference_to_data_may_look_at_the_session(unraisable):
+def test_a_weak_reference_to_data_may_look_at_the_session(unraisable):
     class Data:
         pass
 

@@ -412,7 +412,8 @@ def test_no_clock_interrupts_a_history(number):
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_case_57_a_thousand_sessions_in_random_interleaving():
+@pytest.mark.guarantee("I9")
+def test_a_thousand_sessions_in_random_interleaving():
     """Create, re-arm, disarm, ask, end and tick on 1,000 sessions: wheel, table and model agree throughout.
 
     As many steps as the profile has examples, times 100.

@@ -18,10 +18,10 @@ from cagey_sessions import Session, UsageError
 from cagey_sessions._core import DEBUG, SessionCore, SessionTable, living
 from support.core_objects import identified, python
 
-# Case 77: manners
+# Manners
 
 
-def test_case_77_a_session_can_be_referred_to_weakly():
+def test_a_session_can_be_referred_to_weakly():
     table = SessionTable(Session, None)
     session = identified(table)
     notes = weakref.WeakKeyDictionary({session: "note"})
@@ -41,7 +41,7 @@ def test_case_77_a_session_can_be_referred_to_weakly():
     ids=["copy", "deepcopy", *(f"pickle {n}" for n in range(6))],
 )
 @pytest.mark.parametrize("make", [lambda: SessionTable(Session, None).create(), lambda: Session.__new__(Session)])
-def test_case_77_a_session_is_not_copied(duplicate, make):
+def test_a_session_is_not_copied(duplicate, make):
     with pytest.raises(TypeError, match="cannot be copied or pickled; copy its user_data"):
         duplicate(make())
 
@@ -74,7 +74,7 @@ class Forgetful(Session):
         self.never = "called"
 
 
-def test_case_77_a_subclass_has_attributes_of_its_own():
+def test_a_subclass_has_attributes_of_its_own():
     table = SessionTable(Forgetful, None)
     session = table.create("key")
     assert type(session) is Forgetful
@@ -88,7 +88,7 @@ def test_case_77_a_subclass_has_attributes_of_its_own():
         handmade.set("a", 1)
 
 
-def test_case_77_attributes_of_a_subclass_in_a_cycle_are_collected():
+def test_attributes_of_a_subclass_in_a_cycle_are_collected():
     table = SessionTable(Forgetful, None)
     session = table.create()
     session.me = session
@@ -101,8 +101,8 @@ def test_case_77_attributes_of_a_subclass_in_a_cycle_are_collected():
     assert gone() is None
 
 
-def test_case_77_a_subclass_whose_equality_raises_works(unraisable):
-    """Case 72: sessions are told apart by identity, nothing else."""
+def test_a_subclass_whose_equality_raises_works(unraisable):
+    """Sessions are told apart by identity, nothing else."""
 
     class Hostile(Session):
         def __eq__(self, other: object) -> bool:
@@ -274,7 +274,7 @@ def test_a_session_keeps_its_table():
     assert session._host is None
 
 
-def test_case_75_the_interpreter_ends_cleanly_with_everything_alive():
+def test_the_interpreter_ends_cleanly_with_everything_alive():
     """Pending deadlines, due and flying saves, a walk, listeners that hold the manager; nothing ended."""
     script = """
     async def main():
@@ -321,7 +321,7 @@ def test_case_75_the_interpreter_ends_cleanly_with_everything_alive():
     python(script, "sys.exit(0)")
 
 
-def test_case_75_a_manager_with_pending_saves_says_only_that_users_are_unsaved():
+def test_a_manager_with_pending_saves_says_only_that_users_are_unsaved():
     script = """
     async def main():
         global manager

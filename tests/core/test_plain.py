@@ -25,6 +25,7 @@ from cagey_sessions.data.encoding import MAX_BYTES
 from support.plain_data import plain, shape
 
 
+@pytest.mark.guarantee("I16")
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(plain)
@@ -120,6 +121,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.guarantee("I16")
 @pytest.mark.parametrize(("value", "says"), REFUSED, ids=[f"{says}-{at}" for at, (_, says) in enumerate(REFUSED)])
 def test_whatever_else_is_refused_with_its_path(value, says):
     data = {"name": "x", "bag": [0, {}, [], {"price": value, "later": math.nan}]}
@@ -208,6 +210,7 @@ def test_a_container_met_twice_but_not_inside_itself_is_fine():
     assert encode_plain({"a": shared, "b": [shared, shared]}) == b'{"a":[1],"b":[[1],[1]]}'
 
 
+@pytest.mark.guarantee("I25")
 def test_no_code_of_a_refused_value_runs():
     ran = []
 

@@ -52,14 +52,14 @@ RAW: dict[str, Callable[[Any], Any]] = {
 ANSWERS = {"alive": False} | dict.fromkeys(["key", "user_id", "end_reason", "_listeners", "_end"])
 
 
-def test_case_77_every_name_of_a_session_is_tried_on_a_raw_one():
+def test_every_name_of_a_session_is_tried_on_a_raw_one():
     """A name added to `Session` has to be added here too."""
     of_typing = {"_is_protocol"}
     assert {name for name in dir(Session) if not name.startswith("__")} - of_typing == set(RAW)
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_case_77_a_raw_session_never_crashes(name):
+def test_a_raw_session_never_crashes(name):
     session = Session.__new__(Session)
     for _ in range(2):
         if name in ANSWERS:
@@ -71,7 +71,7 @@ def test_case_77_a_raw_session_never_crashes(name):
         session._end("never began")  # and once more, after an end it never had
 
 
-def test_case_77_a_raw_session_has_the_manners_of_an_object():
+def test_a_raw_session_has_the_manners_of_an_object():
     session = Session.__new__(Session)
     assert repr(session) == "<Session of no manager>"
     assert session == session
@@ -284,7 +284,7 @@ def test_a_forked_child_is_refused_and_the_parent_is_not():
     assert python(script) == "0\nTrue True True\n"
 
 
-def test_case_78_a_session_made_on_one_thread_is_not_moved_on_by_another():
+def test_a_session_made_on_one_thread_is_not_moved_on_by_another():
     """Nor corrupted: whatever the other one tries is refused, and this one goes on."""
     table = SessionTable(Session, None)
     session = identified(table)
@@ -295,7 +295,7 @@ def test_case_78_a_session_made_on_one_thread_is_not_moved_on_by_another():
     assert table.take() == (session, 1)
 
 
-def test_case_78_a_second_interpreter_hears_that_there_is_one_core_in_a_process():
+def test_a_second_interpreter_hears_that_there_is_one_core_in_a_process():
     script = """
     try:
         import _interpreters as interpreters
@@ -314,7 +314,7 @@ def test_case_78_a_second_interpreter_hears_that_there_is_one_core_in_a_process(
 
 # the import gives the lock back to a Python that runs without; the others never lose it
 @pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a lock anyway")
-def test_case_78_a_free_threaded_python_gets_its_lock_back():
+def test_a_free_threaded_python_gets_its_lock_back():
     done = subprocess.run(
         [sys.executable, "-c", "import sys, cagey_sessions; print(sys._is_gil_enabled())"],
         capture_output=True,

@@ -82,8 +82,9 @@ class Wheel:
         return self.out()
 
 
+@pytest.mark.guarantee("I26")
 @given(STARTS, st.lists(st.tuples(st.lists(DELAYS, max_size=4), STRIDES), max_size=12))
-def test_case_51_rows_come_out_like_from_a_sorted_list(start, steps):
+def test_rows_come_out_like_from_a_sorted_list(start, steps):
     """At the first `advance` that reaches their deadline, none early, none late, earlier deadlines first."""
     wheel, now = Wheel(start), start
     pending: list[tuple[int, int, Session]] = []
@@ -134,7 +135,7 @@ def test_a_deadline_that_has_passed_already_is_due_now(deadline):
 
 
 @pytest.mark.parametrize("deadline", [-1, 2**64, "1"])
-def test_case_51_a_deadline_that_cannot_be_represented_is_refused_and_nothing_changes(deadline):
+def test_a_deadline_that_cannot_be_represented_is_refused_and_nothing_changes(deadline):
     wheel = Wheel()
     session = wheel.put()
     for settle in ("acknowledge", "fail"):
@@ -179,7 +180,7 @@ def test_a_deadline_at_the_last_tick_of_time_is_a_deadline():
 
 
 @pytest.mark.parametrize("power", [31, 32])
-def test_case_53_no_gap_and_no_burst_where_32_bits_of_milliseconds_end(power):
+def test_no_gap_and_no_burst_where_32_bits_of_milliseconds_end(power):
     """Saved every 1,000 ticks from five seconds before the rim to five seconds after it, as an engine would do it."""
     edge = 2**power - 1
     now, interval = edge - 5000, 1000
@@ -206,7 +207,7 @@ def test_case_53_no_gap_and_no_burst_where_32_bits_of_milliseconds_end(power):
         assert len(gaps) in (10, 11)
 
 
-def test_case_55_after_a_jump_of_two_hours_each_is_handed_out_once():
+def test_after_a_jump_of_two_hours_each_is_handed_out_once():
     """Ten missed intervals are one save, however many rows one call may walk; and none waits for all others."""
     table = SessionTable(Session, None, seed=55)
     people = set()
@@ -283,8 +284,9 @@ def test_a_half_done_bucket_hides_no_nearer_deadline(count, limit, nearer, level
     assert len(wheel.advance(2 * start - 1)) == count
 
 
+@pytest.mark.guarantee("I27")
 def test_one_call_walks_at_most_limit_rows_cascades_included():
-    """Case 55: a far bucket with 10,000 rows is taken apart a hundred at a time, and the rest is first in line."""
+    """A far bucket with 10,000 rows is taken apart a hundred at a time, and the rest is first in line."""
     wheel = Wheel()
     people = [wheel.put(64**3 + 1 + number % 4000) for number in range(MANY)]
     nearer = wheel.put(64**3)
@@ -315,7 +317,7 @@ def test_no_row_is_walked_without_a_limit():
 
 
 @pytest.mark.parametrize("edge", [*RIMS[:5], TEN_YEARS, 2**31, 2**32])
-def test_case_45_a_session_armed_a_thousand_times_has_one_deadline_the_last(edge):
+def test_a_session_armed_a_thousand_times_has_one_deadline_the_last(edge):
     """Around the edges of buckets and of levels: one entry in the wheel, and it comes out at the last deadline only."""
     wheel = Wheel(max(edge - 100, 0))
     session, other = wheel.put(edge), wheel.put(edge + 63)
@@ -331,7 +333,7 @@ def test_case_45_a_session_armed_a_thousand_times_has_one_deadline_the_last(edge
     assert wheel.advance(edge + 2**40) == []
 
 
-def test_case_34_a_hundred_sessions_that_come_and_go_hold_a_hundred_entries_at_most():
+def test_a_hundred_sessions_that_come_and_go_hold_a_hundred_entries_at_most():
     """A deadline that is given up is not left behind until it passes."""
     wheel = Wheel()
     people = [wheel.put() for _ in range(100)]
@@ -344,7 +346,7 @@ def test_case_34_a_hundred_sessions_that_come_and_go_hold_a_hundred_entries_at_m
     assert wheel.table.armed == 0
 
 
-def test_case_47_an_ended_session_leaves_nothing_in_the_wheel_and_its_data_is_freed_at_once():
+def test_an_ended_session_leaves_nothing_in_the_wheel_and_its_data_is_freed_at_once():
     """Without the collector, and long before the deadline; and the memory of its row is used again."""
 
     class Payload:
@@ -381,7 +383,7 @@ def test_case_47_an_ended_session_leaves_nothing_in_the_wheel_and_its_data_is_fr
     assert table.next_deadline() is None
 
 
-def test_case_47_the_data_of_an_ended_session_is_freed_although_its_handle_is_kept():
+def test_the_data_of_an_ended_session_is_freed_although_its_handle_is_kept():
     class Payload:
         pass
 
@@ -396,7 +398,7 @@ def test_case_47_the_data_of_an_ended_session_is_freed_although_its_handle_is_ke
     assert payload() is None
 
 
-def test_case_56_who_ends_in_the_tick_that_would_save_them_is_counted_down_once():
+def test_who_ends_in_the_tick_that_would_save_them_is_counted_down_once():
     """The first of eleven ends the other ten: none of them is saved, and the counters are exact."""
     wheel = Wheel()
     people = [wheel.put(100) for _ in range(11)]

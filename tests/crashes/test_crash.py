@@ -42,6 +42,7 @@ def opened(engine: Engine) -> Iterator[Engine]:
         engine.remove()
 
 
+@pytest.mark.guarantee("I5", "I20")
 @pytest.mark.parametrize("kind", [SQLite, Postgres, Redis])
 def test_every_acknowledged_version_survives_kill_9(tmp_path: Path, record_property: Any, kind: Any) -> None:
     with opened(kind(tmp_path) if kind is SQLite else kind()) as engine:
@@ -64,6 +65,7 @@ def shim(tmp_path: Path) -> Path:
         pytest.skip(str(error))
 
 
+@pytest.mark.guarantee("I5")
 def test_a_save_killed_at_any_system_call_leaves_the_old_state_or_the_new_one(tmp_path: Path, shim: Path) -> None:
     result = kill_at_each_call(tmp_path, ["save"])
     assert not result.problems, "\n".join(result.problems[:5])

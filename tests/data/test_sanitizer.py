@@ -12,7 +12,7 @@ import pytest
 
 from cagey_sessions import OptionError, SessionManager, UserDataWarning, dataclass_codec
 from cagey_sessions.data.sanitizer import ENDED_WATCHED, _difference
-from support import ManualClock, ScriptedStore, end, turns
+from support import ManualClock, ScriptedStore, end, inside, turns
 
 
 @pytest.fixture
@@ -31,9 +31,9 @@ def test_it_is_on_or_off(store, debug):
 
 def test_off_there_is_none(store):
     manager = SessionManager(store=store)
-    assert manager._server.sanitizer is None
-    assert manager._server.listeners._sanitizer is None
-    assert manager._server.store_saver._sanitizer is None
+    assert inside(manager).sanitizer is None
+    assert inside(manager).listeners._sanitizer is None
+    assert inside(manager).store_saver._sanitizer is None
 
 
 async def test_a_program_without_mistakes_hears_nothing(clock, store, make, said):
@@ -206,7 +206,7 @@ async def test_many_ended_sessions_are_looked_at_in_turn_and_the_oldest_forgotte
         session = await manager.open(user_id, default={"gold": 0})
         kept.append(session.user_data)
         await session.destroy()
-    assert len(manager._server.sanitizer._ended) == ENDED_WATCHED
+    assert len(inside(manager).sanitizer._ended) == ENDED_WATCHED
     for data in kept:
         data["gold"] = 1
     last = await manager.open("last", default={})

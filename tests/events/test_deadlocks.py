@@ -57,9 +57,9 @@ async def test_a_listener_cannot_wait_for_the_save_it_is_part_of(clock):
     await manager.destroy()
 
 
+@pytest.mark.fault("All slots were held by listeners that waited for saves that needed a slot.")
 @pytest.mark.parametrize(("slots", "call"), [(1, "persist_now"), (1, "destroy"), (4, "persist_now")])
 async def test_a_listener_that_waits_for_another_save_does_not_starve_it(clock, slots, call):
-    """All slots were held by listeners that waited for saves that needed a slot."""
     manager = SessionManager(max_in_flight=slots, clock=clock)
     stored = []
 

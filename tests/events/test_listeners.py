@@ -1,4 +1,4 @@
-"""Listeners: who is called, when, and what their errors do; the numbers are those of the catalogue of cases."""
+"""Listeners: who is called, when, and what their errors do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cagey_sessions import (
 from support import add_user, turns
 
 
-async def test_case_60_a_raising_listener_stops_no_other(make_manager, db):
+async def test_a_raising_listener_stops_no_other(make_manager, db):
     manager = make_manager(interval=None)
     seen = []
 
@@ -163,7 +163,7 @@ async def test_a_message_names_some_of_very_many(make_manager):
     await manager.destroy()
 
 
-async def test_case_61_the_list_may_change_during_an_emit(make_manager):
+async def test_the_list_may_change_during_an_emit(make_manager):
     manager = make_manager()
     seen = []
 
@@ -194,7 +194,7 @@ async def test_case_61_the_list_may_change_during_an_emit(make_manager):
     await manager.destroy()
 
 
-async def test_case_62_a_once_listener_runs_once_and_can_be_removed(make_manager):
+async def test_a_once_listener_runs_once_and_can_be_removed(make_manager):
     manager = make_manager()
     runs = []
 

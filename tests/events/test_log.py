@@ -86,6 +86,7 @@ async def _refused(clock: Any, manager: Any, session: Any) -> list[BaseException
     return [*refused, drained.value, *(user.error for user in drained.value.report.unsaved)]
 
 
+@pytest.mark.guarantee("I24")
 @pytest.mark.parametrize("data", UNSAVABLE.values(), ids=UNSAVABLE)
 async def test_no_refusal_tells_what_is_in_the_data(clock, caplog, data):
     caplog.set_level(logging.DEBUG)
@@ -201,7 +202,7 @@ def assert_traced(text: str, *functions: str) -> None:
 
 
 @pytest.mark.parametrize("hook", ["before_save", "encode"])
-async def test_a_hook_that_raises_while_nobody_waits_is_found_in_the_log(clock, caplog, hook):
+async def test_a_hook_that_raises_while_no_caller_waits_is_found_in_the_log(clock, caplog, hook):
     def of_a_user(value: Any) -> Any:
         data = value.user_data if hook == "before_save" else value
         return _raise() if data.get("bad") else value
@@ -368,6 +369,7 @@ async def test_a_logger_that_fails_stops_nothing(clock, db):
         await let_time_pass(clock, manager.destroy(True, deadline="1s"))
 
 
+@pytest.mark.guarantee("I24")
 async def test_neither_keys_nor_data_are_logged(make_manager, db, clock, caplog):
     caplog.set_level(logging.DEBUG)
     manager = make_manager()

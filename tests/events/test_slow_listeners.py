@@ -59,7 +59,7 @@ async def test_before_save_that_holds_the_loop_is_named(clock, store, make, said
     await end(clock, manager)
 
 
-async def test_a_listener_that_waits_holds_nobody(clock, store, make, said):
+async def test_a_listener_that_waits_does_not_hold_the_loop(clock, store, make, said):
     manager = make()
     heard: list[object] = []
 

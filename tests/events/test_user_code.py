@@ -27,7 +27,7 @@ from cagey_sessions import (
     read_snapshot,
 )
 from cagey_sessions.stores import CallbackStore, MemoryStore
-from support import add_user, let_time_pass, turns
+from support import add_user, inside, let_time_pass, turns
 
 
 class Unusual(BaseException):
@@ -100,6 +100,7 @@ def encode(faulty: Faulty) -> dict[str, Any]:
 HOOKS = {"before_save": before_save, "encode": encode}
 
 
+@pytest.mark.guarantee("I10")
 @pytest.mark.parametrize("tracking", ["content", "marked"])
 @pytest.mark.parametrize("hook", HOOKS)
 async def test_a_hook_of_one_user_stops_no_save_of_another(hook, tracking, raised, clock, tmp_path):
@@ -136,7 +137,7 @@ async def test_a_hook_of_one_user_stops_no_save_of_another(hook, tracking, raise
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-async def test_who_cannot_be_saved_for_another_reason_is_spilled_beside_a_hook_that_raises(
+async def test_a_user_unsaved_for_another_reason_is_spilled_beside_a_hook_that_raises(
     hook, raised, clock, tmp_path, store
 ):
     faulty = Faulty(raised)
@@ -314,7 +315,7 @@ async def test_a_listener_of_reports_that_raises_is_logged(event, kind, raised, 
     if event == "unsavable":
         (await manager.open(1, default={})).user_data = {"a set": {1}}
     else:
-        manager._server.reports.error(OSError("told"), None)
+        inside(manager).reports.error(OSError("told"), None)
     other = await manager.open(2, default={})
     other.user_data["gold"] = 1
     await clock.advance("1s")
@@ -346,6 +347,7 @@ async def test_a_log_that_raises_stops_nothing(raised, clock, store):
 # Functions and stores of the program's
 
 
+@pytest.mark.guarantee("I10")
 @pytest.mark.parametrize("kind", ["sync", "async"])
 async def test_a_load_that_raises_for_one_user_stops_no_login_of_another(kind, raised, clock):
     faulty = Faulty(raised)
@@ -490,7 +492,7 @@ async def test_the_cancellation_of_a_call_ends_the_listener_it_waits_for(make_ma
     await manager.destroy()
 
 
-async def test_an_end_whose_task_somebody_cancels_raises_that_at_nobody_else(make_manager, clock, db):
+async def test_the_cancellation_of_the_task_of_an_end_is_raised_at_no_other_caller(make_manager, clock, db):
     manager = make_manager()
     await add_user(manager, 1)
     db.script = ["1s"]

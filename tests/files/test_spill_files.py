@@ -25,6 +25,7 @@ from support import (
     HeldDisk,
     ScriptedStore,
     end_of_threads,
+    inside,
     let_time_pass,
     made_by_another_user,
     needs_links,
@@ -35,6 +36,7 @@ from support.cluster import Cluster, spill_gold
 ENTRY = SpillEntry("ann", None, 3, "node", 0, 0, b"{}", 0.0, bytes(16), frozenset())
 
 
+@pytest.mark.guarantee("I17")
 async def test_damaged_lines_are_kept_byte_for_byte_and_reported(cluster):
     await spill_gold(cluster, bob=5)
     lines = cluster.path.read_bytes().splitlines()
@@ -186,12 +188,12 @@ async def test_a_full_disk_is_reported_and_everybody_is_named(cluster):
     manager = await cluster.start()
     for user_id in ("ann", "bob"):
         await manager.open(user_id, default={})
-    manager._server.spill._files = FaultyDisk(fail={"write": errno.ENOSPC})
+    inside(manager).spill._files = FaultyDisk(fail={"write": errno.ENOSPC})
     error = await cluster.fail(manager)
     assert set(error.user_ids) == {"ann", "bob"} and not any(user.spilled for user in error.report.unsaved)
     assert isinstance(error.exceptions[-1], SnapshotError) and "free some space" in str(error.exceptions[-1])
     assert [path.name for path in cluster.path.parent.iterdir()] == ["spill.lock"]
-    manager._server.spill._files = DISK
+    inside(manager).spill._files = DISK
     manager._spilling._spill_at_exit()  # which tries once more
     assert {entry.user_id for entry in read_snapshot(cluster.path).entries} == {"ann", "bob"}
 
@@ -202,7 +204,7 @@ async def a_start_that_is_held(cluster: Cluster, step: str) -> tuple[SessionMana
     cluster.errors.clear()
     cluster.backing.dead |= {row.owner for row in cluster.backing.rows.values()}
     manager = cluster.manager()
-    disk = manager._server.spill._files = HeldDisk(step)
+    disk = inside(manager).spill._files = HeldDisk(step)
     starting = asyncio.create_task(manager.__aenter__())
     await disk.is_reached(step)
     return manager, disk, starting
@@ -249,7 +251,7 @@ async def test_a_drain_does_not_wait_for_ever_for_a_disk_that_hangs_and_nor_does
     monkeypatch.setattr(drain, "SECONDS_TO_SPILL", 0)
     manager = await cluster.start()
     await manager.open("ann", default={"gold": 1})
-    disk = manager._server.spill._files = HeldDisk("sync")
+    disk = inside(manager).spill._files = HeldDisk("sync")
     error = await cluster.fail(manager)
     assert not error.report.unsaved[0].spilled
     assert isinstance(error.exceptions[-1], SnapshotError) and "the disk hangs" in str(error.exceptions[-1])
@@ -300,7 +302,7 @@ async def test_a_link_that_another_user_has_made_is_refused_at_once(tmp_path, cl
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
-async def test_a_pipe_is_no_spill_and_nobody_waits_for_it(cluster):
+async def test_a_pipe_in_place_of_the_spill_is_refused_at_once(cluster):
     os.mkfifo(cluster.path)
     manager = cluster.manager()
     with pytest.raises(SnapshotError, match="no regular file"):
@@ -322,7 +324,7 @@ async def test_a_crash_at_any_step_of_a_replay_loses_nothing_and_makes_no_confli
         spill = Spill(cluster.path)
         spill._files = disk
         manager = cluster.manager()
-        manager._server.spill = spill
+        inside(manager).spill = spill
         cluster.backing.dead |= {row.owner for row in cluster.backing.rows.values()}
         try:
             await manager.__aenter__()
@@ -330,7 +332,7 @@ async def test_a_crash_at_any_step_of_a_replay_loses_nothing_and_makes_no_confli
             number += 1
         else:
             done = True
-        manager._server.spill = None
+        inside(manager).spill = None
         await manager.destroy()
 
         manager = await cluster.start()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cagey_sessions import NotIdentifiedError, SessionManager, create
+from support import inside
 
 PAGE = Path(__file__).parents[2] / "docs" / "from-node.md"
 
@@ -19,8 +20,8 @@ async def test_create():
         {"user_data": {"persistence": {"interval": "30s", "events": ["disconnect", "shutdown"]}}},
     )
     assert isinstance(manager, SessionManager)
-    assert manager._server.options.interval == 30 * 10**9
-    assert manager._server.options.log.name == "game"
+    assert inside(manager).options.interval == 30 * 10**9
+    assert inside(manager).options.log.name == "game"
 
 
 async def test_manager_create():

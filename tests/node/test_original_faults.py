@@ -1,4 +1,4 @@
-"""The faults of the Node package, O1 to O30: each seen there, each impossible here."""
+"""What went wrong in the Node package of this name cannot happen here."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from cagey_sessions import (
 )
 from support import let_time_pass, turns
 
+pytestmark = pytest.mark.fault("Seen in the Node package that this library takes the place of.")
+
 
 async def identified(manager, *user_ids, data=None):
     """Sessions with these users."""
@@ -33,7 +35,7 @@ async def identified(manager, *user_ids, data=None):
     return sessions
 
 
-async def test_o1_no_timer_is_left_after_the_manager_is_destroyed(make_manager, db, clock):
+async def test_no_timer_is_left_after_the_manager_is_destroyed(make_manager, db, clock):
     manager = make_manager(interval="1s")
     await identified(manager, 1)
     await clock.advance("2s")
@@ -44,7 +46,7 @@ async def test_o1_no_timer_is_left_after_the_manager_is_destroyed(make_manager, 
     assert len(db.log) == writes
 
 
-async def test_o2_destroying_the_older_session_never_removes_the_newer(make_manager):
+async def test_destroying_the_older_session_never_removes_the_newer(make_manager):
     manager = make_manager()
     older = await manager.create("k")
     with pytest.raises(KeyTakenError):
@@ -58,7 +60,7 @@ async def test_o2_destroying_the_older_session_never_removes_the_newer(make_mana
     await manager.destroy()
 
 
-async def test_o3_a_pass_meets_each_session_once_and_ends(make_manager, db, clock):
+async def test_a_pass_meets_each_session_once_and_ends(make_manager, db, clock):
     manager = make_manager(interval=None)
     a, _ = await identified(manager, 1, 2)
     db.delay = "20ms"
@@ -79,7 +81,7 @@ async def test_o3_a_pass_meets_each_session_once_and_ends(make_manager, db, cloc
     await let_time_pass(clock, manager.destroy())
 
 
-async def test_o4_saves_go_side_by_side(make_manager, db, clock):
+async def test_saves_go_side_by_side(make_manager, db, clock):
     manager = make_manager(interval=None)
     await identified(manager, *range(10))
     db.delay = "20ms"
@@ -90,7 +92,7 @@ async def test_o4_saves_go_side_by_side(make_manager, db, clock):
     await let_time_pass(clock, manager.destroy())
 
 
-async def test_o5_one_failing_listener_does_not_end_the_pass(make_manager, db):
+async def test_one_failing_listener_does_not_end_the_pass(make_manager, db):
     manager = make_manager(interval=None)
     await identified(manager, *range(5))
     db.always[1] = OSError("disk")
@@ -101,7 +103,7 @@ async def test_o5_one_failing_listener_does_not_end_the_pass(make_manager, db):
     await manager.destroy()
 
 
-async def test_o6_an_error_in_the_timer_path_reaches_the_error_event(make_manager, db, clock):
+async def test_an_error_in_the_timer_path_reaches_the_error_event(make_manager, db, clock):
     manager = make_manager(interval="10s")
     seen = []
     manager.on("error", lambda error, session: seen.append((error, session)))
@@ -114,7 +116,7 @@ async def test_o6_an_error_in_the_timer_path_reaches_the_error_event(make_manage
     await manager.destroy()
 
 
-async def test_o7_nothing_is_saved_before_there_is_a_user(make_manager, db, clock):
+async def test_nothing_is_saved_before_there_is_a_user(make_manager, db, clock):
     manager = make_manager(interval="1s")
     session = await manager.create("k")
     await session.start()
@@ -126,7 +128,7 @@ async def test_o7_nothing_is_saved_before_there_is_a_user(make_manager, db, cloc
     await manager.destroy(True)
 
 
-async def test_o8_a_save_that_ends_after_destroy_revives_nothing(make_manager, db, clock):
+async def test_a_save_that_ends_after_destroy_revives_nothing(make_manager, db, clock):
     manager = make_manager(interval="1s")
     (session,) = await identified(manager, 1)
     db.delay = "50ms"
@@ -143,7 +145,7 @@ async def test_o8_a_save_that_ends_after_destroy_revives_nothing(make_manager, d
     await manager.destroy()
 
 
-async def test_o9_two_destroys_are_one_end(make_manager, db):
+async def test_two_destroys_are_one_end(make_manager, db):
     manager = make_manager()
     events = []
     (session,) = await identified(manager, 1)
@@ -155,7 +157,7 @@ async def test_o9_two_destroys_are_one_end(make_manager, db):
     await manager.destroy()
 
 
-async def test_o10_a_failed_last_save_keeps_the_session_hidden_and_due(make_manager, db, clock):
+async def test_a_failed_last_save_keeps_the_session_hidden_and_due(make_manager, db, clock):
     manager = make_manager(interval="16s")
     events = []
     for name in ("before_destroy", "destroy"):
@@ -175,7 +177,7 @@ async def test_o10_a_failed_last_save_keeps_the_session_hidden_and_due(make_mana
     await manager.destroy()
 
 
-async def test_o11_the_end_of_a_manager_does_not_stop_at_a_failing_session(make_manager, db, clock):
+async def test_the_end_of_a_manager_does_not_stop_at_a_failing_session(make_manager, db, clock):
     manager = make_manager()
     await identified(manager, *range(5))
     db.script_of[1] = [OSError("disk")]
@@ -186,7 +188,7 @@ async def test_o11_the_end_of_a_manager_does_not_stop_at_a_failing_session(make_
     assert sorted(db.stored) == list(range(5))
 
 
-async def test_o12_a_failing_created_listener_leaves_no_session(make_manager):
+async def test_a_failing_created_listener_leaves_no_session(make_manager):
     manager = make_manager()
     seen = []
 
@@ -203,7 +205,7 @@ async def test_o12_a_failing_created_listener_leaves_no_session(make_manager):
     await manager.destroy()
 
 
-async def test_o13_keys_are_data(make_manager):
+async def test_keys_are_data(make_manager):
     manager = make_manager()
     names = ["constructor", "__proto__", "__class__", "key", "\0", "\ud800", "x" * 100_000, " "]
     for name in names:
@@ -214,7 +216,7 @@ async def test_o13_keys_are_data(make_manager):
     await manager.destroy()
 
 
-async def test_o14_one_hung_save_blocks_nobody_else(make_manager, db, clock):
+async def test_one_hung_save_blocks_nobody_else(make_manager, db, clock):
     manager = make_manager(interval="10s")
     await identified(manager, 1, 2)
     db.always[1] = "hang"
@@ -227,12 +229,12 @@ async def test_o14_one_hung_save_blocks_nobody_else(make_manager, db, clock):
 
 
 @pytest.mark.parametrize("interval", ["abc", "0s", "30", "1 fortnight", "-5s", "", True])
-def test_o15_an_interval_that_cannot_be_meant_is_refused(interval):
+def test_an_interval_that_cannot_be_meant_is_refused(interval):
     with pytest.raises(OptionError):
         SessionManager(interval=interval)
 
 
-async def test_o16_the_interval_is_each_session_s_own(make_manager, db, clock):
+async def test_the_interval_is_each_session_s_own(make_manager, db, clock):
     manager = make_manager(interval="10s")
     await identified(manager, *range(200))
     db.delay = "1s"
@@ -247,7 +249,7 @@ async def test_o16_the_interval_is_each_session_s_own(make_manager, db, clock):
     await let_time_pass(clock, manager.destroy())
 
 
-async def test_o17_a_second_set_user_is_refused(make_manager, db):
+async def test_a_second_set_user_is_refused(make_manager, db):
     manager = make_manager()
     (session,) = await identified(manager, 1)
     session.user_data["gold"] = 5
@@ -258,7 +260,7 @@ async def test_o17_a_second_set_user_is_refused(make_manager, db):
     await manager.destroy()
 
 
-async def test_o18_a_dying_session_is_not_found_and_takes_no_entry_with_it(make_manager, db, clock):
+async def test_a_dying_session_is_not_found_and_takes_no_entry_with_it(make_manager, db, clock):
     manager = make_manager()
     (session,) = await identified(manager, 1)
     db.delay = "1s"
@@ -272,7 +274,7 @@ async def test_o18_a_dying_session_is_not_found_and_takes_no_entry_with_it(make_
     await let_time_pass(clock, manager.destroy())
 
 
-async def test_o19_a_failing_before_destroy_listener_prevents_neither_save_nor_end(make_manager, db):
+async def test_a_failing_before_destroy_listener_prevents_neither_save_nor_end(make_manager, db):
     manager = make_manager()
     (session,) = await identified(manager, 1)
 
@@ -288,7 +290,7 @@ async def test_o19_a_failing_before_destroy_listener_prevents_neither_save_nor_e
     await manager.destroy()
 
 
-async def test_o20_a_failing_manager_listener_stops_neither_later_ones_nor_the_session_s(make_manager):
+async def test_a_failing_manager_listener_stops_neither_later_ones_nor_the_session_s(make_manager):
     manager = make_manager()
     seen = []
 
@@ -305,14 +307,14 @@ async def test_o20_a_failing_manager_listener_stops_neither_later_ones_nor_the_s
     await manager.destroy()
 
 
-async def test_o21_nobody_is_created_after_the_end(make_manager):
+async def test_nobody_is_created_after_the_end(make_manager):
     manager = make_manager()
     await manager.destroy()
     with pytest.raises(ManagerClosedError):
         await manager.create()
 
 
-async def test_o22_the_end_does_not_visit_sessions_its_own_listeners_want(make_manager):
+async def test_the_end_does_not_visit_sessions_its_own_listeners_want(make_manager):
     manager = make_manager()
     refused = []
 
@@ -330,7 +332,7 @@ async def test_o22_the_end_does_not_visit_sessions_its_own_listeners_want(make_m
 
 
 @pytest.mark.parametrize("key", [0, 1, "", b"k", 1.5, True, object()])
-async def test_o23_o24_a_key_is_a_text_that_is_not_empty(make_manager, key):
+async def test_a_key_is_a_text_that_is_not_empty(make_manager, key):
     manager = make_manager()
     with pytest.raises(InvalidKeyError):
         await manager.create(key)
@@ -338,7 +340,7 @@ async def test_o23_o24_a_key_is_a_text_that_is_not_empty(make_manager, key):
     await manager.destroy()
 
 
-async def test_o25_the_events_to_save_on_are_a_list_of_known_names(make_manager):
+async def test_the_events_to_save_on_are_a_list_of_known_names(make_manager):
     with pytest.raises(OptionError, match="shutdown"):
         SessionManager(persist_on="shutdown")
     with pytest.raises(OptionError, match="did you mean 'shutdown'"):
@@ -350,8 +352,8 @@ async def test_o25_the_events_to_save_on_are_a_list_of_known_names(make_manager)
         manager.will_persist_user_data_on("shutdown-now")
 
 
-async def test_o26_what_is_serialised_first_is_never_torn(make_manager, db, clock):
-    """Case 6: the bytes are fixed before the first await, whatever happens to the data afterwards."""
+async def test_what_is_serialised_first_is_never_torn(make_manager, db, clock):
+    """The bytes are fixed before the first await, whatever happens to the data afterwards."""
     manager = make_manager(interval="1s")
     (session,) = await identified(manager, 1, data={"bag": list(range(50)), "bank": list(range(50))})
     db.delay = "7ms"
@@ -365,7 +367,7 @@ async def test_o26_what_is_serialised_first_is_never_torn(make_manager, db, cloc
     await let_time_pass(clock, manager.destroy())
 
 
-async def test_o27_timer_pass_call_and_end_never_overlap(make_manager, db, clock):
+async def test_timer_pass_call_and_end_never_overlap(make_manager, db, clock):
     manager = make_manager(interval="1s")
     (session,) = await identified(manager, 1)
     db.delay = "300ms"
@@ -383,7 +385,7 @@ async def test_o27_timer_pass_call_and_end_never_overlap(make_manager, db, clock
     await let_time_pass(clock, manager.destroy())
 
 
-async def test_o29_no_user_and_no_data_are_refused(make_manager, db):
+async def test_no_user_and_no_data_are_refused(make_manager, db):
     manager = make_manager()
     session = await manager.create()
     with pytest.raises(ValueError):
@@ -397,12 +399,12 @@ async def test_o29_no_user_and_no_data_are_refused(make_manager, db):
 
 
 @pytest.mark.parametrize("log", [object(), "log", 7])
-def test_o30_a_logger_that_cannot_log_is_refused_at_once(log):
+def test_a_logger_that_cannot_log_is_refused_at_once(log):
     with pytest.raises(OptionError, match="log"):
         create({"log": log})
 
 
-def test_o30_no_logger_is_needed():
+def test_no_logger_is_needed():
     create()
     create({})
     create(None, {})

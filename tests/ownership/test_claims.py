@@ -11,11 +11,11 @@ import pytest
 from cagey_sessions import EndReason, StoreUnavailableError
 from cagey_sessions.ownership.claims import CLAIM_CALLS
 from cagey_sessions.stores import Outcome, Verdict
-from support import ScriptedStore, changed, edit, end, let_time_pass, turns
+from support import ScriptedStore, changed, edit, end, inside, let_time_pass, turns
 
 
 @pytest.mark.parametrize("epoch", [-1, "1", None])
-async def test_a_claim_with_a_wrong_epoch_identifies_nobody(clock, store, manager, epoch):
+async def test_a_claim_with_a_wrong_epoch_is_refused(clock, store, manager, epoch):
     session = await manager.create()
     original = store.claim_many
 
@@ -30,7 +30,7 @@ async def test_a_claim_with_a_wrong_epoch_identifies_nobody(clock, store, manage
     await end(clock, manager)
 
 
-async def test_a_claim_that_is_granted_too_late_is_let_go_of(clock, store, manager):
+async def test_a_claim_that_is_granted_too_late_is_released(clock, store, manager):
     store.claim_script = ["15s"]
     with pytest.raises(StoreUnavailableError):
         await let_time_pass(clock, manager.open(1, default={"n": 0}))
@@ -103,7 +103,7 @@ async def test_an_edit_cancelled_at_any_turn_lets_go_of_its_claim(clock, store, 
     await end(clock, manager)
 
 
-async def test_a_claim_made_again_that_comes_late_is_let_go_of(clock, store, manager):
+async def test_a_claim_made_again_that_comes_late_is_released(clock, store, manager):
     """The reclaim of a fenced or missing row is given up, the session is let go of, and then the claim is granted."""
     session = await changed(manager)
     gate = asyncio.Event()
@@ -187,7 +187,7 @@ async def test_a_late_answer_for_a_session_that_is_gone_touches_nothing_of_the_n
     newer = await manager.open(1)
     await clock.advance("5s")
     assert newer.alive
-    assert store.owner_of(1) == manager._server.owner
-    assert store.backing.rows[1].epoch == manager._server.table.epoch(newer)
+    assert store.owner_of(1) == inside(manager).owner
+    assert store.backing.rows[1].epoch == inside(manager).table.epoch(newer)
     store.delay = 0
     await end(clock, manager)

@@ -11,7 +11,7 @@ import pytest
 from cagey_sessions import EndReason, FencedError, SessionManager, StoreUnavailableError, UserNotFoundError
 from cagey_sessions.ownership.releases import MOST_ATTEMPTS, RELEASE_CALLS, RELEASES_IN_A_CALL
 from cagey_sessions.stores import Claim
-from support import ScriptedStore, changed, end, let_time_pass, turns
+from support import ScriptedStore, changed, end, inside, let_time_pass, turns
 
 
 class Watched(ScriptedStore):
@@ -111,7 +111,7 @@ async def test_a_release_that_goes_on_failing_is_given_up_and_said(clock, store,
     (said,) = [record for record in caplog.records if "stays with this process until it ends" in record.message]
     assert said.levelname == "ERROR" and "'ann'" in said.message and "ValueError, raised in" in said.message
     assert "a trigger of the table" not in said.message, "nobody knows what else the text of another's error quotes"
-    assert store.owner_of("ann") == manager._server.owner
+    assert store.owner_of("ann") == inside(manager).owner
     await leave(clock, manager, "dan")
     await clock.advance("1m")
     assert store.owner_of("dan") == ""
@@ -120,7 +120,7 @@ async def test_a_release_that_goes_on_failing_is_given_up_and_said(clock, store,
     await assert_all_is_quiet(clock, store)
 
 
-async def test_a_queue_full_of_those_who_fail_keeps_nobody_else_back(clock, store, manager):
+async def test_a_queue_full_of_failing_releases_delays_no_other(clock, store, manager):
     """More of them than calls at a time, and the others behind them."""
     sessions = [await manager.open(number, default={}) for number in range(20)]
     store.failing = frozenset(range(1, 20, 2))
@@ -151,7 +151,7 @@ async def test_an_outage_is_no_reason_to_give_up(clock, store, manager, caplog):
     await let_time_pass(clock, manager.destroy())
 
 
-async def test_one_row_that_cannot_be_let_go_of_does_not_keep_its_batch(clock, store, manager):
+async def test_one_row_that_cannot_be_released_does_not_hold_up_its_batch(clock, store, manager):
     sessions = [await manager.open(number, default={}) for number in range(300)]
     store.failing = frozenset({77})
     ends = asyncio.gather(*(session.destroy(persist=False) for session in sessions))
@@ -174,7 +174,7 @@ async def test_a_store_that_does_not_answer_for_each_user_is_said(clock, store, 
     await manager.open("bob", default={})
     store.release_many = answer_wrongly
     for user_id in ("ann", "bob"):
-        manager._server.claims.let_go(user_id, 99)  # later than their sessions know
+        inside(manager).claims.let_go(user_id, 99)  # later than their sessions know
     await clock.advance("1m")
     said = [record.message for record in caplog.records if "did not answer for each user" in record.message]
     assert len(said) == (2 if answer is None else 0), "alone each of them has an answer"
@@ -182,7 +182,7 @@ async def test_a_store_that_does_not_answer_for_each_user_is_said(clock, store, 
     await let_time_pass(clock, manager.destroy())
 
 
-async def test_those_who_leave_together_are_let_go_of_in_batches(clock, store, manager):
+async def test_users_who_leave_together_are_released_in_batches(clock, store, manager):
     users = 5 * RELEASES_IN_A_CALL
     sessions = await asyncio.gather(*(manager.open(number, default={}) for number in range(users)))
     store.gate = asyncio.Event()
@@ -199,23 +199,23 @@ async def test_those_who_leave_together_are_let_go_of_in_batches(clock, store, m
     await let_time_pass(clock, manager.destroy())
 
 
-async def test_only_the_newest_claim_of_a_user_is_let_go_of(clock, store, manager):
+async def test_only_the_newest_claim_of_a_user_is_released(clock, store, manager):
     await manager.__aenter__()
-    owner = manager._server.owner
+    owner = inside(manager).owner
     epochs = [(await store.claim_many(["ann"], owner))[0].epoch for _ in range(5)]
     for epoch in (epochs[1], epochs[4], epochs[0], epochs[3]):
-        manager._server.claims.let_go("ann", epoch)
+        inside(manager).claims.let_go("ann", epoch)
     await turns()
     assert store.release_calls == [[("ann", epochs[4])]]
     assert store.owner_of("ann") == ""
     await let_time_pass(clock, manager.destroy())
 
 
-async def test_who_has_a_session_by_a_later_claim_is_not_let_go_of_and_the_store_is_not_asked(clock, store, manager):
+async def test_a_user_with_a_session_by_a_later_claim_is_not_released_and_the_store_is_not_asked(clock, store, manager):
     session = await manager.open("ann", default={})
     calls = store.calls
-    for epoch in range(manager._server.table.epoch(session) + 1):
-        manager._server.claims.let_go("ann", epoch)
+    for epoch in range(inside(manager).table.epoch(session) + 1):
+        inside(manager).claims.let_go("ann", epoch)
         await turns()
     assert store.calls == calls
     assert (await session.persist_now()).changed
@@ -246,20 +246,20 @@ async def test_after_a_storm_of_cancelled_logins_everybody_is_free_within_second
 
 
 @pytest.mark.parametrize("turn", range(12))
-async def test_who_comes_into_the_queue_as_it_runs_empty_is_let_go_of(clock, store, manager, turn):
+async def test_a_user_queued_as_the_queue_runs_empty_is_released(clock, store, manager, turn):
     """At any turn of the loop: those at work may all be about to end."""
     await manager.__aenter__()
-    owner = manager._server.owner
+    owner = inside(manager).owner
     users = range(RELEASE_CALLS + 1)
     epochs = {claim.user_id: claim.epoch for claim in await store.claim_many(users, owner)}
     store.gate = asyncio.Event()
     for user in users[1:]:
-        manager._server.claims.let_go(user, epochs[user])
+        inside(manager).claims.let_go(user, epochs[user])
     await turns()
 
     async def come_later() -> None:
         await turns(turn)
-        manager._server.claims.let_go(0, epochs[0])
+        inside(manager).claims.let_go(0, epochs[0])
 
     late = asyncio.ensure_future(come_later())
     store.gate.set()
@@ -314,7 +314,7 @@ async def test_a_release_that_is_answered_while_the_store_closes_makes_no_call(c
     await assert_all_is_quiet(clock, store)
 
 
-async def test_nobody_is_looked_after_when_the_manager_has_ended(clock, store, manager):
+async def test_no_release_is_begun_after_the_manager_has_ended(clock, store, manager):
     """Claims had no answer; one of them comes after the end."""
     store.gate = asyncio.Event()
     opening = [asyncio.create_task(manager.open(each, default={})) for each in ("ann", "bob")]
@@ -467,7 +467,7 @@ async def test_a_release_whose_task_is_cancelled_by_somebody_is_made_all_the_sam
     await end(clock, manager)
 
 
-async def test_a_user_claimed_again_for_a_last_save_is_let_go_of_without_it(clock, store, manager):
+async def test_a_user_claimed_again_for_a_last_save_is_released_without_that_save(clock, store, manager):
     """Released with the last save, claimed again for a change, not saved: `destroy(persist=False)` releases again."""
     session = await changed(manager)
     store.script = ["50ms"]
@@ -486,7 +486,7 @@ async def test_a_user_claimed_again_for_a_last_save_is_let_go_of_without_it(cloc
         await let_time_pass(clock, task)
     store.claim_many = original
     store.down = False
-    assert store.owner_of(1) == manager._server.owner
+    assert store.owner_of(1) == inside(manager).owner
     await let_time_pass(clock, session.destroy(persist=False))
     await clock.advance("1s")
     assert store.owner_of(1) == ""

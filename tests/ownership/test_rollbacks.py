@@ -105,7 +105,7 @@ async def test_a_user_whose_row_is_from_before_the_first_save_is_written_again(c
     await end(clock, manager)
 
 
-async def test_a_rollback_that_nobody_notices_is_healed_by_the_next_change(clock, store, manager):
+async def test_an_unnoticed_rollback_is_healed_by_the_next_change(clock, store, manager):
     session, mark = await returned(manager, store)
     store.throw_back(mark, is_noticed=False)
     await save(session, 6)
@@ -113,7 +113,7 @@ async def test_a_rollback_that_nobody_notices_is_healed_by_the_next_change(clock
     await end(clock, manager)
 
 
-async def test_who_was_taken_over_after_the_rollback_is_fenced(clock, store, manager):
+async def test_a_user_taken_over_after_the_rollback_is_fenced(clock, store, manager):
     """Two histories follow the same point by then, and both were acknowledged; ours is the one that ends."""
     session, mark = await returned(manager, store)
     store.throw_back(mark)
@@ -176,7 +176,7 @@ async def test_a_user_who_moved_just_before_the_loss_stays_where_they_are(clock,
     await end(clock, manager, other)
 
 
-async def test_who_is_not_let_go_of_after_the_loss_is_given_up_in_the_end(clock, store, manager):
+async def test_a_release_that_fails_after_the_loss_is_given_up_in_the_end(clock, store, manager):
     there = Engine(clock, backing=store.backing)
     other = SessionManager(store=there, clock=clock)
     (session,) = await opened(manager, 1)
@@ -201,7 +201,7 @@ async def test_no_timer_is_left_of_a_walk_that_the_end_of_the_manager_has_cut_sh
 
 
 @pytest.mark.parametrize("tracking", ["compared", "marked"])
-async def test_who_was_being_loaded_at_the_loss_is_written_again_too(clock, store, tracking):
+async def test_a_user_being_loaded_at_the_loss_is_written_again_too(clock, store, tracking):
     options = {"tracking": "marked"} if tracking == "marked" else {}
     manager = SessionManager(store=store, clock=clock, **options)
     (session,) = await opened(manager, 1)

@@ -18,7 +18,7 @@ from cagey_sessions import (
     UserErasedError,
 )
 from cagey_sessions.stores import CallbackStore, Outcome
-from support import ScriptedStore, changed, end, let_time_pass, turns
+from support import ScriptedStore, changed, end, inside, let_time_pass, turns
 
 
 async def test_a_lost_reply_to_the_last_save_and_a_change_are_no_takeover(clock, store, manager):
@@ -36,7 +36,7 @@ async def test_a_lost_reply_to_the_last_save_and_a_change_are_no_takeover(clock,
     await end(clock, manager)
 
 
-async def test_who_was_erased_and_made_anew_elsewhere_is_not_written_over(clock, store, manager):
+async def test_a_user_erased_and_made_anew_elsewhere_is_not_written_over(clock, store, manager):
     """Versions begin again after an erasure: a lower one in the store is not an older one of ours."""
     session = await changed(manager)
     for number in range(5):
@@ -44,7 +44,7 @@ async def test_who_was_erased_and_made_anew_elsewhere_is_not_written_over(clock,
         await session.persist_now()
     other_store = ScriptedStore(clock, backing=store.backing)
     other = SessionManager(store=other_store, clock=clock)
-    store.bury(manager._server.owner)
+    store.bury(inside(manager).owner)
     await other.erase(1)
     theirs = await other.open(1, default={"made": "anew"})
     await theirs.destroy()
@@ -62,7 +62,7 @@ async def test_a_takeover_is_told_once_and_nothing_is_sent_after_it(clock, store
     manager.on("error", lambda error, session: heard.append(type(error)))
     session = await changed(manager)
     other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
-    store.bury(manager._server.owner)
+    store.bury(inside(manager).owner)
     theirs = await other.open(1)
     store.backing.dead.clear()
     store.script = ["50ms"]
@@ -85,7 +85,7 @@ async def test_a_session_that_was_taken_over_does_not_take_its_user_back(clock, 
     """Nothing more is written in its name, and no claim is left behind that nobody lets go of."""
     session = await changed(manager)
     other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
-    store.bury(manager._server.owner)
+    store.bury(inside(manager).owner)
     theirs = await other.open(1)
     store.backing.dead.clear()
 
@@ -123,7 +123,7 @@ async def test_a_session_that_has_lost_its_user_is_told_once_and_writes_nothing_
     session = await changed(manager)
     gate = asyncio.Event()
     session.on("before_destroy", gate.wait)
-    store.bury(manager._server.owner)
+    store.bury(inside(manager).owner)
     other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
     await other.open(1)
     store.script = ["50ms"]
@@ -174,14 +174,14 @@ async def test_a_record_that_is_gone_and_taken_by_another_node_is_fenced_off(clo
     await end(clock, manager, other)
 
 
-async def test_who_was_taken_over_ends_unsaved_and_says_so(clock, store, manager):
+async def test_a_session_that_was_taken_over_ends_unsaved_and_says_so(clock, store, manager):
     heard = []
     manager.on("error", lambda error, session: heard.append((error, session)))
     session = await changed(manager)
     events = []
     session.on("before_destroy", lambda: events.append("before_destroy"))
     session.on("destroy", lambda: events.append("destroy"))
-    store.bury(manager._server.owner)
+    store.bury(inside(manager).owner)
     other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
     theirs = await other.open(1)
     assert theirs.user_data == {"n": 0}
@@ -192,16 +192,16 @@ async def test_who_was_taken_over_ends_unsaved_and_says_so(clock, store, manager
     assert events == ["before_destroy", "destroy"]
     assert [(type(error), about) for error, about in heard] == [(FencedError, session)]
     assert manager.statistics().fenced == 1
-    assert store.owner_of(1) == other._server.owner, "not let go of by who no longer has it"
+    assert store.owner_of(1) == inside(other).owner, "not let go of by who no longer has it"
     theirs.user_data["n"] = 5
     await end(clock, other, manager)
     assert store.stored(1) == {"n": 5}
 
 
 @pytest.mark.parametrize("when", ["destroy", "drain"])
-async def test_who_was_taken_over_hears_it_at_the_end_at_the_latest(clock, store, manager, when):
+async def test_a_takeover_is_told_at_the_end_of_the_session_at_the_latest(clock, store, manager, when):
     session = await changed(manager)
-    store.bury(manager._server.owner)
+    store.bury(inside(manager).owner)
     other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
     await other.open(1)
     if when == "destroy":
@@ -220,7 +220,7 @@ async def test_who_was_taken_over_hears_it_at_the_end_at_the_latest(clock, store
 
 async def test_an_erased_user_is_never_written_again(clock, store, manager):
     session = await changed(manager)
-    store.bury(manager._server.owner)
+    store.bury(inside(manager).owner)
     await ScriptedStore.erase(store, 1)
     with pytest.raises(UserErasedError):
         await let_time_pass(clock, session.persist_now())
@@ -237,7 +237,7 @@ async def test_a_node_that_was_taken_over_never_overwrites_a_user_made_anew(cloc
         session.user_data["n"] = number
         await session.persist_now()
     session.user_data["n"] = 6
-    store.bury(manager._server.owner)
+    store.bury(inside(manager).owner)
     other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
     await other.erase(1)
     theirs = await other.open(1, default={"theirs": True})
@@ -263,7 +263,7 @@ async def test_a_stray_claim_does_not_make_a_stale_session_the_owner(clock, stor
     session = await let_time_pass(clock, manager.open(1))
     session.user_data["n"] = 1
     await let_time_pass(clock, session.persist_now())
-    store.bury(manager._server.owner)
+    store.bury(inside(manager).owner)
     other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
     theirs = await other.open(1)
     theirs.user_data["n"] = 50

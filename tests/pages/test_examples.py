@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import cagey_sessions
 from cagey_sessions import SessionManager
 from cagey_sessions.stores import MemoryStore
 from support import POSTGRES, drop_schema, needs_server
+from support.engines import free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROGRAMS = ["arena_aiohttp.py", "chat_fastapi.py", "from_an_autosave_loop.py", "gateway.py", "test_trade.py"]
@@ -66,11 +66,6 @@ def running(path: Path, *arguments: str, **environment: str) -> Iterator[Program
             yield Program(process)
         finally:
             process.kill()
-
-
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return str(server.getsockname()[1])
 
 
 async def until_it_listens(port: str) -> None:
@@ -136,7 +131,7 @@ def test_the_chat_keeps_its_members_in_their_table(tmp_path, members):
     assert code.count(columns) == 1
     program = tmp_path / "chat.py"
     program.write_text(code.replace(columns, f'{columns}, schema="{schema}"'), encoding="utf-8")
-    port = free_port()
+    port = str(free_port())
     server = f"127.0.0.1:{port}"
 
     async def talk(program: Program) -> None:
@@ -271,7 +266,7 @@ async def come_and_go(program: Program, port: str) -> None:
 @pytest.mark.parametrize("ws", WEB_SOCKETS)
 def test_the_advice_for_starlette_closes_a_connection_however_it_ends(tmp_path, ws):
     code, use = of_the_page()
-    program, port = tmp_path / "server.py", free_port()
+    program, port = tmp_path / "server.py", str(free_port())
     program.write_text(STARLETTE.format(hang_up=code, listens=use), encoding="utf-8")
     with running(program, port, ws) as server:
         asyncio.run(come_and_go(server, port))
@@ -282,7 +277,7 @@ def test_the_advice_for_starlette_closes_a_connection_however_it_ends(tmp_path, 
 
 @pytest.mark.slow
 def test_without_the_advice_an_ordinary_disconnect_raises(tmp_path):
-    program, port = tmp_path / "server.py", free_port()
+    program, port = tmp_path / "server.py", str(free_port())
     listens = 'session.on("destroy", socket.close)'
     program.write_text(STARLETTE.format(hang_up="", listens=listens), encoding="utf-8")
     with running(program, port, WEB_SOCKETS[1]) as server:
@@ -391,7 +386,7 @@ async def hung_up_on(player: aiohttp.ClientWebSocketResponse) -> bool:
 
 @pytest.mark.slow
 def test_the_arena_stores_where_everybody_is(tmp_path):
-    port = free_port()
+    port = str(free_port())
     file = tmp_path / "arena.db"
 
     async def fight(program: Program) -> float:
@@ -431,7 +426,7 @@ def test_the_arena_stores_where_everybody_is(tmp_path):
 
 @pytest.mark.slow
 def test_the_game_goes_on_with_its_old_table(tmp_path):
-    port = free_port()
+    port = str(free_port())
     file = tmp_path / "game.db"
     with closing(sqlite3.connect(file)) as connection, connection:
         connection.execute(

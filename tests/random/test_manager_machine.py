@@ -26,7 +26,7 @@ from cagey_sessions import (
     UserActiveError,
 )
 from conftest import run
-from support import Db, ManualClock, turns
+from support import Db, ManualClock, inside, turns
 
 INTERVAL = 10
 KEYS = ["a", "b", "c"]
@@ -106,13 +106,13 @@ class Machine:
         session = self.pick(n)
         if session is None:
             return
-        holder = self.manager._server.table.active_session(user_id)
+        holder = inside(self.manager).table.active_session(user_id)
         data = {"n": self.stored_n(user_id)}
         before = session.user_id
         try:
             await session.set_user(user_id, data)
         except SessionEndedError:
-            assert not session.alive or self.manager._server.table.is_ending(session)
+            assert not session.alive or inside(self.manager).table.is_ending(session)
         except AlreadyIdentifiedError:
             assert before is not None
         except UserActiveError as error:
@@ -214,10 +214,10 @@ class Machine:
         assert statistics.live == len(live) == len(self.manager)
         assert statistics.in_flight >= self.db.open or statistics.ending or statistics.ended
         assert statistics.identified == len({session.user_id for session in live if session.user_id is not None}), "I9"
-        self.manager._server.table._check()
+        inside(self.manager).table._check()
         keys: dict[str, Any] = {}
         for session in self.sessions:
-            if session.alive and not self.manager._server.table.is_ending(session):
+            if session.alive and not inside(self.manager).table.is_ending(session):
                 if session.key is not None:
                     assert session.key not in keys, "I9: two live sessions of one key"
                     keys[session.key] = session
@@ -248,7 +248,7 @@ class Machine:
             if session is not None:
                 assert self.stored_n(user_id) == session.user_data["n"], "I2: a change was never saved"
         for session in self.manager.sessions():
-            if session.user_id is not None and not self.manager._server.table.is_ending(session):
+            if session.user_id is not None and not inside(self.manager).table.is_ending(session):
                 self.counter += 1
                 session.user_data["n"] = self.counter
         if busy:
@@ -256,7 +256,7 @@ class Machine:
                 await self.do_persist_now(n)
             await turns(busy)
             for session in self.manager.sessions():
-                if session.user_id is not None and not self.manager._server.table.is_ending(session):
+                if session.user_id is not None and not inside(self.manager).table.is_ending(session):
                     self.counter += 1
                     session.user_data["n"] = self.counter
         last = {s.user_id: s.user_data["n"] for s in self.manager.sessions() if s.user_id is not None}

@@ -23,7 +23,7 @@ from cagey_sessions import (
 )
 from cagey_sessions.stores import Outcome, Record
 from cagey_sessions.stores.memory import MemoryBacking
-from support import ManualClock, ScriptedStore, let_time_pass
+from support import ManualClock, ScriptedStore, inside, let_time_pass
 
 USERS = ("ann", 1, "1")
 
@@ -88,13 +88,13 @@ class Node:
 
     @property
     def is_up(self) -> bool:
-        return self.manager is not None and not self.manager._server.closed
+        return self.manager is not None and not inside(self.manager).closed
 
     async def step(self) -> None:
         world, manager = self.world, self.manager
         if manager is None or not self.is_up:
             if manager is not None and world.random.random() < 0.6:
-                world.backing.dead.add(manager._server.owner)  # its lease is over
+                world.backing.dead.add(inside(manager).owner)  # its lease is over
             if manager is None or world.random.random() < 0.5:
                 await self.start()
             return
@@ -120,7 +120,7 @@ class Node:
             self.store.down = True
             await self.attempt(manager.destroy(False))
         elif what == "lose the lease":
-            world.backing.dead.add(manager._server.owner)
+            world.backing.dead.add(inside(manager).owner)
         elif what == "erase" and await self.attempt(manager.erase(user_id)):
             world.erase(user_id)
 
@@ -154,6 +154,7 @@ class Node:
         return [(entry.user_id, orjson.loads(entry.body)) for entry in found.entries]
 
 
+@pytest.mark.guarantee("I31")
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 async def test_nothing_newer_is_overwritten_and_nothing_spilled_is_lost(clock, tmp_path, seed):

@@ -26,7 +26,7 @@ from cagey_sessions import (
 )
 from cagey_sessions.stores import Outcome, Verdict
 from conftest import run
-from support import ManualClock, ScriptedStore, turns
+from support import ManualClock, ScriptedStore, inside, turns
 
 SEEDS = int(os.environ.get("CAGEY_TEST_HISTORIES", "40"))
 USERS = 4
@@ -102,7 +102,7 @@ class History:
 
     async def destroy(self, session: Any) -> None:
         user_id, n = session.user_id, session.user_data["n"]
-        was_ending = session._host._server.table.is_ending(session)
+        was_ending = inside(session._host).table.is_ending(session)
         await session.destroy()
         if not was_ending and session.end_reason == "destroyed":
             self.acknowledged[user_id] = max(self.acknowledged[user_id], n)
@@ -193,7 +193,7 @@ class History:
             self.begin(manager.persist_all_user_data)
         elif session is not None and kind < 13:
             self.change(session)
-        elif session is not None and kind < 16 and not session._host._server.table.is_ending(session):
+        elif session is not None and kind < 16 and not inside(session._host).table.is_ending(session):
             self.begin(self.persist, session)
         elif session is not None and kind == 16:
             self.begin(self.destroy, session)
@@ -225,7 +225,7 @@ class History:
         wanted = {}
         for manager in self.managers:
             for session in self.sessions(manager):
-                if not session._host._server.table.is_ending(session):
+                if not inside(session._host).table.is_ending(session):
                     self.change(session)
                     wanted[session.user_id] = session.user_data["n"]
         for manager in self.managers:

@@ -24,6 +24,7 @@ async def test_urgent_calls_of_one_turn_share_a_batch(clock):
     await let_time_pass(clock, manager.destroy())
 
 
+@pytest.mark.guarantee("I7")
 async def test_batches_are_bounded_by_rows_and_by_bytes(clock):
     store = ScriptedStore(clock, "5ms")
     manager = SessionManager(store=store, clock=clock, interval=None)
@@ -44,6 +45,7 @@ async def test_batches_are_bounded_by_rows_and_by_bytes(clock):
     await let_time_pass(clock, manager.destroy())
 
 
+@pytest.mark.guarantee("I15")
 async def test_what_is_saved_is_the_data_of_one_moment(clock):
     """Gold goes between two bags in every step of the loop, while saves that are slow are under way all the time."""
     store = ScriptedStore(clock, "7ms")
@@ -97,6 +99,7 @@ async def test_two_users_saved_at_once_are_two_saves(clock, store, manager):
     await end(clock, manager)
 
 
+@pytest.mark.guarantee("I10")
 @pytest.mark.parametrize("poison", [{3}, {0, 199}, {77, 78}, set(range(0, 200, 20))], ids=str)
 async def test_poison_rows_are_found_and_everybody_else_is_saved_at_once(clock, store, manager, poison):
     sessions = [await changed(manager, number) for number in range(200)]

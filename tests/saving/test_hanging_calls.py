@@ -9,7 +9,7 @@ import pytest
 
 from cagey_sessions import SessionManager, StoreUnavailableError
 from cagey_sessions.stores import Outcome, Verdict
-from support import ManualClock, ScriptedStore, add_users, changed, end, let_time_pass, turns
+from support import ManualClock, ScriptedStore, add_users, changed, end, inside, let_time_pass, turns
 
 
 async def one_that_failed(clock: ManualClock, store: ScriptedStore, manager: Any) -> tuple[Any, Any]:
@@ -40,9 +40,9 @@ async def test_a_save_that_is_not_in_a_hanging_call_does_not_wait_for_its_end(cl
         return await original(records)
 
     store.save_many = save_many
-    manager._server.table.ask(first)
-    manager._server.table.ask(second)
-    manager._server.autosave.employ()
+    inside(manager).table.ask(first)
+    inside(manager).table.ask(second)
+    inside(manager).autosave.employ()
     await turns()
     assert hung.is_set()
     await clock.advance("1s")  # for a patience that does not end at the very moment at which the call is given up
@@ -59,8 +59,8 @@ async def test_an_end_in_a_hanging_store_is_told_within_the_save_timeout(clock, 
     """A periodic save hangs when `destroy` is called: not first ten seconds for that, and then ten for its own."""
     session = await changed(manager)
     store.script = ["hang", "hang", "hang"]
-    manager._server.table.ask(session)
-    manager._server.autosave.employ()
+    inside(manager).table.ask(session)
+    inside(manager).autosave.employ()
     await clock.advance("1ms")
     assert store.open_calls == 1
     before = clock.now()
@@ -104,8 +104,8 @@ async def test_destroy_does_not_hang_with_a_call_of_others(clock, store, manager
     bad, good = await one_that_failed(clock, store, manager)
     store.lose(1)
     for session in (bad, good):
-        manager._server.autosave._table.ask(session)  # nobody waits
-    manager._server.autosave.employ()
+        inside(manager).autosave._table.ask(session)  # nobody waits
+    inside(manager).autosave.employ()
     await turns()
     assert store.count == 1
     task = asyncio.ensure_future(bad.destroy())
@@ -120,8 +120,8 @@ async def test_destroy_raises_after_the_save_timeout_also_when_a_save_hangs(cloc
     """Not after what is left of the one under way, and then `save_timeout` once more."""
     session = await changed(manager)
     store.lose(1)
-    manager._server.autosave._table.ask(session)
-    manager._server.autosave.employ()
+    inside(manager).autosave._table.ask(session)
+    inside(manager).autosave.employ()
     await turns()
     store.down = True
     task = asyncio.ensure_future(session.destroy())

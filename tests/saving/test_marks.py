@@ -68,7 +68,7 @@ def test_it_needs_a_store(tracking):
 # The timer
 
 
-async def test_nobody_is_encoded_who_is_not_marked(clock, store, manager, encode):
+async def test_a_user_who_is_not_marked_is_not_encoded(clock, store, manager, encode):
     seen = []
     manager = SessionManager(store=store, clock=clock, tracking="marked", encode=encode, before_save=seen.append)
     session = await opened(clock, store, manager)
@@ -117,7 +117,7 @@ async def test_a_mark_without_a_change_costs_the_encoding_and_goes(clock, store,
     await end(clock, manager)
 
 
-async def test_who_is_new_is_saved_without_a_mark(clock, store, manager, encode):
+async def test_a_new_user_is_saved_without_a_mark(clock, store, manager, encode):
     await manager.open("ann", default={"gold": 0})
     await clock.advance("30s")
     assert store.stored("ann") == {"gold": 0}
@@ -331,7 +331,7 @@ async def test_persist_all_compares(clock, store, manager):
     await end(clock, manager)
 
 
-async def test_persist_all_misses_nobody_whose_time_comes_meanwhile(clock, store, encode):
+async def test_persist_all_covers_users_who_fall_due_meanwhile(clock, store, encode):
     """A user passed over is not to count as saved by a call that promises to look at everybody."""
     manager = SessionManager(store=store, clock=clock, tracking="marked", interval="1s")
     sessions = [await opened(clock, store, manager, user_id) for user_id in range(1500)]

@@ -11,11 +11,12 @@ import pytest
 
 from cagey_sessions import DrainError, EndReason, SessionManager, StoreUnavailableError
 from cagey_sessions.stores import Outcome, Verdict
-from support import SECOND, ScriptedStore, add_users, changed, end, let_time_pass, turns
+from support import SECOND, ScriptedStore, add_users, changed, end, inside, let_time_pass, turns
 
 OUTAGE_USERS = 3000
 
 
+@pytest.mark.guarantee("I3")
 async def test_destroy_while_the_store_is_down_keeps_the_session_hidden_until_it_is_saved(clock, store, manager):
     session = await changed(manager)
     events = []
@@ -40,7 +41,7 @@ async def test_destroy_while_the_store_is_down_keeps_the_session_hidden_until_it
     await end(clock, manager)
 
 
-async def test_a_parked_session_may_be_let_go_of(clock, store, manager):
+async def test_a_session_whose_end_waits_for_the_store_may_be_ended_unsaved(clock, store, manager):
     session = await changed(manager)
     store.down = True
     with pytest.raises(StoreUnavailableError):
@@ -77,7 +78,7 @@ async def test_a_drain_outlives_a_short_outage(clock, store, manager):
     assert all(store.stored(number) == {"n": 1} for number in range(300))
 
 
-async def test_who_asks_or_leaves_does_not_wait_behind_those_whose_time_has_come(clock, store, manager):
+async def test_requests_and_ends_do_not_wait_behind_periodic_saves(clock, store, manager):
     """Right after an outage, with everybody due."""
     sessions = [await changed(manager, number) for number in range(2000)]
     store.down = True
@@ -149,7 +150,7 @@ async def test_a_release_that_never_returns_does_not_keep_the_store_down(clock, 
     task = asyncio.ensure_future(session.persist_now())
     await turns()
     assert not manager.statistics().store_up
-    manager._server.claims.let_go(9, 1)  # as after a cancelled login
+    inside(manager).claims.let_go(9, 1)  # as after a cancelled login
     await clock.advance("5s")
     assert (await task).changed, "saves come before releases"
     assert store.stored(1) == {"n": 1}
@@ -189,7 +190,7 @@ async def test_two_poison_rows_are_not_an_outage(clock, store, manager):
     store.delay = "5ms"
     await clock.advance("31s")
     said = []
-    manager._server.link._say = lambda level, message, *args: said.append(message % args)
+    inside(manager).link._say = lambda level, message, *args: said.append(message % args)
     for _ in range(5):
         for session in sessions:
             session.user_data["n"] += 1
@@ -208,7 +209,7 @@ async def test_after_an_outage_a_waiting_caller_is_retried_before_periodic_saves
     await clock.advance("40s")
     store.down = False
     await clock.advance("1500ms")
-    last = sessions[list(manager._server.table.oldest_first())[-1].user_id]
+    last = sessions[list(inside(manager).table.oldest_first())[-1].user_id]
     last.user_data["n"] = 9
     store.verdict_of[last.user_id] = Verdict(Outcome.FAILED, "locked for a moment")
     task = asyncio.ensure_future(last.persist_now())
@@ -340,6 +341,7 @@ async def test_rows_that_are_refused_one_at_a_time_are_no_outage_while_others_ar
     await end(clock, manager)
 
 
+@pytest.mark.guarantee("I32")
 async def test_after_an_outage_everybody_is_saved_within_an_interval_and_never_in_a_herd(clock):
     """40 s without a store, interval 30 s: memory grows by marks; then at most 1.5 x users / interval in any second."""
     interval = 30

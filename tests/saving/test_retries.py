@@ -12,6 +12,7 @@ from cagey_sessions.stores import Outcome, Verdict
 from support import SECOND, add_user, changed, end, let_time_pass, turns
 
 
+@pytest.mark.guarantee("I13")
 async def test_a_lost_reply_is_repeated_with_the_same_version(clock, store, manager):
     session = await changed(manager)
     store.script = ["lose", "lose"]
@@ -45,8 +46,9 @@ async def test_data_changed_back_after_an_unknown_outcome_is_written_again(clock
     await end(clock, manager)
 
 
+@pytest.mark.guarantee("I2")
 async def test_a_change_during_a_save_is_saved_later(clock, store, manager):
-    """Case 3, and a receipt is never for bytes that are older than the call."""
+    """And a receipt is never for bytes that are older than the call."""
     session = await changed(manager)
     store.script = ["50ms"]
     first = asyncio.ensure_future(session.persist_now())
@@ -63,7 +65,7 @@ async def test_a_change_during_a_save_is_saved_later(clock, store, manager):
 
 
 async def test_a_row_that_fails_is_tried_again_within_the_interval_and_reported(clock, store, manager):
-    """Case 4: nothing moves ahead of success."""
+    """Nothing counts as saved before the store has said so."""
     heard = []
     manager.on("error", lambda error, session: heard.append((type(error), session)))
     session = await changed(manager)

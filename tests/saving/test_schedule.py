@@ -262,6 +262,7 @@ async def test_the_age_of_what_is_unsaved_can_be_seen(make_manager, db, clock):
     await manager.destroy()
 
 
+@pytest.mark.guarantee("I12")
 @pytest.mark.slow
 async def test_everybody_is_fixed_within_the_interval_and_acknowledged_within_a_tick_and_a_save_more(clock):
     """100,000 users who change all the time, interval 10 s, 2 ms a batch; fewer where the core is traced."""
@@ -292,6 +293,7 @@ async def test_everybody_is_fixed_within_the_interval_and_acknowledged_within_a_
     await let_time_pass(clock, manager.destroy(False))
 
 
+@pytest.mark.guarantee("I12")
 @pytest.mark.parametrize("hook", [False, True], ids=["in batches", "one by one"])
 async def test_after_everybody_was_saved_at_once_saves_are_spread_evenly_again(clock, hook):
     """Whenever somebody asks for a save of all: in each tenth of an interval a tenth of the users is saved."""

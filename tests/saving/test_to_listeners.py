@@ -13,6 +13,7 @@ from cagey_sessions import DrainError, ListenerError, NothingSavesError, SaveOve
 from support import SECOND, add_user, let_time_pass, turns
 
 
+@pytest.mark.guarantee("I1")
 async def test_an_older_save_never_lands_on_a_newer(make_manager, db, clock):
     manager = make_manager(interval=None)
     session = await add_user(manager, 1)
@@ -30,7 +31,7 @@ async def test_an_older_save_never_lands_on_a_newer(make_manager, db, clock):
     await manager.destroy()
 
 
-async def test_case_3_an_edit_made_during_a_save_is_saved_by_a_later_one(make_manager, db, clock):
+async def test_an_edit_made_during_a_save_is_saved_by_a_later_one(make_manager, db, clock):
     manager = make_manager(interval="10s")
     session = await add_user(manager, 1)
     db.delay = "50ms"
@@ -46,7 +47,7 @@ async def test_case_3_an_edit_made_during_a_save_is_saved_by_a_later_one(make_ma
     await let_time_pass(clock, manager.destroy())
 
 
-async def test_case_4_a_failed_write_is_not_a_save(make_manager, db, clock):
+async def test_a_failed_write_is_not_a_save(make_manager, db, clock):
     manager = make_manager(interval="10s")
     errors = []
     manager.on("error", lambda error, session: errors.append(session.user_id))
@@ -77,8 +78,9 @@ async def test_one_failing_user_stops_the_save_of_no_other(make_manager, db):
     await manager.destroy()
 
 
+@pytest.mark.guarantee("I10")
 @pytest.mark.parametrize("trouble", ["raises", "is cancelled", "never returns"])
-async def test_case_13_whatever_one_listener_does_the_others_are_saved(make_manager, db, clock, trouble):
+async def test_whatever_one_listener_does_the_others_are_saved(make_manager, db, clock, trouble):
     manager = make_manager(interval="10s", max_in_flight=2)
     errors = []
     manager.on("error", lambda error, session: errors.append(error))
@@ -108,7 +110,7 @@ async def test_case_13_whatever_one_listener_does_the_others_are_saved(make_mana
     await manager.destroy(True)
 
 
-async def test_saves_end_though_nobody_else_holds_them(make_manager, db, clock):
+async def test_a_save_under_way_is_not_garbage_collected(make_manager, db, clock):
     manager = make_manager(interval="1s")
     futures = []
 
@@ -128,7 +130,7 @@ async def test_saves_end_though_nobody_else_holds_them(make_manager, db, clock):
     await let_time_pass(clock, manager.destroy())
 
 
-async def test_a_save_nobody_performs_is_an_error(clock):
+async def test_a_save_without_a_listener_that_saves_is_an_error(clock):
     manager = SessionManager(interval="1s", clock=clock)
     errors = []
     manager.on("error", lambda error, session: errors.append(error))

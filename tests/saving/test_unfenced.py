@@ -10,7 +10,7 @@ import pytest
 from cagey_sessions import SessionManager, StoreUnavailableError
 from cagey_sessions.stores import CallbackStore, Outcome
 from cagey_sessions.stores.memory import Row
-from support import ManualClock, ScriptedStore, changed, edit, end, let_time_pass, turns
+from support import ManualClock, ScriptedStore, changed, edit, end, inside, let_time_pass, turns
 
 
 async def play(clock: ManualClock, opening: asyncio.Task[Any]) -> None:
@@ -163,7 +163,7 @@ async def test_a_cancelled_edit_whose_write_is_under_way_holds_the_user(clock):
     await end(clock, manager)
 
 
-async def test_a_login_in_the_very_turn_in_which_a_write_returns_holds_up_nobody(clock):
+async def test_a_login_in_the_turn_in_which_a_write_returns_is_served(clock):
     """Unfenced: the write counts as under way until the loop has seen that it is done."""
     gate, landed = asyncio.Event(), asyncio.Event()
 
@@ -301,14 +301,14 @@ async def test_an_erasure_is_not_undone_by_an_unfenced_call_that_hangs(clock):
     await end(clock, manager)
 
 
-async def test_an_end_behind_an_unfenced_call_that_nobody_waited_for_is_told_within_the_save_timeout(clock):
+async def test_destroy_behind_a_hanging_periodic_save_raises_within_the_save_timeout(clock):
     """A periodic save hangs for minutes already: `destroy` waits for its own patience, not for that call."""
     store = UnfencedStore(clock)
     manager = SessionManager(store=store, clock=clock)
     session = await changed(manager)
     store.script = ["hang"]
-    manager._server.table.ask(session)
-    manager._server.autosave.employ()
+    inside(manager).table.ask(session)
+    inside(manager).autosave.employ()
     await clock.advance("60s")
     assert store.open_calls == 1
     before = clock.now()

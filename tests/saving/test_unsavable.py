@@ -11,8 +11,7 @@ from cagey_sessions.stores import Outcome, Verdict
 from support import changed, end, let_time_pass
 
 
-async def test_unsavable_data_is_told_once_and_costs_nobody_else_anything(clock, store, manager):
-    """Cases 12 and 66."""
+async def test_unsavable_data_is_reported_once_and_holds_up_no_other_user(clock, store, manager):
     heard = []
     manager.on("unsavable", lambda session, error: heard.append((session, error.path)))
     sessions = [await changed(manager, number) for number in range(20)]

@@ -397,6 +397,7 @@ CALLED: dict[str, tuple[bool, Callable[..., Any], tuple[type[Exception], ...]]] 
 }
 
 
+@pytest.mark.guarantee("I6")
 @pytest.mark.parametrize("name", CALLED)
 def test_what_is_called_takes_its_arguments_or_changes_nothing(name):
     is_stored, call, documented = CALLED[name]

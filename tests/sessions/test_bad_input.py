@@ -79,12 +79,12 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("value", GOOD)
-def test_case_70_durations_that_are_understood(value):
+def test_durations_that_are_understood(value):
     assert parse_duration(value, "interval") == GOOD[value] * SECOND
 
 
 @pytest.mark.parametrize("value", BAD, ids=range(len(BAD)))
-def test_case_70_durations_that_are_not(value):
+def test_durations_that_are_not(value):
     with pytest.raises(DurationError) as caught:
         SessionManager(interval=value)
     assert isinstance(caught.value, ValueError)
@@ -121,6 +121,7 @@ def test_an_interval_that_would_only_keep_the_loop_busy_is_refused():
         SessionManager(interval="9ms")
 
 
+@pytest.mark.guarantee("I6")
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -386,6 +387,7 @@ def _accepted_in_a_child(manager, session):
     return found
 
 
+@pytest.mark.guarantee("I28")
 @pytest.mark.parametrize("stored", [False, True])
 async def test_a_manager_belongs_to_one_thread(clock, tmp_path, stored):
     manager, session = await _with_a_user(clock, tmp_path, stored)
@@ -396,6 +398,7 @@ async def test_a_manager_belongs_to_one_thread(clock, tmp_path, stored):
     await manager.destroy()
 
 
+@pytest.mark.guarantee("I28")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("stored", [False, True])
 async def test_a_manager_is_of_no_use_in_a_forked_child(clock, tmp_path, stored):

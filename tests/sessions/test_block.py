@@ -225,7 +225,7 @@ async def test_a_session_that_has_ended_while_it_was_made_is_not_entered():
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-async def test_cancelled_while_the_session_is_made_the_block_leaves_none(make):
+async def test_a_block_cancelled_while_its_session_is_made_leaves_no_session(make):
     async with SessionManager(store=MemoryStore()) as manager:
         entered = asyncio.Event()
 
@@ -247,7 +247,7 @@ async def test_cancelled_while_the_session_is_made_the_block_leaves_none(make):
         assert manager.sessions() == []
 
 
-async def test_cancelled_while_the_user_is_loaded_the_block_leaves_nobody(clock):
+async def test_a_block_cancelled_while_the_user_is_loaded_leaves_no_session(clock):
     store = ScriptedStore(clock)
     manager = SessionManager(store=store, clock=clock)
     for when in range(8):  # before, while and after the store has answered
@@ -311,7 +311,7 @@ async def test_a_call_that_makes_no_session_is_not_entered():
         assert session.alive and session.user_id is None
 
 
-async def test_a_session_that_is_entered_is_kept_by_nobody_once_it_is_left():
+async def test_a_session_is_freed_once_its_block_is_left():
     async with SessionManager() as manager:
         call = manager.create()
         async with call as session:

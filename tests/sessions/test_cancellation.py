@@ -1,4 +1,4 @@
-"""Case 65: cancelling a public await, wherever it can be cancelled, cuts no save and leaves nothing half done."""
+"""Cancelling a public await, wherever it can be cancelled, cuts no save and leaves nothing half done."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cagey_sessions import SessionManager
-from support import ScriptedStore, changed, edit, end, turns
+from support import ScriptedStore, changed, edit, end, inside, turns
 
 
 async def add_user(manager, user_id, key=None):
@@ -28,6 +28,7 @@ CALLS = {
 }
 
 
+@pytest.mark.guarantee("I14")
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("slow", [False, True])
 async def test_cancelled_at_every_await(make_manager, db, clock, call, slow):
@@ -100,7 +101,7 @@ async def test_one_of_several_waiting_callers_can_be_cancelled(make_manager, db,
     await manager.destroy()
 
 
-async def test_one_of_several_who_end_a_session_can_be_cancelled(make_manager, db, clock):
+async def test_one_of_several_callers_of_destroy_can_be_cancelled(make_manager, db, clock):
     manager = make_manager(interval=None)
     session = await add_user(manager, 1)
     db.delay = "10ms"
@@ -121,7 +122,7 @@ async def test_one_of_several_who_end_a_session_can_be_cancelled(make_manager, d
     assert drains[1].done()
 
 
-async def test_a_failure_nobody_waits_for_any_more_goes_to_the_error_event(make_manager, db, clock):
+async def test_a_failure_that_no_caller_waits_for_any_more_goes_to_the_error_event(make_manager, db, clock):
     manager = make_manager(interval=None)
     errors = []
     manager.on("error", lambda error, session: errors.append(session))
@@ -155,7 +156,7 @@ def test_a_loop_that_ends_in_the_middle_of_a_call_is_quiet(capfd, clock, call):
                 store.script = ["hang"]
 
             work = {
-                "login": lambda: manager._logins.login(manager._server.table.create(), 2, {"n": 0}, "replace"),
+                "login": lambda: manager._logins.login(inside(manager).table.create(), 2, {"n": 0}, "replace"),
                 "open": lambda: manager.open(2, default={"n": 0}),
                 "edit": lambda: edit(manager, 2),
                 "erase": lambda: manager.erase(1),
@@ -187,8 +188,8 @@ def test_a_loop_that_ends_in_the_middle_of_a_save_is_quiet_also_with_a_listener_
         manager.on("error", tell)
         session = await changed(manager)
         store.script = ["hang"]
-        manager._server.table.ask(session)
-        manager._server.autosave.employ()
+        inside(manager).table.ask(session)
+        inside(manager).autosave.employ()
         await turns()
         assert store.open_calls == 1
 
@@ -199,8 +200,9 @@ def test_a_loop_that_ends_in_the_middle_of_a_save_is_quiet_also_with_a_listener_
     assert "destroyed but it is pending" not in err
 
 
+@pytest.mark.guarantee("I14")
 async def test_cancelling_callers_cancels_no_call_of_the_store(clock, store, manager):
-    """Case 79: a thousand callers who lose patience; the saves go on."""
+    """A thousand callers who lose patience; the saves go on."""
     session = await changed(manager)
     store.delay = "10ms"
     for number in range(50):

@@ -15,7 +15,7 @@ from cagey_sessions import (
     UserNotFoundError,
 )
 from cagey_sessions.stores import MemoryStore, Outcome, Verdict
-from support import end, let_time_pass, turns
+from support import end, inside, let_time_pass, turns
 
 
 async def test_an_edit_is_not_fenced_by_our_own_late_claim(clock, store, manager):
@@ -45,7 +45,7 @@ async def test_an_edit_that_was_written_is_saved_whatever_claim_of_ours_comes_af
     """The reply to the write is lost, and before the repeat a claim is granted that we had given up."""
 
     async def claim_late(_: Any) -> None:
-        await MemoryStore.claim_many(store, [1], manager._server.owner)
+        await MemoryStore.claim_many(store, [1], inside(manager).owner)
 
     store.put(1, b'{"n":0}')
     store.script = ["lose", claim_late]
@@ -61,7 +61,7 @@ async def test_an_edit_that_was_written_is_saved_whatever_claim_of_ours_comes_af
     await end(clock, manager)
 
 
-async def test_an_edit_writes_over_nobody_who_has_taken_over_and_saved_meanwhile(clock, store, manager):
+async def test_an_edit_does_not_overwrite_what_another_owner_has_saved_meanwhile(clock, store, manager):
     """Not even once they have let go of the user, so that the claim made again is granted."""
     store.put(1, b'{"n":0}')
     other = MemoryStore(store.backing)
@@ -69,7 +69,7 @@ async def test_an_edit_writes_over_nobody_who_has_taken_over_and_saved_meanwhile
 
     async def edit() -> None:
         async with manager.edit(1) as data:
-            store.bury(manager._server.owner)
+            store.bury(inside(manager).owner)
             (claim,) = await other.claim_many([1], "b")
             await other.save_many([claim.record._replace(version=2, body=b'{"n":7}', release=True)])
             data["n"] = 1
@@ -84,7 +84,7 @@ async def test_an_edit_writes_over_nobody_who_has_taken_over_and_saved_meanwhile
 
 async def test_an_edit_that_is_refused_after_a_claim_made_again_lets_go_of_that(clock, store, manager):
     async def claim_late(_: Any) -> None:
-        await MemoryStore.claim_many(store, [1], manager._server.owner)
+        await MemoryStore.claim_many(store, [1], inside(manager).owner)
 
     async def refuse(_: Any) -> None:
         store.verdict_of[1] = Verdict(Outcome.INVALID, "too odd")
@@ -134,7 +134,7 @@ async def test_an_edit_that_cannot_be_written_says_so(clock, store, manager):
 
     async def edit() -> None:
         async with manager.edit(1) as data:
-            store.bury(manager._server.owner)
+            store.bury(inside(manager).owner)
             await other.claim_many([1], "b")
             data["n"] = 1
 

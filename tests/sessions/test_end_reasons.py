@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cagey_sessions import DrainError, EndReason, FencedError, ListenerError, SessionManager, UnsavableError
-from support import ScriptedStore, let_time_pass
+from support import ScriptedStore, inside, let_time_pass
 
 
 async def destroy(manager: SessionManager, store: Any) -> None:
@@ -39,7 +39,7 @@ async def erase(manager: SessionManager, store: Any) -> None:
 
 
 async def take_over(manager: SessionManager, store: Any) -> None:
-    store.bury(manager._server.owner)
+    store.bury(inside(manager).owner)
     async with SessionManager(store=ScriptedStore(store.clock, backing=store.backing), clock=store.clock) as other:
         theirs = await other.open("ann")
         theirs.user_data["gold"] = 9
@@ -80,7 +80,7 @@ async def test_listeners_of_an_end_see_why_it_is_one(how, clock, store, manager)
     assert seen == [("before_destroy", expected[0], True), ("destroy", expected[1], True)]
     assert (session.end_reason, session.alive) == (last, False)
     assert await session.wait_ended() is last
-    if not manager._server.closed:
+    if not inside(manager).closed:
         await let_time_pass(clock, manager.destroy())
 
 

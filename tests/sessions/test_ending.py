@@ -9,7 +9,7 @@ import weakref
 import pytest
 
 from cagey_sessions import DrainError, ListenerError, NothingSavesError, SessionEndedError, SessionManager
-from support import SECOND, add_user, let_time_pass, turns
+from support import SECOND, add_user, inside, let_time_pass, turns
 
 
 async def test_data_can_be_read_until_the_destroy_listeners_are_done_and_not_after(make_manager, db):
@@ -37,6 +37,7 @@ async def test_data_can_be_read_until_the_destroy_listeners_are_done_and_not_aft
     await manager.destroy()
 
 
+@pytest.mark.guarantee("I11")
 async def test_a_dead_handle_never_swallows_a_write(make_manager):
     manager = make_manager()
     session = await add_user(manager, 1)
@@ -79,7 +80,7 @@ async def test_nothing_can_be_assigned_that_no_save_would_see(make_manager):
     await manager.destroy()
 
 
-async def test_everybody_who_ends_a_session_joins_one_end(make_manager, db, clock):
+async def test_all_callers_of_destroy_join_one_end(make_manager, db, clock):
     manager = make_manager()
     session = await add_user(manager, 1)
     events = []
@@ -256,7 +257,7 @@ async def test_a_destroyed_session_lets_go_of_its_data_at_once(make_manager, clo
         del data
         await session.destroy()
         assert references[-1]() is None
-    assert manager._server.table.armed == 0
+    assert inside(manager).table.armed == 0
     assert clock.pending <= 1, "one timer for a manager, not one for a session"
     await manager.destroy()
 

@@ -115,6 +115,7 @@ def run(script: str, folder: Path, url: str = "memory:") -> subprocess.Completed
     )
 
 
+@pytest.mark.guarantee("I20")
 @pytest.mark.parametrize("start", ["start_by_os_fork", "start_by_multiprocessing"])
 def test_a_user_is_on_one_of_two_workers_that_share_a_manager_made_before_the_fork(url, start, tmp_path):
     done = run(f"two_workers_want_one_user({start})", tmp_path, url)
@@ -204,6 +205,7 @@ def test_a_process_forked_after_its_manager_was_made_warns_and_spills_at_its_exi
     assert done.stderr.count("unsaved users: 1;") == 1, done.stderr
 
 
+@pytest.mark.guarantee("I28")
 def test_a_manager_that_was_opened_before_a_fork_is_refused_in_the_child_on_every_loop(tmp_path):
     done = run(
         """

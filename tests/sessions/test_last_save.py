@@ -78,8 +78,8 @@ async def test_a_change_during_the_retry_of_a_parked_end_is_saved(make_manager, 
     await manager.destroy()
 
 
+@pytest.mark.fault("`try: await session.destroy(True)` with `finally: await session.destroy()` threw away the data.")
 async def test_a_destroy_that_asks_for_nothing_keeps_what_an_earlier_one_asked_for(make_manager, db, clock):
-    """`try: await session.destroy(True)` with `finally: await session.destroy()` threw away the data."""
     manager = make_manager()
     session = await add_user(manager, 1)
     db.script = [OSError("down")]
@@ -125,9 +125,9 @@ class WithAttribute(dict):
     gold = 1
 
 
+@pytest.mark.fault("Such data was taken for saved by a save from before the end.")
 @pytest.mark.parametrize("data", [Wallet(1), Unset(), WithAttribute(), {1: "a"}, {"nan": float("nan")}, ("tuple",)])
 async def test_data_that_is_not_json_gets_its_last_save_like_any_other(clock, data):
-    """It was taken for saved by a save from before the end; and a serialiser may crash on it."""
     manager = SessionManager(interval="10s", clock=clock)
     stored = []
 

@@ -28,7 +28,7 @@ from cagey_sessions import (
     UserActiveError,
     UserNotFoundError,
 )
-from support import ScriptedStore, changed, end, let_time_pass, turns
+from support import ScriptedStore, changed, end, inside, let_time_pass, turns
 
 
 async def test_login_owns_loads_and_identifies(clock, store, manager):
@@ -42,7 +42,7 @@ async def test_login_owns_loads_and_identifies(clock, store, manager):
     assert (session.user_id, session.user_data) == ("alice", {"gold": 7})
     assert heard == [(session, "alice", {"gold": 7})]
     assert manager.find_by_user("alice") is session
-    assert store.owner_of("alice") == manager._server.owner
+    assert store.owner_of("alice") == inside(manager).owner
     session.user_data["gold"] += 1
     receipt = await session.persist_now()
     assert (receipt.version, receipt.changed, receipt.store) == (42, True, "ScriptedStore")
@@ -68,7 +68,7 @@ async def test_a_default_is_a_value_of_which_each_gets_a_copy_or_a_function(cloc
     assert [store.stored(user_id) for user_id in (1, 2, 3)] == [{"bag": ["sword"]}, {"bag": []}, {"made": True}]
 
 
-async def test_an_unknown_user_without_a_default_is_not_found_and_let_go_of(clock, store, manager):
+async def test_an_unknown_user_without_a_default_is_not_found_and_released(clock, store, manager):
     session = await manager.create()
     with pytest.raises(UserNotFoundError, match="'zoe'"):
         await session.login("zoe")
@@ -79,14 +79,14 @@ async def test_an_unknown_user_without_a_default_is_not_found_and_let_go_of(cloc
     await end(clock, manager)
 
 
-async def test_who_is_live_on_another_node_stays_there(clock, store, manager):
+async def test_a_user_who_is_live_on_another_node_stays_there(clock, store, manager):
     other = SessionManager(store=ScriptedStore(clock, backing=store.backing), clock=clock)
     there = await other.create()
     await there.login(1, default={"n": 1})
     here = await manager.create()
     with pytest.raises(OwnedElsewhereError) as refused:
         await here.login(1, default={})
-    assert refused.value.owner == other._server.owner
+    assert refused.value.owner == inside(other).owner
     assert here.user_id is None
     await there.destroy()
     await here.login(1)
@@ -156,6 +156,7 @@ async def test_logins_of_one_user_at_once_end_with_one_session(clock, store, man
     await end(clock, manager)
 
 
+@pytest.mark.guarantee("I8")
 async def test_nothing_is_there_to_save_before_the_load_has_finished(clock, store, manager):
     store.put(1, b'{"gold":9}')
     before = store.backing.rows[1].record
@@ -178,7 +179,7 @@ async def test_nothing_is_there_to_save_before_the_load_has_finished(clock, stor
     await end(clock, manager)
 
 
-async def test_a_cancelled_login_identifies_nobody_and_its_claim_is_let_go_of(clock, store, manager):
+async def test_a_cancelled_login_sets_no_user_and_its_claim_is_released(clock, store, manager):
     """At each of its steps; the next login works."""
     for step in range(40):
         store.claim_script = ["10ms"]
@@ -253,7 +254,7 @@ async def test_a_login_gives_up_after_the_save_timeout(clock, store, manager):
         (b'{"gold":1}', 7, NewerSchemaError),
     ],
 )
-async def test_what_cannot_be_read_starts_nobody_and_is_kept(clock, store, manager, body, schema, error):
+async def test_data_that_cannot_be_read_starts_no_session_and_is_kept(clock, store, manager, body, schema, error):
     store.put(1, body, schema=schema)
     session = await manager.create()
     with pytest.raises(error) as raised:
@@ -358,6 +359,7 @@ async def test_a_live_user_whose_row_turns_out_damaged_is_saved_when_it_is_mende
     await end(clock, manager)
 
 
+@pytest.mark.guarantee("I6")
 async def test_bad_input_changes_nothing(clock, store, manager):
     session = await manager.create()
     calls = [
@@ -455,7 +457,7 @@ async def test_a_login_tries_the_last_save_of_the_earlier_session_at_once(clock,
     with pytest.raises(StoreUnavailableError):
         await let_time_pass(clock, session.destroy())
     await clock.advance("40s")
-    while manager._server.table.state(session) != "ending":  # a retry has just failed
+    while inside(manager).table.state(session) != "ending":  # a retry has just failed
         await clock.advance("10ms")
     store.down = False
     again = await let_time_pass(clock, manager.open(1), "1s")

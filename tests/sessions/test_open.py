@@ -66,7 +66,7 @@ async def test_an_open_that_begins_as_another_is_cancelled_gives_a_live_session(
 
 
 @pytest.mark.parametrize("when_active", ["replace", "refuse"])
-async def test_a_cancelled_open_ends_its_session_if_nobody_else_waits_for_it(clock, store, manager, when_active):
+async def test_a_cancelled_open_ends_its_session_if_no_other_caller_waits_for_it(clock, store, manager, when_active):
     """Cancelling `open` ends the session if nobody else waits for it, also while `identified` listeners run."""
     gate = asyncio.Event()
 
@@ -163,7 +163,7 @@ async def test_one_bad_load_does_not_fail_the_others_of_its_call(clock, store, m
     await end(clock, manager)
 
 
-async def test_an_open_of_which_everybody_is_cancelled_leaves_nobody_behind(clock, store, manager):
+async def test_an_open_whose_callers_are_all_cancelled_leaves_no_session(clock, store, manager):
     store.claim_script = ["20ms", "20ms", "20ms"]
     tasks = [asyncio.ensure_future(manager.open(1, default={})) for _ in range(3)]
     await turns()
@@ -177,7 +177,7 @@ async def test_an_open_of_which_everybody_is_cancelled_leaves_nobody_behind(cloc
     await end(clock, manager)
 
 
-async def test_who_is_left_of_a_shared_open_gets_the_session(clock, store, manager):
+async def test_the_remaining_caller_of_a_shared_open_gets_the_session(clock, store, manager):
     store.claim_script = ["20ms"]
     tasks = [asyncio.ensure_future(manager.open(1, default={})) for _ in range(3)]
     await turns()

@@ -82,7 +82,7 @@ def test_a_manager_that_is_only_dropped_warns_too(options):
     assert any("unsaved users: 3" in line for line in lines)
 
 
-def test_who_never_meant_to_save_is_not_warned():
+def test_a_manager_that_never_saves_does_not_warn():
     done = python(
         """
         async def main():
@@ -135,6 +135,7 @@ def test_signal_handlers_are_left_alone():
     assert done.stdout == "['mine'] True\n"
 
 
+@pytest.mark.guarantee("I28")
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork on Windows")
 def test_a_forked_child_can_neither_use_nor_warn_about_the_manager():
     done = python(
@@ -158,7 +159,7 @@ def test_a_forked_child_can_neither_use_nor_warn_about_the_manager():
     assert done.stderr == ""
 
 
-async def test_a_manager_that_nobody_keeps_saves_on(clock, store):
+async def test_a_manager_without_references_goes_on_saving(clock, store):
     """It has users, and an interval: somebody may be playing."""
 
     async def forget() -> weakref.ref[object]:
@@ -181,7 +182,7 @@ async def test_a_manager_that_nobody_keeps_saves_on(clock, store):
     await session().destroy()
 
 
-def test_a_manager_that_nobody_keeps_ends_with_its_loop(caplog):
+def test_a_manager_without_references_ends_with_its_loop(caplog):
     async def forget() -> weakref.ref[object]:
         manager = SessionManager(store=MemoryStore(), interval="1h")
         session = weakref.ref(await manager.open("ann", default={}))
@@ -212,6 +213,7 @@ def test_a_listener_that_ends_the_process_can():
     assert "unsaved users: 3" in done.stderr
 
 
+@pytest.mark.guarantee("I26")
 @pytest.mark.slow
 def test_twenty_thousand_calls_leave_nothing_behind():
     done = python(

@@ -67,6 +67,7 @@ def script(request: pytest.FixtureRequest) -> Any:
     return run
 
 
+@pytest.mark.guarantee("I22")
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
 def test_a_signal_saves_everybody_and_ends_with_0(script, number):
     done = script(
@@ -112,6 +113,7 @@ def test_a_signal_in_the_middle_of_saves(script):
     assert done.stdout == "{-1} 200\n"
 
 
+@pytest.mark.guarantee("I22")
 @pytest.mark.parametrize(("store", "deadline"), [("Dead", "0s"), ("Dead", "1s"), ("Slow", "500ms")])
 def test_a_store_that_does_not_take_it_in_time_ends_with_1_and_names_who(script, store, deadline):
     done = script(
@@ -155,6 +157,7 @@ def test_a_slow_store_with_time_enough_ends_with_0(script):
     assert done.stdout == "500\n"
 
 
+@pytest.mark.guarantee("I22")
 @pytest.mark.parametrize("second", ["SIGTERM", "SIGINT"])
 def test_a_second_signal_is_logged_and_aborts_nothing(script, second):
     done = script(
@@ -239,7 +242,7 @@ def test_what_ends_the_process_is_not_called_but_put_back(script):
     assert done.stdout == "True 0 3\n"
 
 
-def test_who_replaces_our_handler_meanwhile_keeps_theirs(script):
+def test_a_handler_that_replaces_ours_meanwhile_stays(script):
     done = script(
         """
         theirs = lambda *_: None
@@ -296,7 +299,7 @@ def test_somebody_elses_destroy_ends_the_wait(script):
     assert done.stdout == "3\n1 True\n1\n"
 
 
-def test_a_destroy_that_saves_nobody_on_purpose_is_no_failure(script):
+def test_a_destroy_without_saves_is_no_failure(script):
     done = script(
         """
         async def main():
@@ -349,7 +352,7 @@ def test_a_listener_that_raises_is_logged_and_no_failure(script):
     assert "ERROR at the end of the manager: listener main.<locals>.<lambda> of event 'destroy' raised" in done.stderr
 
 
-def test_a_cancelled_wait_puts_the_handlers_back_and_destroys_nobody(script):
+def test_a_cancelled_wait_puts_the_handlers_back_and_ends_no_session(script):
     done = script(
         """
         async def main():

@@ -27,6 +27,7 @@ from support import (
     HeldDisk,
     ScriptedStore,
     end_of_threads,
+    inside,
     made_by_another_user,
     needs_links,
     turns,
@@ -92,7 +93,7 @@ async def test_a_snapshot_without_a_store(tmp_path, make_manager):
     await manager.destroy()
 
 
-async def test_who_cannot_be_encoded_is_left_out_and_named(tmp_path):
+async def test_a_user_who_cannot_be_encoded_is_left_out_and_named(tmp_path):
     async with SessionManager(store=MemoryStore()) as manager:
         for user_id in range(3):
             await manager.open(user_id, default={})
@@ -169,7 +170,7 @@ async def test_the_loop_goes_on_while_a_large_snapshot_is_written(tmp_path):
         assert (tmp_path / "all").stat().st_size > 4_000_000
 
 
-async def test_after_the_end_no_snapshot_of_nobody_takes_the_place_of_another(tmp_path):
+async def test_a_snapshot_after_the_end_is_refused_and_leaves_the_file(tmp_path):
     written(tmp_path / "all")
     async with SessionManager(store=MemoryStore()) as manager:
         pass
@@ -200,7 +201,7 @@ def names(folder: Path) -> list[str]:
 async def a_snapshot_held_at(step: str, disk: HeldDisk, path: Path, manager: SessionManager) -> asyncio.Task:
     """One whose thread is in the middle of a step."""
     await manager.open("new", default={"text": "x" * 1000})
-    work = asyncio.create_task(take_snapshot(manager._server, path, disk))
+    work = asyncio.create_task(take_snapshot(inside(manager), path, disk))
     await disk.is_reached(step)
     return work
 
@@ -261,7 +262,7 @@ async def test_a_time_limit_of_the_caller_is_told_apart_from_another_cancellatio
 
         async def within(seconds: float) -> None:
             async with asyncio.timeout(seconds):
-                await take_snapshot(manager._server, tmp_path / "all", disk)
+                await take_snapshot(inside(manager), tmp_path / "all", disk)
 
         work = asyncio.create_task(within(60))
         await disk.is_reached("write")
@@ -308,7 +309,7 @@ def test_a_loop_that_is_closed_meanwhile_leaves_the_old_file_and_nothing_else(tm
     manager = SessionManager()
 
     async def begin() -> asyncio.Task:
-        work = asyncio.create_task(take_snapshot(manager._server, tmp_path / "all", disk))
+        work = asyncio.create_task(take_snapshot(inside(manager), tmp_path / "all", disk))
         await disk.is_reached(step)
         return work
 
@@ -336,7 +337,7 @@ async def test_where_there_are_no_more_threads_it_is_written_without_one(tmp_pat
             patch.setattr(threading.Thread, "start", refuse)
             await manager.snapshot(tmp_path / "all")
             with pytest.raises(SnapshotError):
-                await take_snapshot(manager._server, tmp_path / "all", FaultyDisk(fail={"sync": errno.EIO}))
+                await take_snapshot(inside(manager), tmp_path / "all", FaultyDisk(fail={"sync": errno.EIO}))
     assert read_snapshot(tmp_path / "all").complete and names(tmp_path) == ["all"]
 
 
@@ -375,7 +376,7 @@ async def test_the_temporary_file_is_made_by_no_link(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
-def test_a_pipe_is_no_snapshot_and_nobody_waits_for_it(tmp_path):
+def test_a_pipe_in_place_of_a_snapshot_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SnapshotError, match="no regular file"):
         read_snapshot(tmp_path / "pipe")
@@ -425,6 +426,7 @@ def test_a_file_cut_at_any_byte(tmp_path):
         assert len(found.entries) == max(0, data[: length + 1].count(b"\n") - 1) or found.complete
 
 
+@pytest.mark.guarantee("I17")
 def test_a_file_with_any_bit_flipped(tmp_path):
     data = written(tmp_path / "all")
     for place in range(len(data)):
@@ -502,6 +504,7 @@ def test_a_line_with_a_right_checksum_and_a_wrong_content_is_set_aside(tmp_path,
     assert [(bad.line, bad.raw) for bad in found.damaged] == [(3, line(content))]
 
 
+@pytest.mark.guarantee("I30")
 def test_a_newer_format_is_refused_by_name(tmp_path):
     data = written(tmp_path / "all")
     lines = data.splitlines()
@@ -531,6 +534,7 @@ def test_a_file_that_is_not_there_or_is_a_folder(tmp_path):
         read_snapshot(tmp_path)
 
 
+@pytest.mark.guarantee("I30")
 def test_the_golden_file_of_format_1(tmp_path):
     assert written(tmp_path / "all") == GOLDEN.read_bytes(), "what is written has changed: that is a new format"
     found = read_snapshot(GOLDEN)
@@ -548,7 +552,7 @@ async def test_a_body_as_deep_as_can_be_saved(tmp_path):
             child = []
             live.append(child)
             try:
-                manager._server.encoding.dump(manager.find_by_user(1).user_data)
+                inside(manager).encoding.dump(manager.find_by_user(1).user_data)
             except Exception:
                 live.clear()
                 break
@@ -567,7 +571,7 @@ async def a_snapshot(path: Path, disk: FaultyDisk) -> None:
             session = await manager.create()
             await session.set_user(user_id, {})
         try:
-            await take_snapshot(manager._server, path, disk)
+            await take_snapshot(inside(manager), path, disk)
         finally:
             await manager.destroy(False)
 
@@ -589,6 +593,7 @@ async def test_the_steps_of_a_snapshot(tmp_path):
     ]
 
 
+@pytest.mark.guarantee("I18")
 @pytest.mark.crashes
 @pytest.mark.parametrize("moment", ["before", "during", "after"])
 @pytest.mark.parametrize("chunk", [1, 2**20])
@@ -609,6 +614,7 @@ async def test_a_crash_at_any_step_leaves_the_whole_old_file_or_the_whole_new_on
     assert len(seen) == 2
 
 
+@pytest.mark.guarantee("I18")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
 @pytest.mark.parametrize("step", ["create", "write", "sync", "close", "replace"])
 async def test_a_disk_that_refuses_is_reported_and_the_old_file_stays(tmp_path, step, code):

@@ -71,7 +71,7 @@ async def test_what_a_drain_could_not_save_is_saved_at_the_next_start(cluster, c
     assert cluster.errors == [] or all(isinstance(each, StoreUnavailableError) for each in cluster.errors)
 
 
-async def test_who_is_saved_in_time_is_not_spilled(cluster):
+async def test_a_user_who_is_saved_in_time_is_not_spilled(cluster):
     manager = await cluster.start()
     await manager.open("ann", default={})
     await manager.destroy()
@@ -86,7 +86,7 @@ async def test_an_end_without_saves_spills_nothing(cluster):
     assert not cluster.path.exists()
 
 
-async def test_who_cannot_be_encoded_is_not_spilled_and_named(cluster):
+async def test_a_user_who_cannot_be_encoded_is_not_spilled_and_named(cluster):
     manager = await cluster.start()
     for user_id in ("ann", "bob"):
         await manager.open(user_id, default={})

@@ -22,12 +22,13 @@ from cagey_sessions import (
 from cagey_sessions.files.spill import Spill, SpillEntry
 from cagey_sessions.stores import Outcome, Verdict
 from cagey_sessions.stores.memory import Row
-from support import ScriptedStore, let_time_pass, turns
+from support import ScriptedStore, inside, let_time_pass, turns
 from support.cluster import spill_gold
 
 ENTRY = SpillEntry("ann", None, 3, "node", 0, 0, b"{}", 0.0, bytes(16), frozenset())
 
 
+@pytest.mark.guarantee("I31")
 async def test_somebody_has_taken_over_and_saved(cluster, tmp_path):
     await spill_gold(cluster)
     other = await cluster.start(spill=tmp_path / "other")
@@ -81,7 +82,7 @@ async def test_somebody_else_has_had_the_user_and_saved_nothing(cluster, tmp_pat
 
 
 @pytest.mark.parametrize("again", [False, True])
-async def test_who_was_erased_does_not_come_back(cluster, tmp_path, again):
+async def test_an_erased_user_does_not_come_back_from_the_spill(cluster, tmp_path, again):
     await spill_gold(cluster, bob=5)
     other = await cluster.start(spill=tmp_path / "other")
     for user_id in ("ann", "bob"):
@@ -134,7 +135,7 @@ async def test_erasing_a_user_removes_the_spill_too(cluster, tmp_path):
     await manager.destroy()
 
 
-async def test_who_is_not_ours_yet_is_pending_and_sees_the_spill_when_they_log_in(cluster):
+async def test_a_user_of_another_process_stays_pending_and_sees_the_spill_at_login(cluster):
     await spill_gold(cluster)
     manager = cluster.manager()  # the dead owner's lease is not over
     await manager.__aenter__()
@@ -190,7 +191,7 @@ async def test_a_login_whose_spill_the_store_does_not_take_fails_and_leaves_it(c
     await manager.destroy()
 
 
-async def test_a_new_user_whose_replay_fails_and_who_logs_in_then(cluster):
+async def test_a_new_user_whose_replay_fails_sees_the_spill_at_login(cluster):
     manager = await cluster.start()
     await manager.open("bob", default={"gold": 5})
     await cluster.fail(manager)
@@ -233,7 +234,7 @@ async def test_all_threads_of_the_loop_may_be_taken(cluster):
 async def test_what_is_remembered_of_the_store_is_what_the_core_remembers(cluster):
     ScriptedStore(cluster.clock, backing=cluster.backing).put("ann", b'{ "gold" : 1 }', version=5)
     manager = await cluster.start()
-    table, saver = manager._server.table, manager._server.store_saver
+    table, saver = inside(manager).table, inside(manager).store_saver
     ann, new = await manager.open("ann"), await manager.open("new", default={"gold": 0})
 
     def check(session, versions):
@@ -261,7 +262,7 @@ async def test_what_is_remembered_of_the_store_is_what_the_core_remembers(cluste
     assert not saver._results.unknown
 
 
-async def test_a_row_that_fails_the_batch_keeps_nobody_else_back(cluster):
+async def test_a_row_that_fails_its_batch_holds_up_no_other_replay(cluster):
     await spill_gold(cluster, bob=5, eve=6)
     store = ScriptedStore(cluster.clock, backing=cluster.backing)
     store.poison = {"bob"}
@@ -307,7 +308,7 @@ async def test_a_manager_without_async_with_replays_at_the_first_call_that_needs
     assert manager.spill_report is None
     assert (await manager.open("ann")).user_data == {"gold": 2}
     await cluster.clock.advance("1s")
-    await manager._server.link.open()
+    await inside(manager).link.open()
     manager._spilling.begin()
     await manager._spilling.wait()
     assert not cluster.path.exists()
@@ -358,7 +359,7 @@ async def test_a_conflict_and_a_later_spill_of_the_same_user(cluster, tmp_path):
     await manager.destroy()
 
 
-async def test_a_row_that_is_not_taken_now_keeps_nobody_else_from_the_replay(clock, tmp_path, monkeypatch):
+async def test_a_row_that_is_not_taken_now_holds_up_no_other_replay(clock, tmp_path, monkeypatch):
     monkeypatch.setattr("cagey_sessions.sessions.spilling.REPLAYED_AT_A_TIME", 2)
     users = ["ann", "bob", "cid", "dan", "eve"]
     store = ScriptedStore(clock)

@@ -10,7 +10,7 @@ from cagey_sessions import DrainError, SessionManager, read_snapshot
 from support import ScriptedStore, let_time_pass
 
 
-async def test_who_is_erased_while_the_drain_gives_up_is_in_no_file(clock, tmp_path):
+async def test_a_user_erased_while_the_drain_gives_up_is_in_no_file(clock, tmp_path):
     store = ScriptedStore(clock)
     manager = SessionManager(store=store, spill=tmp_path / "spill", clock=clock)
     await manager.__aenter__()
@@ -29,7 +29,7 @@ async def test_who_is_erased_while_the_drain_gives_up_is_in_no_file(clock, tmp_p
     assert [entry.user_id for entry in read_snapshot(tmp_path / "spill").entries] == ["bob"]
 
 
-async def test_who_is_erased_just_after_the_drain_has_spilled_them_is_taken_out_of_the_file(clock, tmp_path):
+async def test_a_user_erased_just_after_the_drain_has_spilled_them_is_removed_from_the_file(clock, tmp_path):
     """The erasure was under way before, and its answer comes while the drain waits for such calls."""
     answered = asyncio.Event()
 

@@ -14,7 +14,7 @@ import pytest
 
 import cagey_sessions
 from cagey_sessions import read_snapshot
-from support import UNHURRIED, turns
+from support import UNHURRIED, inside, turns
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(cagey_sessions.__file__).parents[1])}
 
@@ -146,7 +146,7 @@ def test_a_process_that_ends_as_it_should_spills_nothing(tmp_path):
 
 async def test_a_manager_that_has_closed_is_not_kept_for_the_exit(cluster):
     manager = await cluster.start()
-    life = weakref.ref(manager._server)
+    life = weakref.ref(inside(manager))
     await manager.open("ann", default={})
     await manager.destroy()
     del manager

@@ -9,7 +9,7 @@ import pytest
 
 from cagey_sessions import SpillConflictError, StoreUnavailableError
 from cagey_sessions.stores import Outcome, Verdict
-from support import ScriptedStore, let_time_pass, turns
+from support import ScriptedStore, inside, let_time_pass, turns
 from support.cluster import Cluster, spill_gold
 
 
@@ -42,7 +42,7 @@ REFUSED = Verdict(Outcome.FAILED, "not now")
 
 
 @pytest.mark.parametrize("losing", [1, 3])
-async def test_who_could_not_be_replayed_is_let_go_of_and_seen_by_the_next_login(cluster, losing):
+async def test_a_user_whose_replay_failed_is_released_and_seen_by_the_next_login(cluster, losing):
     """Ann was saved before, bob never: both wait in the file, and each is theirs again."""
     await spill_gold(cluster, bob=5)
     manager = await start_losing(cluster, losing, ann=REFUSED, bob=REFUSED)
@@ -61,7 +61,7 @@ async def test_who_could_not_be_replayed_is_let_go_of_and_seen_by_the_next_login
     assert (cluster.stored("ann"), cluster.stored("bob")) == ({"gold": 2}, {"gold": 5})
 
 
-async def test_who_could_not_be_replayed_and_logs_in_before_the_release_is_repeated_stays(cluster):
+async def test_a_user_whose_replay_failed_stays_when_they_log_in_before_the_release(cluster):
     """The release of the claim before is of an epoch that is over."""
     await spill_gold(cluster, bob=5)
     manager = await start_losing(cluster, 2, ann=REFUSED, bob=REFUSED)
@@ -70,7 +70,7 @@ async def test_who_could_not_be_replayed_and_logs_in_before_the_release_is_repea
     sessions = [await let_time_pass(cluster.clock, manager.open(each, default={"gold": 0})) for each in ("ann", "bob")]
     await cluster.clock.advance("1m")
     for session in sessions:
-        assert session.alive and cluster.store.owner_of(session.user_id) == manager._server.owner
+        assert session.alive and cluster.store.owner_of(session.user_id) == inside(manager).owner
         session.user_data["gold"] += 10
     assert_no_conflict(cluster)
     await manager.destroy()
@@ -90,7 +90,7 @@ async def test_a_process_that_ends_before_the_release_is_repeated_makes_no_confl
     await manager.destroy()
 
 
-async def test_who_was_in_the_store_already_is_let_go_of_for_others(cluster, tmp_path):
+async def test_a_spilled_user_whom_the_store_has_already_is_released(cluster, tmp_path):
     """The replay has nothing to write, so the release is a call of its own."""
     await spill_gold(cluster)
     row = cluster.backing.rows["ann"]
@@ -101,7 +101,7 @@ async def test_who_was_in_the_store_already_is_let_go_of_for_others(cluster, tmp
     await other.__aenter__()
     session = await other.open("ann")
     await cluster.clock.advance("1m")
-    assert session.alive and cluster.store.owner_of("ann") == other._server.owner
+    assert session.alive and cluster.store.owner_of("ann") == inside(other).owner
     session.user_data["gold"] = 3
     await other.destroy()
     await manager.destroy()
@@ -109,7 +109,7 @@ async def test_who_was_in_the_store_already_is_let_go_of_for_others(cluster, tmp
     assert not cluster.path.exists()
 
 
-async def test_a_conflict_is_let_go_of_for_others(cluster):
+async def test_a_user_in_conflict_is_released(cluster):
     await spill_gold(cluster)
     row = cluster.backing.rows["ann"]
     row.record = row.record._replace(body=b'{"gold":77}', version=9)
@@ -123,7 +123,7 @@ async def test_a_conflict_is_let_go_of_for_others(cluster):
 
 
 @pytest.mark.parametrize("lands", [False, True])
-async def test_the_last_save_that_let_go_of_a_user_is_no_conflict(cluster, tmp_path, lands):
+async def test_a_last_save_that_released_the_user_is_no_conflict(cluster, tmp_path, lands):
     """Its answer is lost, and the store down from then on; somebody else has them in between, and saves nothing."""
     manager = await cluster.start()
     ann = await manager.open("ann", default={"gold": 0})
@@ -151,7 +151,7 @@ async def test_the_last_save_that_let_go_of_a_user_is_no_conflict(cluster, tmp_p
     await manager.destroy()
 
 
-async def test_whose_claim_had_no_answer_and_who_could_not_be_replayed_is_kept_from_nobody(cluster, tmp_path):
+async def test_a_user_whose_claim_was_not_answered_is_released_if_the_replay_fails(cluster, tmp_path):
     """The claim was granted, and the store did not answer again before the replay gave up."""
     await spill_gold(cluster)
     store = Losing(cluster.clock, backing=cluster.backing)
@@ -165,7 +165,7 @@ async def test_whose_claim_had_no_answer_and_who_could_not_be_replayed_is_kept_f
     store.claim_many = lose  # type: ignore[method-assign]
     manager = await let_time_pass(cluster.clock, asyncio.create_task(cluster.start(store=store)))
     assert manager.spill_report.pending == ("ann",)
-    assert store.owner_of("ann") == manager._server.owner
+    assert store.owner_of("ann") == inside(manager).owner
     store.down, store.claim_many = False, claim_many  # type: ignore[method-assign]
     await cluster.clock.advance("1m")
     assert store.owner_of("ann") == ""

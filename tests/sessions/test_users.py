@@ -126,7 +126,7 @@ async def test_read_in_one_process_alone_gives_the_data_of_a_session_that_waits(
         await let_time_pass(clock, manager.destroy(deadline="1s"))
 
 
-async def test_read_of_a_session_that_is_ended_by_an_erasure_finds_nobody(clock, store, manager):
+async def test_read_of_a_session_that_is_ended_by_an_erasure_finds_no_user(clock, store, manager):
     session = await manager.open("ann", default={"n": 0})
     await session.persist_now()
     found = []

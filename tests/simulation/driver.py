@@ -33,6 +33,7 @@ from cagey_sessions import (
 from cagey_sessions.testing.store import Faults, SimulatedDatabase
 from cagey_sessions.testing.universe import Universe
 from cagey_sessions.testing.world import Server
+from support import inside
 
 from .laws import Laws
 from .plan import Plan
@@ -120,7 +121,7 @@ class Run:
 
     def owners(self) -> set[str]:
         """The names of the servers there are."""
-        return {server.manager._server.owner for server in self.servers if server is not None}
+        return {inside(server.manager).owner for server in self.servers if server is not None}
 
     def faults(self) -> list[Faults]:
         return [self.database.faults, *(server.store.faults for server in self.servers if server is not None)]
@@ -185,7 +186,7 @@ class Run:
 
     async def destroy(self, server: Server, session: Any) -> None:
         since, user_id, n = self.universe.seconds, session.user_id, session.user_data["n"]
-        was_ending = session._host._server.table.is_ending(session)
+        was_ending = inside(session._host).table.is_ending(session)
         try:
             await session.destroy()
         except ListenerError:
@@ -247,7 +248,7 @@ class Run:
 
     def sessions(self, server: Server) -> list[Any]:
         """The users of a server who are not ending."""
-        table = server.manager._server.table
+        table = inside(server.manager).table
         return [
             session
             for session in server.manager.sessions()
@@ -310,7 +311,7 @@ class Run:
         self.calls = [(owner, task) for owner, task in self.calls if owner is not server]
 
     def call_from_another_loop(self, server: Server, user_id: int | str) -> None:
-        if server.manager._server.loop.running is None:
+        if inside(server.manager).loop.running is None:
             return  # nobody has used it yet
         other = Server(self.database, self.make_manager)
         before = self.laws.counts(server)
@@ -388,7 +389,7 @@ class Run:
             assert not server.unobserved, f"unobserved: {server.unobserved}"
         self.calls = [(server, task) for server, task in self.calls if not task.done()]
         for place, server in enumerate(self.servers):
-            if server is not None and server.manager._server.closed:
+            if server is not None and inside(server.manager).closed:
                 self.laws.check_closed(server)
                 self.kill(place)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cagey_sessions import SessionEndedError
 from cagey_sessions.saving.to_store import MOST_BYTES, MOST_ROWS
 from cagey_sessions.stores import Outcome
+from support import inside
 
 if TYPE_CHECKING:
     from cagey_sessions.testing.world import Server
@@ -56,7 +57,7 @@ class Laws:
     def watch(self, server: Server) -> None:
         """Look at each call a server makes."""
         store = server.store
-        life = server.manager._server
+        life = inside(server.manager)
         save_many, abort = store.save_many, store.abort
         in_flight: dict[int | str, Any] = {}
         users_of: dict[Any, list[int | str]] = {}
@@ -174,9 +175,9 @@ class Laws:
     def has_vanished(self, server: Server, user_id: int | str, since: float) -> bool:
         """Whether a server cannot know of what was acknowledged of a user: it is cut off, or the row was removed."""
         self.look_at_losses()
-        session = server.manager._server.table.active_session(user_id)
+        session = inside(server.manager).table.active_session(user_id)
         row = self.database.backing.rows.get(user_id)
-        if session is not None and (row is None or row.epoch != server.manager._server.table.epoch(session)):
+        if session is not None and (row is None or row.epoch != inside(server.manager).table.epoch(session)):
             return True  # taken over, and nobody has told it yet
         return (server.store.owner, user_id) in self.unaware or self.vanished.get(user_id, -1.0) >= since
 
@@ -216,7 +217,7 @@ class Laws:
 
     def see_end(self, session: Any) -> None:
         for server in self.run.servers:
-            if server is not None and server.manager._server is session._host:
+            if server is not None and server.manager is session._host:
                 self.dead.setdefault(server, []).append(session)
 
     # After each step
@@ -244,12 +245,12 @@ class Laws:
 
     def has_session(self, owner: str, user_id: int | str) -> bool:
         """Whether a server that is there has a session of a user."""
-        lives = [server.manager._server for server in self.run.servers if server is not None]
+        lives = [inside(server.manager) for server in self.run.servers if server is not None]
         return any(life.owner == owner and life.table.active_session(user_id) is not None for life in lives)
 
     def check_server(self, server: Server) -> None:
         manager = server.manager
-        table = manager._server.table
+        table = inside(manager).table
         statistics = manager.statistics()
         there = manager.sessions()
         assert statistics.created == statistics.live + statistics.ended, "I29"

@@ -12,6 +12,7 @@ from cagey_sessions import SessionEndedError, SessionManager, StoreUnavailableEr
 from cagey_sessions.testing import world
 from cagey_sessions.testing.store import Faults
 from cagey_sessions.testing.world import Server
+from support import inside
 
 
 def make_manager(store, clock):
@@ -331,4 +332,4 @@ def test_what_is_left_of_a_batch_waits_when_the_store_has_gone_down_meanwhile():
 
 
 async def store_asked_once(here):
-    await here.manager._server.link.ask(here.server.store.load, "eve")
+    await inside(here.manager).link.ask(here.server.store.load, "eve")

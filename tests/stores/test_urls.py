@@ -98,6 +98,7 @@ PLACE = "127.0.0.1:1"
 """Where nobody listens."""
 
 
+@pytest.mark.guarantee("I24")
 @pytest.mark.parametrize(
     "url",
     [

@@ -130,9 +130,10 @@ async def new_role(schema: str) -> AsyncIterator[tuple[str, str]]:
 
 
 async def until_a_lock_is_waited_for(connection: Any) -> None:
+    """Wait until somebody waits for a lock that this connection holds."""
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY(pg_blocking_pids(pid))"
     async with asyncio.timeout(10):
-        # the server sets no event
-        while not await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):  # noqa: ASYNC110
+        while not await connection.fetchval(waiting):  # noqa: ASYNC110 - the server sets no event
             await asyncio.sleep(0.01)
 
 
@@ -520,6 +521,11 @@ async def changed(manager: Any, user_id: int | str = 1) -> Any:
 async def edit(manager: Any, user_id: int = 1) -> None:
     async with manager.edit(user_id, default={"n": 0}) as data:
         data["n"] = 1
+
+
+def inside(manager: Any) -> Any:
+    """What a manager is made of. It may change at any time; so this is the only place of the tests that says where."""
+    return manager._server
 
 
 class Crash(BaseException):

@@ -9,7 +9,7 @@ import pytest
 
 from cagey_sessions import DrainError, SessionManager, read_snapshot
 from cagey_sessions.stores.memory import MemoryBacking
-from support import ScriptedStore, let_time_pass
+from support import ScriptedStore, inside, let_time_pass
 
 
 class Cluster:
@@ -38,7 +38,7 @@ class Cluster:
 
     async def fail(self, manager: SessionManager[Any]) -> DrainError:
         """The process ends, and the store is down."""
-        manager._server.link.store.down = True
+        inside(manager).link.store.down = True
         with pytest.raises(DrainError) as raised:
             await let_time_pass(self.clock, manager.destroy(deadline="1s"))
         return raised.value

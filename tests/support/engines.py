@@ -4,7 +4,9 @@ of the tests' own, in folders of their own. What must not: anything that touches
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import itertools
 import os
 import shutil
 import signal
@@ -40,10 +42,21 @@ def need(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=f"there is no {', '.join(missing)} here")
 
 
+_numbers = itertools.count(os.getpid())
+
+
 def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+    """A port that is free, and that nobody else takes before it is used.
+
+    It is not among those that a system hands out by itself, and each worker of pytest-xdist has 500 of its own.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for number in itertools.islice(_numbers, 500):
+        port = 16_000 + 500 * (worker % 20) + number % 500
+        with socket.socket() as taken, contextlib.suppress(OSError):
+            taken.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no port is free")
 
 
 class Engine:
