@@ -22,7 +22,7 @@ cdef enum:
     FLAG_LOST = 1                # the session has lost its user: no save of it may be written any more
     FLAG_FINAL = 2               # the next save of an ending session is its last one, and releases the user
     FLAG_RELEASED = 4            # the save last acknowledged has released the user
-    FLAG_SILENT = 8              # nobody is told of the session, or finds it: it holds a user for a moment
+    FLAG_SILENT = 8              # the session emits nothing and cannot be found: it only holds a user for a moment
 
 cdef enum:
     NONE                    # no user, nothing to save

@@ -43,7 +43,7 @@ cdef class SessionTable(SessionLanes):
     cdef uint64_t interval      # ticks, or 0
     cdef object arm             # a function for when the next deadline may have become an earlier one
     cdef dict ending            # sessions whose end is under way, each with what has its `reason`
-    cdef dict waited_for        # sessions whose end somebody waits for
+    cdef dict waited_for        # sessions whose end a caller waits for
     cdef object destroyed       # the reason of an ordinary end
     cdef object user_id_type
 
@@ -116,8 +116,8 @@ cdef class SessionTable(SessionLanes):
     def attend_ends(self, *, dict ending not None, dict waited_for not None, destroyed):
         """Say what a call needs that ends a session in one step, and admit sessions.
 
-        `ending` has the sessions whose end is under way, each with what has its ``reason``, `waited_for` those whose end
-        somebody waits for, and `destroyed` is the reason of an ordinary end.
+        `ending` has the sessions whose end is under way, each with an object that has its ``reason``; `waited_for` has
+        those whose end a caller waits for; `destroyed` is the reason of an ordinary end.
         """
         self.ending = ending
         self.waited_for = waited_for
