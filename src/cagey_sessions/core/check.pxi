@@ -28,7 +28,8 @@ cdef int check_table(SessionTable table) except -1:
 
 cdef int check_everything(SessionTable table) except -1:
     cdef uint32_t slot, after, bucket, level, lane
-    cdef uint64_t start, span, in_wheel = 0, in_lanes = 0, in_flight = 0, live = 0, keyed = 0, identified = 0, free = 0, held = 0
+    cdef uint64_t start, span, in_wheel = 0, in_lanes = 0, in_flight = 0, live = 0, keyed = 0, free = 0
+    cdef uint64_t identified = 0, held = 0
     # Made before anything is read: an allocation may start a collection, and that may run any code.
     cdef set seen = set(), aged = set()
     for bucket in range(<uint32_t> FIRST_SLOT):
