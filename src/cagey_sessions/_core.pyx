@@ -2,34 +2,36 @@
 """The compiled core: session table, key and user index, timing wheel, save states.
 
 What lives here: one row of C memory for each session, the lists those rows are threaded on, and the rules by which
-they move. What must not: asyncio, I/O, a clock. The core is handed ``now`` in whole ticks and answers with what is due.
+they move. What must not: asyncio, I/O, a clock. The core gets the time as ``now`` in whole ticks and answers with what
+is due, so that it can be run against a model, step by step.
 
-The rooms, in the order they are included:
+The files, in the order in which they are included:
 
 ``core/values.pxi``    which values are plain data, and their bytes
-``core/bodies.pxi``    bytes back to a value, without a loss
-``core/digest.pxi``    a number that stands for some bytes
+``core/bodies.pxi``    from bytes back to a value, without loss
+``core/digest.pxi``    a keyed hash of a body
 ``core/wheel.pxi``     a hierarchical timing wheel over slot numbers
 ``core/saves.pxi``     the states of a save, as one table
 ``core/index.pxi``     slots by hash
 ``core/session.pxi``   what every session object is made of
 ``core/rows.pxi``      the rows themselves: where they lie, who has one
-``core/lanes.pxi``     the way of a save: asked for or due, taken, settled
+``core/lanes.pxi``     the queues of saves: asked for or due, taken, acknowledged or failed
 ``core/table.pxi``     keys and users, beginnings and ends: `SessionTable`
-``core/prefetch.pxi``  asking for memory before it is needed
+``core/prefetch.pxi``  fetching memory into the cache before it is needed
 ``core/batch.pxi``     saves of many sessions at a time
-``core/calls.pxi``     awaited calls, in one step where nothing has to be awaited: `ManagerCore`
+``core/calls.pxi``     awaited calls, done in one step if there is nothing to wait for: `ManagerCore`
 ``core/ages.pxi``      walks over the sessions, oldest first
-``core/check.pxi``     what must be true of a table at any time, and the objects there are
+``core/check.pxi``     the invariants of a table, and counts of objects, for debug builds
 ``core/timers.pxi``    the wheel by itself, for benchmarks and tests
 
-Everything that links rows together is a circular list with a sentinel, and the sentinels are rows themselves: the
+Every list of rows is circular and has a sentinel, and the sentinels are rows themselves: the
 first `FIRST_SLOT` rows of the array belong to the wheel's buckets, to the three lanes and to the two age lists. A
 session's slot number is therefore never 0, and a row that is on no list is linked to itself.
 """
 
-# Methods are those of C (binding=False): taken from the class and called with something else first they raise, where
-# Cython's own would look for C fields that are not there. `inspect` reads their signatures in the form of Argument Clinic.
+# With binding=False the methods are plain C methods: if they are taken from the class and called with an object of
+# another type, they raise. Cython's own functions would read C fields that are not there. `inspect` reads their
+# signatures in the form of Argument Clinic.
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -81,9 +83,9 @@ cdef extern from *:
       static inline unsigned cagey_lowest_bit(uint64_t word) { return (unsigned)__builtin_ctzll(word); }
       static inline unsigned cagey_highest_bit(uint64_t word) { return 63u - (unsigned)__builtin_clzll(word); }
     #endif
-    /* What the running loop keeps in the thread: its hook for new asynchronous generators. */
+    /* The hook for asynchronous generators that the running event loop has set in this thread. */
     #define cagey_running_hook() (PyThreadState_Get()->async_gen_firstiter)
-    /* What tells this thread from all others that live: a register, where that can be had. */
+    /* A number that differs between all living threads; a register, where the compiler can read it. */
     #if defined(_WIN32)
       #define cagey_thread PyThread_get_thread_ident
     #elif defined(__has_builtin) && defined(__x86_64__) && defined(__linux__)
@@ -97,13 +99,14 @@ cdef extern from *:
       #include <pthread.h>
       #define cagey_thread() ((unsigned long)pthread_self())
     #endif
-    /* The hash of exactly a str, which keeps it. */
+    /* The hash of a str, which caches it; not for subclasses. */
     static inline Py_hash_t cagey_hash_of_str(PyObject* text) {
         Py_hash_t hash = ((PyASCIIObject*)text)->hash;
         return hash != -1 ? hash : PyObject_Hash(text);
     }
     #define cagey_item_at(list, at) (&((PyListObject*)(list))->ob_item[at])
-    /* The neighbours in the list of the collector, which are written to when an object goes. Only good to prefetch. */
+    /* The neighbours in the list of the garbage collector, which are written to when an object is freed. Only to be
+       prefetched. */
     #ifdef Py_GIL_DISABLED
       #define cagey_neighbour(object, which) ((void*)(object))
     #else
@@ -126,23 +129,23 @@ cdef extern from *:
     void* neighbour "cagey_neighbour"(PyObject*, int which) noexcept
     object new_object "cagey_new_object"(type, tuple no_arguments)
 
-# Whether this is a debug build (CAGEY_SESSIONS_DEBUG=1): only then do the `_check` methods look at anything.
+# Whether this is a debug build (CAGEY_SESSIONS_DEBUG=1). Only there do the `_check` methods check anything.
 DEBUG = bool(CAGEY_DEBUG)
 
 
 cdef struct Row:
-    uint64_t deadline       # tick at which the wheel hands the row out, or last did
-    uint64_t saved_at       # tick at which the bytes last acknowledged were fixed; at first, when the user was set
-    uint64_t version        # the version last taken, or with a store last fixed
+    uint64_t deadline       # tick at which the wheel returns the row, or last did
+    uint64_t saved_at       # tick at which the bytes last acknowledged were encoded; before that, when the user was set
+    uint64_t version        # the version last taken; with a store, the version last encoded
     uint64_t acknowledged   # the version last acknowledged
     uint32_t next           # wheel bucket, lane or free list
     uint32_t prev
     uint32_t newer          # age list
     uint32_t older
-    uint32_t ahead          # a row that is likely to follow GROUP places later on whatever list; only good to prefetch
+    uint32_t ahead          # the row that is likely to follow GROUP places later on the list; only to be prefetched
     uint8_t state
     uint8_t failures        # saves failed since the last acknowledged one, at most 255
-    uint8_t marks           # MARKED, MARKED_BEFORE: changes that are not known to be stored
+    uint8_t marks           # MARKED, MARKED_BEFORE: changes that may not be stored yet
     uint8_t flags           # FLAG_LOST, FLAG_FINAL, FLAG_RELEASED: what the host has said of the saves
 
 

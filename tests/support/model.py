@@ -439,7 +439,7 @@ class Model:
         if person.state not in IN_FLIGHT or version != person.version:
             raise Refused(UsageError)
         self._move(person, event)
-        if deadline is not None and person.state not in LANE_OF:
+        if deadline is not None and person.state not in LANE_OF and not (person.silent and person.state == "idle"):
             self._arm(person, deadline)
         return True
 

@@ -4,21 +4,21 @@
 # what an age is; the table puts a row at the young end when its user is set and each time a save is acknowledged.
 #
 # Invariants
-#   - A mark is a row off the free list whose state is GONE; it is on an age list and on no other.
+#   - A bookmark is a row without a session: its state is GONE, and it is on an age list and on no other list.
 #
 # Cost: O(1) a step.
 
 @cython.final
 cdef class OldestFirst:
-    """A walk over one age list that stays right while sessions join, leave and are saved.
+    """A walk over one age list that stays correct while sessions join, leave and are saved.
 
-    It stops where the list ended when the walk began, so it ends although saves move sessions to the young end, and
-    meets each session at most once. It does not meet one that was acknowledged before its turn came; who needs what
-    such a save may have missed looks after the saves in flight. With `to_the_end` the walk goes on to the end of the list as
-    it is when it gets there: it misses nobody, and may meet a session twice.
+    The walk stops where the list ended when it began. So it comes to an end although saves move sessions to the young
+    end, and it yields each session at most once. It does not yield a session that was acknowledged before its turn; a
+    caller who needs these too has to wait for the saves in flight. With `to_the_end` the walk goes on to the end of
+    the list as it is when it gets there: it misses no session, and may yield one twice.
 
-    Marks, rows without a session, stand in the list for the place reached and for the end. Call `close` when done; an
-    abandoned walk costs the table two rows. O(1) a step.
+    Two bookmarks, rows without a session, stand in the list for the current place and for the end. Call `close` when
+    done; a walk that is not closed costs the table these two rows. O(1) a step.
     """
     cdef SessionTable table
     cdef uint32_t here
@@ -36,7 +36,7 @@ cdef class OldestFirst:
         table.rows[oldest].older = self.here
         table.rows[age_list].newer = self.here
         if not to_the_end:
-            # with the first mark in its place: making room may run anything
+            # Only once the first bookmark is in the list: growing may start a collection, which may run any code.
             try:
                 self.end = table.allocate()
             except BaseException:
@@ -60,7 +60,7 @@ cdef class OldestFirst:
             slot = rows[self.here].newer
             if slot == self.end:
                 raise StopIteration
-            # the mark and the row it meets change places
+            # the bookmark and the next row change places
             rows[rows[self.here].older].newer = slot
             rows[slot].older = rows[self.here].older
             rows[self.here].newer = rows[slot].newer
@@ -71,7 +71,7 @@ cdef class OldestFirst:
                 return table.sessions[slot]
 
     def close(self):
-        """Take the marks out of the list. Idempotent."""
+        """Take the bookmarks out of the list. Idempotent."""
         cdef SessionTable table = self.table
         if table is None:
             return

@@ -1,17 +1,17 @@
 # Saves of many sessions at a time.
 #
-# What lives here: taking those whose time has come, fixing their bytes and settling them, a batch in one call, for the
-# saves nothing special is about. What must not: a clock, a store, and whatever else may become of a save - that is left
-# to the caller, one session at a time.
+# What lives here: taking the sessions that are due, encoding and acknowledging them, one batch in one call, for
+# ordinary saves. What must not: a clock, a store, and saves that are not ordinary - these are left to the caller, one
+# session at a time.
 #
-# Nothing special: the timer wants the save and nobody waits for it, the one before it succeeded, the session is not
-# being ended, the data can be encoded, and the store says that it is saved. Nearly all saves are like that.
+# A save is ordinary if the timer wants it and no caller waits for it, the one before it succeeded, the session is not
+# being ended, the data can be encoded, and the store answers that it is saved. Nearly all saves are.
 #
 # Invariants
 #   - The save of every session in a batch is in flight. `settle`, `hand_over` and `left_out` take sessions out of it, each
 #     session once; what they do not settle is the caller's to settle.
-#   - Bytes, version, epoch and user id of a session are fixed with no Python code between them but the encoder's, and
-#     what that may have changed is looked at after it.
+#   - Between fixing the body, version, epoch and user id of a session no Python code runs but the encoder. What that
+#     may have changed is checked after it.
 #
 # Cost: O(1) a session besides its bytes.
 
@@ -44,11 +44,11 @@ cdef inline void fill_item(tuple target, Py_ssize_t place, item) noexcept:
 
 @cython.final
 cdef class SaveBatches:
-    """How the batches of one table are made.
+    """Makes the batches of one table.
 
-    `record` is the NamedTuple a save is sent as: (user_id, epoch, owner, version, schema, body, saved_at, release), and
-    `verdict` the one it is answered with, whose first item is one of `saved` where the bytes are stored. `dump` makes
-    the bytes of a session's data; without it they are those of `encode_plain` with `max_bytes`.
+    `record` is the NamedTuple that a save is sent as: (user_id, epoch, owner, version, schema, body, saved_at,
+    release). `verdict` is the NamedTuple of the answer; its first item is one of `saved` if the bytes are stored.
+    `dump` encodes a session's data; without it that is done by `encode_plain` with `max_bytes`.
     """
     cdef SessionTable table
     cdef object record, verdict, owner, schema, dump
@@ -73,12 +73,12 @@ cdef class SaveBatches:
         self.max_bytes = max_bytes
 
     def has_due(self):
-        """Whether a batch would take anybody now. O(1)."""
+        """Whether a batch would take any session now. O(1)."""
         cdef uint32_t slot = self.table.rows[PERIODIC].next
         return slot != PERIODIC and self.table.rows[slot].failures == 0
 
     def fixed(self, SessionCore session not None):
-        """The version last fixed and the digest of its bytes; version 0 before that. O(1)."""
+        """The version last encoded and the digest of its bytes; version 0 before the first. O(1)."""
         cdef uint32_t slot = self.table.slot_of(session)
         return self.table.rows[slot].version, self.table.copies[slot].digest
 
@@ -100,7 +100,7 @@ cdef class SaveBatches:
 
 @cython.final
 cdef class SaveBatch:
-    """Saves that are taken, sent and settled together; `len` is how many of them are not settled yet.
+    """Saves that are taken, sent and answered together; `len` is how many of them are not settled yet.
 
     Made by `SaveBatches.batch`.
     """
@@ -108,7 +108,7 @@ cdef class SaveBatch:
     cdef SessionTable table
     cdef readonly list records
     cdef readonly Py_ssize_t size           # bytes of all bodies
-    cdef readonly uint64_t unchanged        # how many were as they are stored already
+    cdef readonly uint64_t unchanged        # how many were stored already as they are
     cdef list sessions                      # None once settled or handed over
     cdef list excluded
     cdef SessionCore taking                 # and the version it had
@@ -127,7 +127,7 @@ cdef class SaveBatch:
         return [session for session in self.sessions if session is not None]
 
     cdef void prefetch_due(self, int count) noexcept:
-        """Those whose turn comes next, and their data."""
+        """Prefetch the sessions that are taken next, and their data."""
         cdef SessionTable table = self.table
         cdef PyObject* nodes[MOST_NODES]
         cdef uint32_t slots[GROUP]
@@ -151,11 +151,11 @@ cdef class SaveBatch:
             prefetch_trees(nodes, found)
 
     def fill(self, uint32_t rows, Py_ssize_t size, uint64_t now, uint64_t interval, saved_at):
-        """Take up to `rows` sessions whose time has come, until their bodies have `size` bytes: how many were taken.
+        """Take up to `rows` sessions that are due, until their bodies have `size` bytes; returns how many were taken.
 
-        `now` is the tick of it, and `saved_at` what the records say. Who has not changed counts as saved and is due
-        again within `interval` ticks. Who cannot be encoded, or is asked for meanwhile, is left to `left_out`. O(rows), and
-        their bytes.
+        `now` is the current tick, and `saved_at` the wall-clock time for the records. A session that has not changed
+        counts as saved, and is due again within `interval` ticks. One that cannot be encoded, or is asked for
+        meanwhile, is left to `left_out`. O(rows + bytes).
         """
         cdef SessionTable table = self.table
         cdef SessionCore session
@@ -164,7 +164,7 @@ cdef class SaveBatch:
         table.check_thread()
         require_interval(interval)
         require_time(now, interval)
-        self.set_aside()  # whom an exception has left
+        self.set_aside()  # one may be left over from a call that raised
         while taken < rows and size > 0 and len(self.sessions) < MOST_IN_BATCH:
             if taken % GROUP == 0:
                 self.prefetch_due(<int> min(rows - taken, <uint32_t> GROUP))
@@ -172,7 +172,7 @@ cdef class SaveBatch:
             if slot == PERIODIC or table.rows[slot].failures != 0:
                 break
             session = table.session_at(slot)
-            self.taking = session  # until all has gone well
+            self.taking = session  # until its record is complete: if anything raises, `set_aside` finds it here
             self.version = table.rows[slot].version
             list_remove(table.rows, slot)
             step(&table.rows[slot], TAKE)
@@ -193,21 +193,21 @@ cdef class SaveBatch:
         return taken
 
     cdef int set_aside(self) except -1:
-        """Leave the one being taken to `left_out`."""
+        """Leave the session that is being taken to `left_out`."""
         if self.taking is not None:
             self.excluded.append((self.taking, self.version))
             self.taking = None
         return 0
 
     cdef bint send(self, SessionCore session, bytes body, uint64_t now, uint64_t interval, saved_at) except -1:
-        """Fix a body; False if something is special about this save after all."""
+        """Fix a body as the next version, and add its record; False if this save turns out not to be ordinary."""
         cdef SessionTable table = self.table
         cdef uint64_t version = self.version, digest = self.plan.digest.of(body)
-        # may run a collection, and that may run anything: before the row is looked at
+        # Made before the row is read: an allocation may start a collection, and that may run any code.
         cdef tuple record = new_tuple_like(self.plan.record, 8)
         cdef uint32_t slot = table.in_flight_slot(session, version)
         if slot == 0:
-            return True  # it was forgotten while it was encoded
+            return True  # the session was forgotten while it was encoded
         cdef Row* row = &table.rows[slot]
         if row.state != SAVING:
             return False
@@ -232,7 +232,7 @@ cdef class SaveBatch:
         cdef Py_ssize_t place = len(self.sessions)
         self.sessions.append(None)
         self.records.append(record)
-        self.sessions[place] = session  # from here on nothing fails
+        self.sessions[place] = session  # nothing below can fail, so the batch and the row cannot differ
         if row.marks:
             row.marks = MARKED_BEFORE
         row.version = version
@@ -245,16 +245,16 @@ cdef class SaveBatch:
         return True
 
     def left_out(self):
-        """Take out those that something is special about, as (session, version): their bytes are not fixed."""
+        """Take out the sessions whose saves are not ordinary, as (session, version). Their bytes are not fixed."""
         self.set_aside()
         excluded, self.excluded = self.excluded, []
         return excluded
 
     def settle(self, list verdicts not None, uint64_t interval, dict watched not None):
-        """Settle all, if every verdict says that the bytes are stored; None, and nothing changes, otherwise.
+        """Acknowledge all saves if every verdict says that the bytes are stored; otherwise change nothing, return None.
 
-        Each is due again within `interval` ticks after it was taken. Returns the sessions that are left for
-        `hand_over`: those in `watched`, and those of whom more is wanted by now than a save by the clock. O(batch).
+        Each session is due again within `interval` ticks after it was taken. Returns the sessions that are left for
+        `hand_over`: those in `watched`, and those that are asked for or being ended by now. O(batch).
         """
         cdef SessionTable table = self.table
         cdef Py_ssize_t place
@@ -279,7 +279,7 @@ cdef class SaveBatch:
             if session is None:
                 continue
             slot = table.in_flight_slot(<SessionCore> session, self.saves[place].version)
-            if slot == 0:  # it was forgotten
+            if slot == 0:  # the session was forgotten
                 self.take_out(place)
             elif table.rows[slot].state != SAVING or (watched and session in watched):
                 left.append(session)
@@ -304,7 +304,7 @@ cdef class SaveBatch:
         self.left -= 1
 
     def hand_over(self):
-        """Take out all that are left, as (session, version, digest, place in `records`). O(batch)."""
+        """Take out all sessions that are left, as (session, version, digest, place in `records`). O(batch)."""
         cdef SessionTable table = self.table
         cdef list handed = []
         cdef Py_ssize_t place

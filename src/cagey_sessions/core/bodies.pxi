@@ -1,25 +1,26 @@
-# Bodies read back: what the text says, of the same types, or nothing.
+# Reading bodies back: exactly what the text says, or an error.
 #
-# What lives here: the one step from bytes to a value, and what makes sure that nothing of the text is lost in it. What
-# must not: richer types, and the other direction (`values.pxi`).
+# What lives here: the step from bytes to a value, and the check that nothing of the text is lost in it. What must not:
+# richer types, and the other direction (`values.pxi`).
 #
-# A parser alone would not do. An int that does not fit into 64 bits it reads as a float; of a number with more digits
-# than a float has it keeps the nearest float, 0 for one that is too small; and of two members of one name it keeps the
-# second. The next save would write that over what was there.
+# A parser alone does not suffice. It reads an int that does not fit into 64 bits as a float, a number with more digits
+# than a float has as the nearest float, one that is too small as 0, and of two members with the same name it keeps the
+# second. The next save would overwrite what was there with that.
 #
 # Invariants
-#   - A value that gives the very bytes when it is written again has lost nothing. So it is with whatever was written
-#     here, and then nothing else is looked at.
-#   - Any other text is walked once. An int fits, or it is refused. A float is taken if, written with as many digits as
-#     the text has, or as few as it needs, it gives these digits. And the text has as many members as the value.
+#   - If a value gives the same bytes when it is written again, nothing was lost, and nothing else is checked. All that
+#     was written by this library is so.
+#   - Any other text is walked once. An int has to fit. A float is accepted if it gives the digits of the text again
+#     when it is written with as many digits as the text has, or with as few as it needs. The text has to have as many
+#     members as the value.
 #
 # Cost: O(size). Writing again takes a third of the time of reading; the walk as much, and a microsecond for each float
 # of more than 15 digits.
 
 cdef enum:
-    SURE_DIGITS = 15        # decimal numbers of so many differ as floats, too,
-    SURE_EXPONENT = 290     # where floats are not at their ends
-    MOST_DIGITS = 767       # that a float ever has
+    SURE_DIGITS = 15        # two decimal numbers of so many digits are different floats, too,
+    SURE_EXPONENT = 290     # unless they are close to the largest or the smallest float
+    MOST_DIGITS = 767       # no float has more
 
 cdef enum Loss:
     NOTHING_LOST
@@ -36,7 +37,7 @@ cdef inline bint is_digit(unsigned char byte) noexcept nogil:
 
 
 cdef bint is_whole(const unsigned char* digits, Py_ssize_t count, bint negative) noexcept nogil:
-    """Whether the parser reads an int as one: from -2**63 to 2**64 - 1. It has no zeros before its digits."""
+    """Whether the parser reads digits as an int: from -2**63 to 2**64 - 1. JSON has no leading zeros."""
     if count < 19:
         return True
     if negative:
@@ -45,12 +46,13 @@ cdef bint is_whole(const unsigned char* digits, Py_ssize_t count, bint negative)
 
 
 cdef bint is_named(bytes digits, Py_ssize_t exponent, bytes text) except -1:
-    """Whether the float of a text has these digits, the first of which stands for that power of ten."""
+    """Whether the float that a text is read as has these digits, the first one at the power of ten `exponent`."""
     cdef Py_ssize_t count = len(digits)
     if count > MOST_DIGITS:
         return False
     number, wanted = abs(float(text)), digits.decode()
-    # the shortest text of a float, which beside a power of two is not the nearest of its length
+    # The shortest text of a float; next to a power of two it is not the nearest one of its length, so it is tried
+    # first.
     if repr(number).partition("e")[0].replace(".", "").strip("0") == wanted:
         return True
     mantissa, _, power = f"{number:.{count - 1}e}".partition("e")
@@ -58,7 +60,7 @@ cdef bint is_named(bytes digits, Py_ssize_t exponent, bytes text) except -1:
 
 
 cdef Py_ssize_t members_in(PyObject* value) noexcept:
-    """How many members the objects of a parsed value have in all."""
+    """How many members all objects in a parsed value have together."""
     cdef PyTypeObject* kind = type_of(value)
     cdef PyObject* key
     cdef PyObject* item
@@ -73,7 +75,7 @@ cdef Py_ssize_t members_in(PyObject* value) noexcept:
 
 
 cdef Loss loss_in(bytes body, value, Py_ssize_t* where) except *:
-    """What of a body, which is JSON, is not in the value that it was parsed to, and at which byte."""
+    """What was lost between a body, which is JSON, and the value that it was parsed to; and at which byte."""
     cdef const unsigned char* text = <const unsigned char*> PyBytes_AS_STRING(body)
     cdef Py_ssize_t size = PyBytes_GET_SIZE(body), at = 0, members = 0
     cdef Py_ssize_t start, whole, first, last, exponent, written
@@ -133,11 +135,11 @@ cdef Loss loss_in(bytes body, value, Py_ssize_t* where) except *:
 
 
 def decode_plain(bytes body not None, prefix="user_data: "):
-    """The value of a body: JSON in UTF-8.
+    """Read a body, JSON in UTF-8, and return its value.
 
-    Raises `EncodingError`, which begins with `prefix` and holds nothing of the body, for what is not JSON, and for what a
-    value cannot hold as it is there: an int that does not fit into 64 bits, a number of more digits than a float has,
-    an object with two members of one name. O(size).
+    Raises `EncodingError`, whose text begins with `prefix` and quotes nothing of the body, if it is not JSON, or if a
+    value cannot represent it: an int that does not fit into 64 bits, a number with more digits than a float has, an
+    object with two members of the same name. O(size).
     """
     cdef Py_ssize_t where = 0
     cdef Loss loss = NOTHING_LOST
@@ -147,10 +149,10 @@ def decode_plain(bytes body not None, prefix="user_data: "):
     except JSONDecodeError as error:
         reason = f"not JSON in UTF-8, at character {error.pos}"
     if reason:
-        raise EncodingError(f"{prefix}{reason}")  # out here: the error of the parser holds the whole body
+        raise EncodingError(f"{prefix}{reason}")  # not in the `except`: the parser's error, its context, holds the body
     try:
         again = call_one(orjson_dumps, value)
-    except TypeError:  # it reads deeper than it writes
+    except TypeError:  # orjson reads deeper nesting than it writes
         again = None
     if again == body:
         return value

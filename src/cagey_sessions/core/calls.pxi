@@ -1,24 +1,25 @@
-# The calls that are awaited, done in one step where there is nothing to wait for.
+# The calls that are awaited, done in one step if there is nothing to wait for.
 #
 # What lives here: `SessionCall`, the coroutine that `create`, `open`, `start`, `set_user` and `destroy` return, and
-# `ManagerCore`, what a manager is made of. What must not: any rule of its own. A step that finds all quiet does what the
-# host's coroutine of the same name would do, and anything else - a listener, a store, a debug build of the program, an
-# end under way, what is to be refused because of them - is left to that coroutine.
+# `ManagerCore`, the base of a manager. What must not: any rule of its own. If there is neither a listener nor a store,
+# no end under way and nothing to refuse, a call does in one step what the host's coroutine of the same name would do.
+# In all other cases it creates that coroutine and passes on every step to it.
 #
 # Invariants
 #   - Like any coroutine a call does nothing before it is awaited: it may be made into a task, cancelled, or thrown away.
-#   - Between the end of a call that is entered and the block nothing else runs: a session that is made is in the block.
-#   - `loud` has a bit for each thing that may stand in the way, so that asking whether any does is one comparison.
+#   - Nothing else runs between the end of a call that is entered and its block, so a session that was made is always
+#     ended by the block.
+#   - `loud` has a bit for each reason against doing a call in one step, so one comparison asks for all of them.
 #
-# Cost: O(1), and no frame, no look-up by name and no event is made for what nobody listens to.
+# Cost: O(1). A call without listeners makes no frame, looks up no name and emits no event.
 
 cdef enum:
-    LOUD_CREATED = 1            # somebody listens on the manager
+    LOUD_CREATED = 1            # there are listeners for the event on the manager
     LOUD_STARTED = 2
     LOUD_IDENTIFIED = 4
     LOUD_ENDING = 8
     LOUD_ENDED = 16
-    LOUD_CLOSED = 32            # nobody new is admitted, or what a call needs is not known yet
+    LOUD_CLOSED = 32            # no new session is admitted, or what a call needs is not known yet
 
 LOUD = {
     "created": LOUD_CREATED,
@@ -44,8 +45,8 @@ NAMES = ("SessionManager.create", "Session.start", "Session.set_user", "Session.
 
 cdef extern from *:
     """
-    /* Cython has no name for these slots. The first is what 3.11 looks at, the second what 3.12 and later do. The third
-       is cheaper than a `__dealloc__`, which puts the current exception aside each time. */
+    /* Cython has no names for these slots. Python 3.11 uses the first, 3.12 and later the second. The third is cheaper
+       than a `__dealloc__`, which saves and restores the current exception each time. */
     static destructor cagey_free_call;
     static void cagey_is_coroutine(PyTypeObject* type, sendfunc send, iternextfunc next, destructor dealloc) {
         type->tp_as_async->am_send = send;
@@ -86,7 +87,7 @@ cdef class SessionCall:
     cdef object owner           # in the block of an `async with` the session
     cdef object first
     cdef object second
-    cdef object delegate        # the coroutine that does what takes more than a step
+    cdef object delegate        # the coroutine that does the work if it takes more than one step
     cdef Act act
     cdef Stage stage
 
@@ -138,7 +139,8 @@ cdef class SessionCall:
         if self.act != ACT_CREATE and self.act != ACT_OPEN:
             raise TypeError(f"{NAMES[self.act]} makes no session that could be entered: await it")
         session = await self
-        entered = await session.__aenter__()  # where nothing is waited for: no session is made and then left alone
+        # It waits for nothing, so no cancellation can come in between and leave a session without a block.
+        entered = await session.__aenter__()
         self.owner = session
         return entered
 
@@ -157,7 +159,7 @@ cdef inline int require_fresh(SessionCall call) except -1:
 
 
 cdef inline int spend(SessionCall call) except -1:
-    """Like the frame of a coroutine that has ended."""
+    """Drop everything that the call holds, as the frame of a coroutine that has ended does."""
     call.stage = SPENT
     call.owner = call.first = call.second = None
     return 0
@@ -203,14 +205,15 @@ cdef PyObject* call_next(PyObject* self) except? NULL:
         return result
     answer = <object> result
     Py_DECREF(answer)
-    if answer is not None:  # with nothing set, this is the end with None
+    if answer is not None:  # NULL without an exception means that the coroutine returned None
         PyErr_SetObject(StopIteration, StopIteration(answer))
     return NULL
 
 
 cdef void call_dealloc(PyObject* self) noexcept:
     if (<SessionCall> self).stage == FRESH and not is_none(<PyObject*> (<SessionCall> self).owner):
-        untrack(self)  # nobody refers to it any more, and a warning may run anything, the collector too
+        # It is being freed, and a warning may run any code, also the garbage collector, which must not find it.
+        untrack(self)
         warn_of_unawaited((<SessionCall> self).act)
     free_call(self)
 
@@ -221,7 +224,7 @@ cdef void warn_of_unawaited(Act act) noexcept:
     cdef PyObject* traceback
     PyErr_Fetch(&kind, &value, &traceback)
     if warn(RuntimeWarning, 1, "coroutine %R was never awaited", NAMES[act]) < 0:
-        write_unraisable(NAMES[act])  # warnings are errors, and there is nobody to raise this one to
+        write_unraisable(NAMES[act])  # a filter turns warnings into errors, and there is no caller to raise it to
     PyErr_Restore(kind, value, traceback)
 
 
@@ -229,7 +232,7 @@ make_coroutine(SessionCall, call_send, call_next, call_dealloc)
 
 
 cdef object call_act(SessionCall call):
-    """Do it, or have the host's coroutine do it: the call itself, then."""
+    """Do the call in one step and return its result, or make the host's coroutine and return the call itself."""
     cdef Act act = call.act
     cdef SessionCore session
     cdef SessionTable table
@@ -263,7 +266,7 @@ cdef object call_act(SessionCall call):
 
 
 cdef inline bint is_quiet(SessionCore session, uint32_t loud) except -1:
-    """Whether nobody would hear, and nothing stands in the way."""
+    """Whether no listener would be called, and no bit of `loud` prevents doing the call in one step."""
     cdef SessionTable table = session.table
     return not table.loud & loud and (session.listeners is None or session.ended) \
         and table.is_on_its_loop()
@@ -280,9 +283,10 @@ cdef int set_user(SessionTable table, SessionCore session, user_id, user_data) e
 
 
 cdef inline int prefetch_surroundings(SessionTable table, SessionCore session) except -1:
-    """Ask at once for all that is about to be written: who ends has mostly been idle, and none of it is in a cache.
+    """Prefetch all memory that ending a session writes to.
 
-    One after the other these misses are most of the cost of an end.
+    A session that ends has mostly been idle for long, so none of it is in a cache. One after the other these cache
+    misses would be most of the cost of an end.
     """
     cdef Row* row = &table.rows[session.slot]
     prefetch(item_at(table.sessions, session.slot))
@@ -300,7 +304,7 @@ cdef inline int prefetch_surroundings(SessionTable table, SessionCore session) e
 
 
 cdef bint end(SessionTable table, SessionCore session, persist) except -1:
-    """End a session if no save of it is under way or wanted; whether that was so."""
+    """End a session in one step if no save of it is under way or wanted; returns whether it has ended."""
     if session.ended:
         return True
     if persist is not None and persist is not False:  # also what is neither, and is to be refused
@@ -322,7 +326,7 @@ cdef bint end(SessionTable table, SessionCore session, persist) except -1:
 def direct(cls):
     """Give a subclass the methods of its compiled base as its own.
 
-    The interpreter calls a C method without a detour only if the object is of the very class that the method is of.
+    The interpreter calls a C method directly only if the object is of exactly the class that the method belongs to.
     """
     for base in (ManagerCore, SessionCore):
         if issubclass(cls, base):
@@ -333,7 +337,7 @@ def direct(cls):
 
 
 cdef class ManagerCore:
-    """What a manager is made of: its table, and the calls that are made for every human."""
+    """The compiled base of a manager: its table, and the calls that are made for every user."""
     cdef SessionTable table
     cdef object __weakref__
 
@@ -351,14 +355,21 @@ cdef class ManagerCore:
     def create(self, key=None, *, replace=False):
         """create(self, key: str | None = None, *, replace: bool = False) -> SessionCall[Session[T]]
 
-        Make a session, emit ``created`` and return it: ``await`` it, or enter it, and the session ends with the block,
-        ``async with manager.create() as session: ...``.
+        `key` is a non-empty `str`, such as a cookie, by which `find_by_key` finds the session. If a live session has the
+        key already, the call raises `KeyTakenError`; with `replace` it saves and ends that session first. If that one
+        cannot be saved it stays live, and the call raises what its `destroy` raises.
+        Make a session without a user, emit ``created``, and return the session. ``await`` the call, or enter it, so
+        that the session ends with the block: ``async with manager.create() as session: ...``.
 
-        With `key`, a non-empty `str`, `find_by_key` finds it. A key that a live session has raises `KeyTakenError`;
-        `replace` saves and ends that session first; if it cannot be saved it stays live, and the call raises.
+        `key` is a non-empty `str`, such as a cookie, by which `find_by_key` finds the session. If a live session has
+        the key already, the call raises `KeyTakenError`; with `replace` it saves and ends that session first. If that
+        one cannot be saved it stays live, and the call raises what its `destroy` raises.
+        `key` is a non-empty `str`, such as a cookie, by which `find_by_key` finds the session. If a live session has
+        the key already, the call raises `KeyTakenError`; with `replace` it saves and ends that session first. If that
+        one cannot be saved it stays live, and the call raises what its `destroy` raises.
 
-        If a ``created`` listener raises, the session is ended and a `ListenerError` raised. Raises `InvalidKeyError`,
-        `OptionError`, `ManagerClosedError`. O(1) amortised.
+        If a ``created`` listener raises, the session is ended, and the call raises `ListenerError`. Raises
+        `InvalidKeyError`, `OptionError`, `ManagerClosedError`. O(1) amortised.
         """
         self.require_table()
         return new_call(ACT_CREATE, self, key, replace)
@@ -371,6 +382,6 @@ cdef class ManagerCore:
     def find_by_key(self, key):
         """find_by_key(self, key: str) -> Session[T] | None
 
-        The live session with that key, or None. Raises `InvalidKeyError` for what is not a `str`. O(1).
+        Return the live session with a key, or None. Raises `InvalidKeyError` if the key is not a `str`. O(1).
         """
         return self.require_table().with_key(key)

@@ -1,15 +1,15 @@
-# What must be true of a table at any time, and how many objects of the core there are.
+# The invariants of a table, and counts of the core's objects, for debug builds.
 #
-# What lives here: `check_everything`, which verifies every structure against every other one, and `living`, which says
-# how many objects of each type exist. What must not: repairs, and anything that a release build would pay for: there
-# nobody calls the one, and the other has nothing to count with.
+# What lives here: `check_everything`, which checks every structure against every other one, and `living`, which says
+# how many objects of each type exist. What must not: repairs, and anything that costs time in a release build: there
+# the checks are not called, and the objects are not counted.
 #
 # Invariants
-#   - Debug builds look after every operation; at a table of more than 2,048 rows only after every n-th, n in proportion
-#     to the rows, so that tests with thousands of users come to an end.
-#   - An object is counted from its allocation to its release, also if its construction fails in between.
+#   - Debug builds check after every operation; a table of more than 2,048 rows only after every n-th, with n in
+#     proportion to the rows, so that tests with thousands of users come to an end.
+#   - An object is counted from its allocation to its release, even if its construction fails in between.
 #
-# Cost: a look O(capacity), and so bounded per operation; `living` O(1).
+# Cost: a check O(capacity), and so bounded per operation; `living` O(1).
 
 cdef enum:
     ALWAYS_CHECKED = 2048   # rows
@@ -18,7 +18,7 @@ cdef uint64_t checks_wanted = 0
 
 
 cdef int check_table(SessionTable table) except -1:
-    """After an operation: a look at everything, or in a large table every so often."""
+    """Check everything after an operation; in a large table only after some operations."""
     global checks_wanted
     checks_wanted += 1
     if table.capacity > ALWAYS_CHECKED and checks_wanted % (table.capacity // (ALWAYS_CHECKED // 2)):
@@ -28,8 +28,9 @@ cdef int check_table(SessionTable table) except -1:
 
 cdef int check_everything(SessionTable table) except -1:
     cdef uint32_t slot, after, bucket, level, lane
-    cdef uint64_t start, span, in_wheel = 0, in_lanes = 0, in_flight = 0, live = 0, keyed = 0, identified = 0, free = 0, held = 0
-    # both before anything is looked at: making one may run a collection, and that may run anything
+    cdef uint64_t start, span, in_wheel = 0, in_lanes = 0, in_flight = 0, live = 0, keyed = 0, free = 0
+    cdef uint64_t identified = 0, held = 0
+    # Made before anything is read: an allocation may start a collection, and that may run any code.
     cdef set seen = set(), aged = set()
     for bucket in range(<uint32_t> FIRST_SLOT):
         slot = table.rows[bucket].next
@@ -44,6 +45,7 @@ cdef int check_everything(SessionTable table) except -1:
             seen.add(slot)
             if bucket < BUCKETS:
                 assert table.rows[slot].state in (IDLE, ENDING), f"slot {slot} is in the wheel"
+                assert table.rows[slot].state == ENDING or not table.rows[slot].flags & FLAG_SILENT
                 in_wheel += 1
                 if table.rows[slot].deadline > table.wheel.elapsed:
                     span = table.rows[slot].deadline >> (level * LEVEL_BITS)
@@ -103,9 +105,10 @@ cdef int check_everything(SessionTable table) except -1:
     return 0
 
 
-# The objects are counted in the slots of their types, which a debug build replaces at import: counters in the classes
-# themselves would give every session of a release build a destructor. Only `SessionCore` can be subclassed, and a
-# subclass allocates by itself but is made and released by way of its base; the other types allocate in one place alone.
+# Objects are counted by functions that a debug build puts into the slots of their types at import: counters in the
+# classes themselves would give every session of a release build a destructor. Only `SessionCore` can be subclassed; its
+# subclasses allocate by themselves, so sessions are counted where they are made. Objects of the other types are counted
+# where they are allocated.
 
 cdef extern from "Python.h":
     ctypedef struct Slots "PyTypeObject":

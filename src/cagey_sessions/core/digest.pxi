@@ -1,9 +1,10 @@
-# A number that stands for the bytes last acknowledged.
+# Digests: a keyed hash of a body, kept in the place of the body to see whether data has changed.
 #
 # What lives here: SipHash-1-3 (Aumasson and Bernstein, "SipHash: a fast short-input PRF", INDOCRYPT 2012, with one
 # round a word and three at the end). What must not: any choice of what is hashed, or of what equal digests mean.
 #
-# Keyed, because users choose what is in their data: without the key nobody can prepare a change that looks like none.
+# The hash is keyed because users choose what is in their data: without the key no user can prepare a change that has
+# the same digest, and so would not be saved.
 #
 # Invariant: a digest is never 0, so that 0 in a row can stand for "nothing acknowledged".
 #

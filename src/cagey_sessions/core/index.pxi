@@ -1,18 +1,18 @@
 # An index of slots by hash.
 #
-# What lives here: an open-addressing table of pairs, slot and hash. What must not: keys, users, what equality is - who
-# looks something up walks the entries of its hash and compares what the slots stand for.
+# What lives here: an open-addressing table of pairs, slot and hash. What must not: keys, users, and what equality is -
+# a lookup walks the entries with its hash, and the caller compares the sessions in these slots.
 #
 # A dict would keep the hash, the key and the session, 24 bytes each, beside its own table, although the session knows
-# its key: 31 bytes a session at a million of them, 42 for an int. This takes 17, grows without touching a single
-# session, and leaves no graves: a removal moves what follows it back towards its home.
+# its key: 31 bytes a session at a million of them, 42 for an int. This takes 17, grows without reading a single
+# session, and leaves no tombstones: a removal moves the entries that follow back towards their home.
 #
 # Invariants
-#   - An entry with slot 0 is empty. An entry lies at its home, `hash & mask`, or after it with no empty one between.
-#   - At most three quarters are in use, so every walk ends.
+#   - An entry with slot 0 is empty. An entry lies at its home, `hash & mask`, or after it with no empty entry between.
+#   - At most three quarters of the entries are in use, so every walk ends.
 #
-# Cost: O(1) expected; `index_reserve` O(1) amortised. Hashes are mixed with a number that nobody else knows, because
-# users may choose what is hashed.
+# Cost: O(1) expected; `index_reserve` O(1) amortised. Hashes are mixed with a secret number, because users may choose
+# what is hashed: otherwise one could make all lookups slow.
 
 cdef enum:
     INITIAL_ENTRIES = 64
@@ -30,7 +30,7 @@ cdef struct Index:
 
 
 cdef inline uint64_t mixed(uint64_t number) noexcept nogil:
-    """The finish of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): each bit depends on each."""
+    """The last step of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): each bit of the result depends on every bit."""
     number = (number ^ (number >> 30)) * <uint64_t> 0xBF58476D1CE4E5B9
     number = (number ^ (number >> 27)) * <uint64_t> 0x94D049BB133111EB
     return number ^ number >> 31
@@ -46,7 +46,7 @@ cdef int index_init(Index* index) except -1:
 
 
 cdef inline void index_put(Index* index, uint32_t hash, uint32_t slot) noexcept nogil:
-    """Add an entry there is room for, and that is not there yet."""
+    """Add an entry that is not in the index yet; `index_reserve` has made room for it."""
     cdef uint64_t at = hash & index.mask
     while index.entries[at].slot:
         at = (at + 1) & index.mask
@@ -56,7 +56,7 @@ cdef inline void index_put(Index* index, uint32_t hash, uint32_t slot) noexcept 
 
 
 cdef int index_grow(Index* index) except -1:
-    """Twice the room. Entries are read in order and land in order, in two runs: no cache is missed."""
+    """Double the room. Entries are read in order and written in order, in two runs, which caches handle well."""
     cdef Index larger
     cdef uint64_t at
     larger.mask = index.mask * 2 + 1
@@ -80,7 +80,7 @@ cdef inline int index_reserve(Index* index) except -1:
 
 
 cdef bint index_remove(Index* index, uint32_t hash, uint32_t slot) noexcept nogil:
-    """Take an entry out: whether it was there."""
+    """Remove an entry; returns whether it was there."""
     cdef uint64_t hole = hash & index.mask, at
     while index.entries[hole].slot != slot:
         if index.entries[hole].slot == 0:
@@ -91,7 +91,7 @@ cdef bint index_remove(Index* index, uint32_t hash, uint32_t slot) noexcept nogi
         at = (at + 1) & index.mask
         if index.entries[at].slot == 0:
             break
-        # it may move into the hole unless its home lies behind that
+        # an entry may move into the hole unless its home lies after the hole: a walk from its home would not find it
         if ((at - index.entries[at].hash) & index.mask) >= ((at - hole) & index.mask):
             index.entries[hole] = index.entries[at]
             hole = at

@@ -1,7 +1,8 @@
-# The way of a save through the lanes.
+# The lanes: queues of sessions that wait for a save, and the way of a save through them.
 #
-# What lives here: `SessionLanes` - who is asked for, who is due, who is taken, and what an outcome does to a row. What
-# must not: who a session is (table.pxi), and retry delays - the lanes are told deadlines, or where the interval ends.
+# What lives here: `SessionLanes` - which sessions are asked for, which are due, which are taken, and what the outcome
+# of a save does to a row. What must not: keys and users (table.pxi), and retry delays - the caller gives deadlines, or
+# the interval.
 #
 # Invariants
 #   - DUE rows are in the periodic lane, ASKED ones in the urgent lane, ENDING_ASKED ones in the final lane, rows with a
@@ -11,7 +12,7 @@
 # Cost: every operation is O(1); `advance` O(limit).
 
 cdef inline uint32_t lane_of(int state) noexcept nogil:
-    """The lane a row in that state stands in, or 0."""
+    """The lane that a row in a state waits in, or 0."""
     if state == ASKED:
         return URGENT
     if state == ENDING_ASKED:
@@ -20,7 +21,7 @@ cdef inline uint32_t lane_of(int state) noexcept nogil:
 
 
 cdef inline int require_time(uint64_t now, uint64_t interval) except -1:
-    """An interval that begins now has an end."""
+    """Raise `UsageError` unless an interval that begins now ends within 64 bits."""
     if now == NEVER or interval > NEVER - 1 - now:
         raise UsageError("the deadline lies past the end of time")
     return 0
@@ -33,7 +34,7 @@ cdef inline int require_interval(uint64_t interval) except -1:
 
 
 cdef inline void fill_pair(tuple pair, first, second) noexcept:
-    """Set the two items of a tuple that nobody else has seen."""
+    """Set the two items of a new tuple, which no other code has seen."""
     Py_INCREF(first)
     PyTuple_SET_ITEM(pair, 0, first)
     Py_INCREF(second)
@@ -45,7 +46,7 @@ cdef class SessionLanes(SessionRows):
     """The rows, and the lanes in which they wait for a save."""
 
     def ask(self, SessionCore session not None):
-        """Want a save whose bytes are fixed from now on. O(1)."""
+        """Ask for a save whose bytes are encoded from now on: one that is in flight already does not count. O(1)."""
         cdef uint32_t slot = self.slot_of(session)
         if session.user_id is None:
             raise UsageError("a session without a user has nothing to save")
@@ -55,7 +56,7 @@ cdef class SessionLanes(SessionRows):
 
     @cython.final
     cdef int enter_lane(self, uint32_t slot, int event) except -1:
-        """Step by an event that may lead into a lane, or from one into another, and move the row if it does."""
+        """Step by an event that may lead into a lane, or from one into another, and move the row accordingly."""
         cdef Row* row = &self.rows[slot]
         cdef uint32_t before = lane_of(row.state), after = lane_of(transitions[row.state][event])
         if transitions[row.state][event] == STATES or (before == after and before):
@@ -71,11 +72,12 @@ cdef class SessionLanes(SessionRows):
         return 0
 
     def advance(self, uint64_t now, uint32_t limit, uint64_t interval=0):
-        """Move time to `now` and what is due into the lanes, walking at most `limit` rows, cascades included.
+        """Move time to `now`, and the rows that are due into the lanes, walking at most `limit` rows, with cascades.
 
-        With an interval in ticks, users without a mark count as saved at `now`, unchanged, and are due again within it;
-        unless they were never saved, or a walk under way would miss them. Returns the rows walked; as many as `limit`
-        means there may be more at this instant, first in line for the next call. Time never moves back. O(limit).
+        With `interval`, in ticks, users without a mark count as saved at `now`, unchanged, and are due again within it;
+        but not if they were never saved, or if a walk under way would miss them. Returns how many rows were walked; if
+        these are `limit` there may be more at this instant, which the next call continues with. Time never moves back.
+        O(limit).
         """
         cdef uint32_t budget = limit, slot
         cdef Trail trail
@@ -102,7 +104,7 @@ cdef class SessionLanes(SessionRows):
 
     @cython.final
     cdef void skip(self, uint32_t slot, uint64_t now, uint64_t interval) noexcept:
-        # past the wheel's own time, else the row would be due again in this very call
+        # after the wheel's own time; otherwise the row would be due again within this call
         cdef uint64_t here = now if now > self.wheel.elapsed else self.wheel.elapsed
         cdef uint64_t left = NEVER - 1 - here
         wheel_arm(&self.wheel, self.rows, slot, self.next_due(slot, here, interval) if interval <= left else NEVER - 1)
@@ -128,7 +130,7 @@ cdef class SessionLanes(SessionRows):
 
     @cython.final
     cdef uint32_t next_lane(self, bint periodic) noexcept:
-        """The lane whose turn it is among those that hold somebody, or 0."""
+        """The lane whose turn it is among those that are not empty, or 0."""
         cdef uint32_t lane = self.served_last
         for _ in range(3):
             lane = URGENT if lane == PERIODIC else lane + 1
@@ -137,13 +139,13 @@ cdef class SessionLanes(SessionRows):
         return 0
 
     def take(self, bint periodic=True):
-        """The next session to save and its version, or None. Its save is in flight from here on. O(1).
+        """Take the next session to save; returns it and its version, or None. Its save is in flight from now on. O(1).
 
-        The lanes take turns while several hold somebody, so none starves; without `periodic` that lane is passed over.
-        With `stored` the version is the one last fixed; without, it is the next.
+        The lanes take turns while several are not empty, so none starves; without `periodic` that lane is passed over.
+        In a table with `stored` the version is the one last encoded; without, it is the next one.
         """
         self.check_thread()
-        # before the rows are looked at: making a tuple may run a collection, and that may run anything
+        # Made before the rows are read: an allocation may start a collection, and that may run any code.
         cdef tuple taken = PyTuple_New(2)
         cdef uint32_t lane = self.next_lane(periodic)
         if lane == 0:
@@ -165,7 +167,7 @@ cdef class SessionLanes(SessionRows):
     def own(self, SessionCore session not None, uint64_t epoch, version=None, digest=None, stored=None):
         """Note the epoch of a claim and, after a load, the version and the digest of what was loaded.
 
-        `stored` is the digest of the body it was loaded from, if writing it now would give other bytes. O(1).
+        `stored` is the digest of the body as it is stored, if encoding the data now would give other bytes. O(1).
         """
         cdef uint64_t stored_version = 0 if version is None else version
         cdef uint64_t loaded_digest = 0 if digest is None else digest
@@ -179,9 +181,10 @@ cdef class SessionLanes(SessionRows):
             self.copies[slot].stored = stored_digest
 
     def doubt(self, uint32_t first, uint32_t limit):
-        """Take what is acknowledged for lost, in up to `limit` rows from `first` on: the row to go on from, 0 at the end.
+        """Treat acknowledged saves as lost, in up to `limit` rows from `first` on.
 
-        Whoever is saved next is written, changed or not, as the next version. Begin with 0. O(limit).
+        The next save of each of these sessions is written as the next version, whether its data has changed or not.
+        Returns the row to go on from, 0 at the end; begin with 0. O(limit).
         """
         cdef uint32_t slot = max(first, <uint32_t> FIRST_SLOT)
         cdef uint32_t end = self.used if limit > self.used - min(slot, self.used) else slot + limit
@@ -204,11 +207,11 @@ cdef class SessionLanes(SessionRows):
         return self.copies[slot].epoch
 
     def fix(self, SessionCore session not None, uint64_t digest):
-        """The bytes of a save in flight are fixed: the version they are written as, or 0 if that is not needed.
+        """Note the digest of the bytes of a save in flight; returns the version to write, 0 if that is not needed.
 
-        Bytes with the digest of the version last fixed are that version: 0 if it is acknowledged, else a repeat of it.
-        Any other bytes are the next version. Raises `UnsavableError` where there is none: stores keep numbers below
-        2**53, and some would take the one after it for the same. O(1).
+        Bytes with the digest of the version last encoded are that version: 0 if it is acknowledged, otherwise it is
+        repeated. Any other bytes are the next version. Raises `UnsavableError` if there is no next version: stores keep
+        numbers below 2**53, and some could not tell 2**53 from the number after it. O(1).
         """
         cdef uint32_t slot = self.slot_of(session)
         cdef Row* row = &self.rows[slot]
@@ -243,7 +246,7 @@ cdef class SessionLanes(SessionRows):
         return row.version != 0 and row.version == row.acknowledged and self.copies[slot].digest == digest
 
     def is_stored(self, SessionCore session not None, uint64_t version, uint64_t digest):
-        """Whether the store is known to have had just that body under that version. O(1)."""
+        """Whether the store has acknowledged exactly this body as this version, or returned it on a load. O(1)."""
         cdef uint32_t slot = self.slot_of(session)
         self.require_copies()
         return version != 0 and version == self.rows[slot].acknowledged and digest == self.copies[slot].stored
@@ -261,10 +264,10 @@ cdef class SessionLanes(SessionRows):
         return 0
 
     def due_after(self, SessionCore session not None, uint64_t tick, uint64_t interval):
-        """The tick at which a session whose data of `tick` is stored is due again, at most `interval` ticks later.
+        """The tick at which a session is due again, if its data of `tick` is stored; at most `interval` ticks later.
 
-        That is its place in the interval. If the last deadline had passed by then it is on the way back to that place:
-        a tenth of the way before the end of the interval. 0 for a session that was forgotten. O(1).
+        That is its place in the interval. If its last deadline had passed by `tick`, it comes back to that place by a
+        tenth of the way with each save. 0 for a session that was forgotten. O(1).
         """
         self.check_thread()
         self.refuse_stranger(session)
@@ -279,11 +282,11 @@ cdef class SessionLanes(SessionRows):
         return self.next_due(session.slot, tick, interval)
 
     def acknowledge(self, SessionCore session not None, uint64_t version, uint64_t taken_at, deadline=None):
-        """The save of `version`, its bytes fixed at tick `taken_at`, has succeeded; the next one is due at `deadline`.
+        """Acknowledge the save of `version`, with bytes encoded at tick `taken_at`; the next is due at `deadline`.
 
-        False, and nothing changes, if that save is not in flight any more: the session was forgotten. O(1).
+        Returns False, and changes nothing, if the session was forgotten meanwhile. O(1).
         """
-        cdef uint64_t tick = 0 if deadline is None else deadline  # first: the conversion may run anything
+        cdef uint64_t tick = 0 if deadline is None else deadline  # first, because the conversion may run any code
         cdef uint32_t slot = self.in_flight_slot(session, version)
         if slot == 0:
             return False
@@ -293,9 +296,9 @@ cdef class SessionLanes(SessionRows):
         return True
 
     def fail(self, SessionCore session not None, uint64_t version, deadline=None):
-        """The save of `version` has failed; it is tried again at `deadline`, or when asked for. O(1).
+        """Count the save of `version` as failed; it is tried again at `deadline`, or when asked for. O(1).
 
-        False, and nothing changes, if that save is not in flight any more.
+        Returns False, and changes nothing, if the session was forgotten meanwhile.
         """
         cdef uint64_t tick = 0 if deadline is None else deadline
         cdef uint32_t slot = self.in_flight_slot(session, version)
@@ -326,7 +329,7 @@ cdef class SessionLanes(SessionRows):
 
     @cython.final
     cdef int settle_saved(self, uint32_t slot, uint64_t taken_at, bint again, uint64_t deadline) except -1:
-        """The version in flight is stored."""
+        """Acknowledge the save in flight of a row."""
         cdef Row* row = &self.rows[slot]
         self.settle(slot, ACKNOWLEDGE, again and not is_ending(row.state), deadline)
         row.failures = 0
@@ -349,6 +352,6 @@ cdef class SessionLanes(SessionRows):
         if lane:
             list_append(self.rows, lane, slot)
             self.counters.due += 1
-        elif again:
+        elif again and not (row.flags & FLAG_SILENT and after == IDLE):  # that one is saved when it ends
             wheel_arm(&self.wheel, self.rows, slot, deadline)
         return 0

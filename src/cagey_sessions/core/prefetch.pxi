@@ -1,24 +1,24 @@
-# Asking for memory before it is needed.
+# Prefetching: loading memory into the processor's cache before it is needed.
 #
-# What lives here: walks over the sessions whose turn comes next, and over their data, that do nothing but prefetch.
+# What lives here: walks over the sessions that are saved next, and over their data, that do nothing but prefetch.
 # What must not: any effect. Nothing is changed, counted or allocated here, no Python code runs, and every pointer is
 # read from a live object.
 #
-# A million users lie in no cache. A save goes from a row to a session, to its data, and down a tree of objects, and at
-# each step it would wait for memory. So each step is made for a whole group before the next one, and the waits of the
-# group overlap: group prefetching (Chen, Ailamaki, Gibbons and Mowry, "Improving hash join performance through
+# A million users do not fit into a cache. A save goes from a row to a session, to its data, and down a tree of objects,
+# and at each step it would wait for memory. So each step is made for a whole group before the next one, and the waits
+# of the group overlap: group prefetching (Chen, Ailamaki, Gibbons and Mowry, "Improving hash join performance through
 # prefetching", ICDE 2004).
 #
 # Cost: O(group) and, with data, O(MOST_NODES).
 
 cdef enum:
     MOST_NODES = 1024       # values of their data at a time
-    DEPTH = 3               # levels of their data; what lies deeper mostly lies beside its container
+    DEPTH = 3               # levels of their data; deeper values mostly lie next to their container
     CACHE_LINE = 64
 
 cdef extern from *:
     """
-    /* Where the entries of a dict lie; only good to prefetch. */
+    /* Where the entries of a dict lie; only to be prefetched. */
     #define cagey_keys_of(dict) ((void*)((PyDictObject*)(dict))->ma_keys)
     #define cagey_values_of(dict) ((void*)((PyDictObject*)(dict))->ma_values)
     #define cagey_items_of(list) ((void*)((PyListObject*)(list))->ob_item)
@@ -34,13 +34,13 @@ cdef inline bint is_container(PyObject* value) noexcept:
 
 
 cdef inline void prefetch_object(PyObject* value) noexcept:
-    """The head and, as objects lie as they like, what may be in the next line."""
+    """Prefetch the head of an object, and the next cache line, in case it lies across two."""
     prefetch(value)
     prefetch(<char*> value + 48)
 
 
 cdef inline void prefetch_entries(PyObject* container) noexcept:
-    """Where the members of a container are listed: the first of them, for the others follow in order."""
+    """Prefetch the beginning of a container's table of members; the processor then fetches the rest in order."""
     cdef char* at
     if type_of(container) is &PyDict_Type:
         at = keys_of(container)
@@ -57,7 +57,7 @@ cdef inline void prefetch_entries(PyObject* container) noexcept:
 
 
 cdef void prefetch_trees(PyObject** nodes, int count) noexcept:
-    """Values and what is in them, level by level, as far as there is room for. `nodes` is spoilt."""
+    """Prefetch values and what is in them, level by level, up to MOST_NODES at a time. Overwrites `nodes`."""
     cdef PyObject* below[MOST_NODES]
     cdef PyObject** level = nodes
     cdef PyObject** next_level = below

@@ -1,26 +1,27 @@
-# The rows: where they lie, who has one, and in which order they age.
+# The rows: their array, the sessions that they belong to, and the order of their age.
 #
 # What lives here: `Counters`, and `SessionRows` - the array of rows, the sessions beside it, the free list, the age
-# lists, and who may use them. What must not: keys and users (table.pxi), and the way of a save (lanes.pxi).
+# lists, and the check of the thread. What must not: keys and users (table.pxi), and the way of a save (lanes.pxi).
 #
-# Each row has a place in the interval, by which the saves of all are spread evenly for ever. It follows from the number of
-# the row: neighbours lie the golden ratio apart, so any number of them, one after the other, are spread as evenly as can be
-# (Knuth, TAOCP 3, 6.4, on Fibonacci hashing). Whoever is saved for another reason is due at their place again. Whoever the
-# timer has saved late, as after a stall or an outage, comes back to it by a tenth of the way with each save: all of them at
-# once would be as many saves again, in the interval in which the store has the most to do.
+# Each row has a place in the interval, at which it is due, so that the saves of all users stay spread evenly. The place
+# follows from the number of the row: neighbours lie the golden ratio apart, so any number of consecutive rows are
+# spread as evenly as possible (Knuth, TAOCP 3, 6.4, on Fibonacci hashing). A session that is saved for another reason
+# is due at its place again. One that the timer has saved late, as after a stall or an outage, comes back to its place
+# by a tenth of the way with each save. If all came back at once, each would be saved twice in the interval in which the
+# store has most to do.
 #
 # Invariants
-#   - A row with state GONE is on the free list; every other row belongs to exactly one session, or is a mark of a walk.
-#   - `sessions[slot]` is the session whose `slot` is that number, else None; and no session keeps its slot beyond `forget`.
-#   - Rows from `used` on were never anybody's, and their memory was never touched.
+#   - A row with state GONE is on the free list, or is a bookmark of a walk; every other row belongs to one session.
+#   - `sessions[slot]` is the session with that `slot`, or None. A session has no slot after `forget`.
+#   - Rows from `used` on were never in use, and their memory was never touched.
 #   - Every row of a session is on one age list: anonymous, identified, or silent.
 #
 # Cost: every operation is O(1) amortised; only growing moves the array.
 
 cdef enum:
-    URGENT = BUCKETS        # the three lanes: somebody waits for the save,
-    FINAL                   # it is the last one of a session,
-    PERIODIC                # or its time has come
+    URGENT = BUCKETS        # the three lanes: a caller waits for the save,
+    FINAL                   # the session is being ended,
+    PERIODIC                # or the interval has passed
     ANONYMOUS
     IDENTIFIED
     SILENT
@@ -44,9 +45,9 @@ if hasattr(os, "register_at_fork"):
 
 
 cdef struct Copy:
-    uint64_t epoch          # of the claim under which the session is saved
-    uint64_t digest         # of the bytes of the version last fixed
-    uint64_t stored         # of the bytes of the version last acknowledged, as they are in the store
+    uint64_t epoch          # the epoch of the claim under which the session is saved
+    uint64_t digest         # the digest of the bytes of the version last encoded
+    uint64_t stored         # the digest of the bytes of the version last acknowledged, as they are in the store
 
 
 cdef inline void row_init(Row* rows, uint32_t slot) noexcept nogil:
@@ -57,7 +58,7 @@ cdef inline void row_init(Row* rows, uint32_t slot) noexcept nogil:
 
 @cython.final
 cdef class Counters:
-    """Running totals of one table. They outlive it, so that a forgotten manager can still say what was not saved."""
+    """Running totals of one table. They outlive it, so that a manager that is freed can still say what is unsaved."""
     cdef readonly uint64_t created
     cdef readonly uint64_t ended
     cdef readonly uint64_t identified
@@ -69,8 +70,8 @@ cdef class Counters:
     cdef readonly uint64_t failed
 
 
-# The collector must not empty a table before its sessions: their release looks into it. The cycle table - host -
-# session is broken at the other two. This holds for the classes built on this one, too.
+# The garbage collector must not clear a table before its sessions, which use it when they are freed. It breaks the
+# cycle table - host - session at one of the other two. This holds for the subclasses, too.
 @cython.no_gc_clear
 cdef class SessionRows:
     """The rows of one server's sessions in one C array, and the sessions they belong to."""
@@ -78,12 +79,12 @@ cdef class SessionRows:
     cdef readonly object host
     cdef type session_type
     cdef Row* rows
-    cdef Copy* copies           # one for each row, or NULL where no store keeps any
-    cdef uint32_t used          # rows below it have been somebody's
+    cdef Copy* copies           # one for each row; NULL without a store
+    cdef uint32_t used          # rows below it are or were in use
     cdef uint32_t capacity
     cdef Wheel wheel
     cdef uint32_t served_last   # a lane
-    cdef uint32_t walks         # those under way that saves can move a session out of
+    cdef uint32_t walks         # walks under way that would miss a session that is saved meanwhile
     cdef uint64_t phase         # where in the interval row 0 would be, in 2**64ths
     cdef unsigned long thread
     cdef uint64_t forked
@@ -149,7 +150,7 @@ cdef class SessionRows:
 
     @cython.final
     cdef uint32_t allocate(self) except 0:
-        cdef uint32_t slot = self.rows[FREE].prev  # the one freed last: its row is still in the cache
+        cdef uint32_t slot = self.rows[FREE].prev  # the row freed last, which is still in the cache
         if slot != FREE:
             list_remove(self.rows, slot)
             return slot
@@ -168,7 +169,7 @@ cdef class SessionRows:
 
     @cython.final
     cdef inline uint64_t ticks_to_place(self, uint32_t slot, uint64_t tick, uint64_t interval) noexcept:
-        """After how many ticks, from 1 to `interval`, a row is at its place."""
+        """How many ticks after `tick`, from 1 to `interval`, the place of a row comes."""
         cdef uint64_t part = (self.phase + slot * <uint64_t> 0x9E3779B97F4A7C15) >> 32
         cdef uint64_t place = part * (interval >> 32) + (part * (interval & 0xFFFFFFFF) >> 32)
         cdef uint64_t here = tick % interval
@@ -176,9 +177,9 @@ cdef class SessionRows:
 
     @cython.final
     cdef inline uint64_t next_due(self, uint32_t slot, uint64_t tick, uint64_t interval) noexcept:
-        """When a row whose data of `tick` is stored is due again: at the end of the interval at the latest."""
+        """When a row is due again if its data of `tick` is stored: at most an interval later."""
         cdef uint64_t ticks = self.ticks_to_place(slot, tick, interval)
-        if tick >= self.rows[slot].deadline:  # the timer had its turn
+        if tick >= self.rows[slot].deadline:  # it was saved by the timer, and perhaps late
             ticks = interval - (interval - ticks) // STEPS
         return tick + ticks
 
@@ -209,7 +210,7 @@ cdef class SessionRows:
 
     @cython.final
     cdef uint32_t slot_of(self, SessionCore session) except 0:
-        """The slot of a session of this table that has a row; raises otherwise."""
+        """The slot of a session; raises if it has none, belongs to another table, or this is the wrong thread."""
         self.refuse_stranger(session)
         if session.table is None:
             raise_handmade()
@@ -221,7 +222,7 @@ cdef class SessionRows:
         return session.slot
 
     def require_thread(self):
-        """Raise `WrongLoopError` in another thread than the bound one, or after a fork."""
+        """Raise `WrongLoopError` in any thread but the bound one, and after a fork."""
         self.check_thread()
 
     def bind_thread(self):

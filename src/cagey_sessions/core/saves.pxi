@@ -1,35 +1,36 @@
-# The life of a save, as one table.
+# The life of a save, as one table of states and events.
 #
 # What lives here: the states, the events that move between them, and the step function. What must not: lists, clocks,
-# listeners - a step decides and never does. The table is exported as `SAVE_TRANSITIONS`, so that the engine, the tests
-# and the documentation read the same rows.
+# listeners - a step only changes the state. The table is exported as `SAVE_TRANSITIONS`, so that the engine, the tests
+# and the documentation use the same one.
 #
 # Invariants
 #   - At most one save of a session is in flight: `take` leads only from a state without one to a state with one.
-#   - Whoever asks while a save is in flight gets a later one: the `*_ASKED` states survive acknowledgement and failure.
-#   - A timer's wish (DUE) is dropped when the session is ended; a caller's wish (ASKED) is not.
-#   - A mark outlives every save but one: the first whose bytes were fixed after it and that is acknowledged. As one save
-#     is in flight at a time, two bits do what a counter would.
+#   - A caller that asks while a save is in flight gets a later save: the `*_ASKED` states survive acknowledgement and
+#     failure.
+#   - When a session is ended, a save that the timer wants (DUE) is dropped; one that a caller wants (ASKED) is not.
+#   - A mark stays until a save is acknowledged whose bytes were encoded after it. As only one save is in flight at a
+#     time, two bits suffice where a counter would be needed otherwise.
 #
 # Cost: one array look-up a step.
 
 cdef enum:
-    MARKED = 1              # since the bytes in flight were fixed, or none are
-    MARKED_BEFORE = 2       # before that: the save in flight holds the change
+    MARKED = 1              # marked after the bytes in flight were encoded, or while none are in flight
+    MARKED_BEFORE = 2       # marked before: the save in flight has the change
 
 cdef enum:
-    FLAG_LOST = 1                # the session has lost its user: no save of it is to be written any more
+    FLAG_LOST = 1                # the session has lost its user: no save of it may be written any more
     FLAG_FINAL = 2               # the next save of an ending session is its last one, and releases the user
     FLAG_RELEASED = 4            # the save last acknowledged has released the user
-    FLAG_SILENT = 8              # nobody is told of the session, or finds it: it holds a user for a moment
+    FLAG_SILENT = 8              # the session emits nothing and cannot be found: it only holds a user for a moment
 
 cdef enum:
     NONE                    # no user, nothing to save
     IDLE                    # saved or not yet due; in the wheel if there is an interval
     DUE                     # the timer wants a save; in the periodic lane
-    ASKED                   # somebody wants a save; in the urgent lane
+    ASKED                   # a caller wants a save; in the urgent lane
     SAVING                  # in flight
-    SAVING_ASKED            # in flight, and somebody asked since its bytes were fixed
+    SAVING_ASKED            # in flight, and a caller has asked since its bytes were encoded
     ENDING                  # being ended; in the wheel while a failed last save waits for its retry
     ENDING_ASKED            # being ended, a save is wanted; in the final lane
     ENDING_SAVING           # being ended, a save is in flight
@@ -117,7 +118,7 @@ cdef inline bint is_ending(uint8_t state) noexcept nogil:
 
 
 cdef inline int step(Row* row, int event) except -1:
-    """Move a row by one event; the new state. A move the table does not have is a defect of the caller."""
+    """Move a row by one event, and return the new state. Raises `UsageError` if the table has no such move."""
     cdef uint8_t after = transitions[row.state][event]
     if after == STATES:
         raise UsageError(f"a save that is {SAVE_STATES[row.state]!r} cannot {SAVE_EVENTS[event]!r}")

@@ -1,13 +1,13 @@
-# What every session object is made of.
+# The compiled base of every session object.
 #
-# What lives here: `SessionCore`, and what may be a key or a user id. What must not: rows, lists, deadlines - a session
-# knows its slot, and asks the table.
+# What lives here: `SessionCore`, and the checks of keys and user ids. What must not: rows, lists, deadlines - a session
+# knows its slot, and leaves the rest to the table.
 #
 # Invariants
 #   - `slot` is 0 once the session is forgotten; until it has ended, data and bag can still be read.
-#   - A session takes 96 bytes, the collector's 16 included: no `cdef` method, for a pointer to a table of them would make
-#     it 112.
-#   - A session has no eager dict: the bag is made at the first `set`, the listeners at the first `on`.
+#   - A session takes 96 bytes, including 16 of the garbage collector. It has no `cdef` methods, because a pointer to a
+#     table of these would make it 112.
+#   - No dict is made in advance: the bag is made at the first `set`, the listeners at the first `on`.
 #
 # Cost: everything here is O(1).
 
@@ -24,7 +24,7 @@ cdef int require_key(key) except -1:
 
 
 def check_key(key):
-    """Raise `InvalidKeyError` unless the key is a non-empty `str` (a subclass has its own ideas of equality)."""
+    """Raise `InvalidKeyError` unless the key is a non-empty `str`; no subclass, which could compare differently."""
     require_key(key)
 
 
@@ -65,7 +65,7 @@ cdef class SessionTable
 
 
 cdef class SessionCore:
-    """What every session is made of: its place in the table, its identity, its data and its bag.
+    """The compiled base of a session: its slot in the table, its key and user, its data and its bag.
 
     Made by `SessionTable.create`, never by hand.
     """
@@ -76,7 +76,7 @@ cdef class SessionCore:
     cdef readonly object user_id
     cdef object data
     cdef object bag
-    cdef object listeners           # once ended, the reason
+    cdef object listeners           # once the session has ended, the reason instead
     cdef object __weakref__
 
     def __init__(self):
@@ -102,11 +102,11 @@ cdef class SessionCore:
 
     @property
     def user_data(self):
-        """The user's data: what `login` has loaded, or the very object given to `set_user`.
+        """The user's data: what `login` loaded, or the object that was given to `set_user`.
 
-        Change it in place, or assign another object. Raises `NotIdentifiedError` before there is a user, and
-        `SessionEndedError` after the end, and for an assignment in a ``destroy`` listener, which comes after the last
-        save.
+        Change it in place, or assign another object. Raises `NotIdentifiedError` before the session has a user, and
+        `SessionEndedError` after its end. An assignment in a ``destroy`` listener raises that, too: it comes after the
+        last save, and would be lost.
         """
         table_of(self)
         if self.user_id is None:
@@ -128,9 +128,9 @@ cdef class SessionCore:
     def start(self):
         """async start(self) -> None
 
-        Emit ``started``, on the manager and on the session: the program may begin to talk to this human.
+        Emit ``started`` on the manager and on the session; a program calls it when it begins to talk to this user.
 
-        Raises `ListenerError` with what the listeners raised, `SessionEndedError`.
+        Raises `ListenerError` with what the listeners raised, and `SessionEndedError`.
         """
         cdef SessionTable table = require_made(self)
         if table.loud & LOUD_STARTED or (self.listeners is not None and not self.ended):
@@ -140,15 +140,16 @@ cdef class SessionCore:
     def set_user(self, user_id, user_data):
         """async set_user(self, user_id: int | str, user_data: T) -> None
 
-        Without a store: say who this human is and hand over their data. Emits ``identified``.
+        Give the session its user, with data that the program has loaded itself; only without a store. Emits
+        ``identified``.
 
-        `user_data` is kept as it is: change it in place. Call this with data loaded *after* the user's last session
-        has ended, else its last save would be overwritten by something older; that is why a user with a session,
-        live or ending, is refused.
+        `user_data` is kept as it is: change it in place. Load it *after* the user's last session has ended; otherwise
+        that session's last save would be overwritten by older data. For this reason a user who has a session, live or
+        ending, is refused.
 
-        Raises before anything changes: `InvalidUserIdError`, `InvalidUserDataError`, `AlreadyIdentifiedError`,
-        `UserActiveError` (wait for the end of its ``session``), `SessionEndedError`, `ManagerClosedError`. Raises
-        `ListenerError` with what the listeners raised, and then the user stays set. O(1).
+        Raises `InvalidUserIdError`, `InvalidUserDataError`, `AlreadyIdentifiedError`, `UserActiveError` (wait for the
+        end of its ``session``), `SessionEndedError` or `ManagerClosedError` before anything changes. Raises
+        `ListenerError` with what the listeners raised; the user stays set then. O(1).
         """
         cdef SessionTable table = require_made(self)
         if table.loud & LOUD_IDENTIFIED or table.copies is not NULL or (self.listeners is not None and not self.ended):
@@ -158,22 +159,26 @@ cdef class SessionCore:
     def destroy(self, persist=None):
         """async destroy(self, persist: bool | None = None) -> None
 
-        End the session: ``before_destroy``, the last save if `persist` (by default with a store), ``destroy``.
+        End the session: emit ``before_destroy``, make the last save, emit ``destroy``.
 
-        The session is hidden from its key at once; its user stays taken until the last save is acknowledged, and that
-        save is repeated if the data changed meanwhile (without a store and data that is not JSON: its changes cannot be
-        seen). Calls that come later join the first, and one that asks for a save still gets it as long as the last save
-        has not been passed over. Without `persist` nothing is saved, unless an earlier call has asked for it. After the
-        end the call does nothing. Inside a listener that this end waits for, or in a task that such a listener has
-        started, it cannot wait itself, and returns at once. Cancelling the call stops the waiting, not the end.
+        `persist` says whether there is a last save; by default there is one with a store. The session is hidden from
+        `find_by_key` at once. Its user stays taken until the last save is acknowledged; the save is repeated if the
+        data changed meanwhile (but not without a store if the data is not JSON, as such changes cannot be detected).
 
-        Raises `ListenerError` with what the listeners of the two events raised, and then the session has ended all the
-        same. If the last save fails, raises what it raised (`StoreUnavailableError` with a store, after `save_timeout`;
-        `ListenerError` without); then the session stays hidden, keeps its user, and is tried again until it is saved:
-        call once more to try at once, or with ``persist=False`` to let the data go. Raises `UnsavableError` before
-        anything changes if the data cannot be saved as it is, `OptionError`, `NothingSavesError` if nobody would
-        perform the save, and `SessionEndedError` if it is asked for too late. Raises `FencedError` or `UserErasedError`
-        if the session has lost its user meanwhile and ended unsaved.
+        Later calls join the first one. One that asks for a save gets it if the end has not gone past the last save;
+        ``persist=False`` has no effect if an earlier call asked for a save, unless that has failed. After the end the
+        call does nothing. Inside a listener that this end waits for, or in a task that such a listener has started, it
+        returns at once, because it would wait for itself. Cancelling the call stops the waiting, not the end.
+
+        If the last save fails, the call raises what it raised: `StoreUnavailableError` with a store, after
+        `save_timeout`; `ListenerError` without. The session then stays hidden, keeps its user, and is tried again until
+        it is saved: call once more to try at once, or with ``persist=False`` to give up its unsaved data.
+
+        Raises `UnsavableError` before anything changes if the data cannot be saved as it is, `OptionError`,
+        `NothingSavesError` if there is neither a store nor a listener that saves, and `SessionEndedError` if a save is
+        asked for too late. Raises `ListenerError` with what the listeners of the two events raised; the session has
+        ended all the same. Raises `FencedError` or `UserErasedError` if the session has lost its user meanwhile, and
+        has ended unsaved.
         """
         cdef SessionTable table = require_made(self)
         if table.loud & (LOUD_ENDING | LOUD_ENDED) or (self.listeners is not None and not self.ended):
@@ -186,10 +191,10 @@ cdef class SessionCore:
     def mark_changed(self):
         """mark_changed(self) -> None
 
-        Say that `user_data` has changed. Needed with ``tracking="marked"``, and harmless without.
+        Say that `user_data` has changed. Needed with ``tracking="marked"``, harmless otherwise.
 
-        The mark stays until a save is acknowledged whose bytes were fixed after it. Raises `NotIdentifiedError`,
-        and `SessionEndedError` once the last save is done. O(1).
+        The mark stays until a save is acknowledged whose bytes were encoded after it. Raises `NotIdentifiedError`, and
+        `SessionEndedError` once the last save is done. O(1).
         """
         cdef SessionTable table = table_of(self)
         if self.user_id is None:
@@ -199,7 +204,7 @@ cdef class SessionCore:
     def set(self, key, value):
         """set(self, key: str, value: object) -> None
 
-        Keep any live object under a name for as long as the session lives. It is never saved.
+        Keep any object under a name, such as a socket, for as long as the session lives. It is never saved.
 
         Raises `InvalidKeyError`, and `SessionEndedError` after the end. O(1).
         """
@@ -212,7 +217,7 @@ cdef class SessionCore:
     def get(self, key, default=None):
         """get(self, key: str, default: Any = None) -> Any
 
-        The object kept under a name, or `default`. Works after the end too, on what is left.
+        Return the object kept under a name, or `default`. Also works after the end.
 
         Raises `InvalidKeyError`. O(1).
         """
@@ -224,10 +229,10 @@ cdef class SessionCore:
 
     @property
     def end_reason(self):
-        """Why the session has ended or is ending, or None.
+        """Why the session has ended, or is ending; None while it is live.
 
-        It is set before the first listener of the end runs, and may still change until the last one has: a last save
-        that turns out to be impossible makes it ``"unsaved"``, a user who is taken over meanwhile ``"fenced"``.
+        It is set before the first listener of the end runs, and may change until the last one has run: to ``"unsaved"``
+        if the last save turns out to be impossible, or to ``"fenced"`` if another server takes the user over meanwhile.
         """
         if self.ended:
             return self.listeners
@@ -248,17 +253,17 @@ cdef class SessionCore:
 
     @property
     def _host(self):
-        """Whoever the table belongs to."""
+        """The manager that the table belongs to."""
         if self.table is None:
             raise_handmade()
         return self.table.host
 
     def _require_alive(self):
-        """Raise `SessionEndedError` after the end, and what any use from the wrong place raises."""
+        """Raise `SessionEndedError` after the end, and `WrongLoopError` in the wrong thread."""
         table_of(self)
 
     def _end(self, reason):
-        """Let go of the data and the listeners; from here on the handle is dead."""
+        """Drop the data and the listeners; from now on every use of the session raises."""
         finish(self, reason)
 
 
@@ -271,7 +276,7 @@ cdef inline int require_name(key) except -1:
 cdef inline int finish(SessionCore session, reason) except -1:
     session.ended = True
     session.listeners = reason
-    session.data = None  # whose last use may look at the session
+    session.data = None  # last: freeing the data may run code that uses the session
     return 0
 
 
@@ -296,7 +301,7 @@ cdef int raise_ended(SessionCore session) except -1:
 
 
 cdef inline SessionTable table_of(SessionCore session):
-    """The table of a session that has not ended, used from the right thread; raises otherwise."""
+    """The table of a session; raises if the session has ended, or this is the wrong thread."""
     if session.table is None:
         raise_handmade()
     if session.ended:

@@ -1,7 +1,7 @@
-# The sessions: found by key and by user, from `create` to `forget`.
+# The table of all sessions: by key and by user, from `create` to `forget`.
 #
 # What lives here: `SessionTable` - the two indexes, and the beginning and the end of a session. What must not:
-# coroutines, events, retry delays - the table is told those deadlines, and chooses the others (rows.pxi).
+# coroutines, events, retry delays - the caller gives the deadlines of retries; the others are chosen in rows.pxi.
 #
 # Invariants
 #   - A key is in the index while its session is live and not ending; a user until the row is forgotten. An entry is
@@ -18,7 +18,7 @@ cdef inline int put_item(list items, uint32_t at, item) except -1:
     cdef object before = <object> PyList_GET_ITEM(items, at)
     Py_INCREF(item)
     PyList_SET_ITEM(items, at, item)
-    Py_DECREF(before)  # that of the list; ours goes last, when all is in order again
+    Py_DECREF(before)  # the list's reference; ours is dropped at the end, when everything is consistent again
     return 0
 
 
@@ -27,22 +27,23 @@ cdef inline int put_item(list items, uint32_t at, item) except -1:
 cdef class SessionTable(SessionLanes):
     """All sessions of one server: rows in one C array, found by key, by user, by deadline and by age.
 
-    `session_type` is the subclass of `SessionCore` to make; `host` is handed to its methods as ``_host``; `seed` says
-    where in the interval the places begin. With `stored` a version stands for certain bytes, and `fix` says which;
-    without, every save that is taken is a new version. Not thread-safe: after `bind_thread` any other thread is refused.
+    `session_type` is the subclass of `SessionCore` to make; `host` is what sessions have as ``_host``; `seed` says
+    where in the interval the places begin. With `stored` a version stands for certain bytes, which `fix` decides;
+    without, every save that is taken is a new version. Not thread-safe: after `bind_thread` any other thread is
+    refused.
     """
     cdef Index by_key
     cdef Index by_user
     cdef uint64_t salt          # of the hashes in the indexes
-    cdef uint32_t loud          # what may stand in the way of a quiet call: see calls.pxi
+    cdef uint32_t loud          # the reasons against doing a call in one step: see calls.pxi
     cdef object loop
-    cdef object running         # the hook that the loop keeps in the thread while it runs, or None
+    cdef object running         # the hook that the loop has set in the thread while it runs, or None
     cdef object now             # nanoseconds, as a function
     cdef uint64_t tick          # nanoseconds
     cdef uint64_t interval      # ticks, or 0
     cdef object arm             # a function for when the next deadline may have become an earlier one
     cdef dict ending            # sessions whose end is under way, each with what has its `reason`
-    cdef dict waited_for        # sessions whose end somebody waits for
+    cdef dict waited_for        # sessions whose end a caller waits for
     cdef object destroyed       # the reason of an ordinary end
     cdef object user_id_type
 
@@ -66,7 +67,7 @@ cdef class SessionTable(SessionLanes):
         return <SessionCore> PyList_GET_ITEM(self.sessions, slot)
 
     cdef inline uint32_t key_slot_hashed(self, PyObject* key, uint32_t hash) noexcept:
-        """The slot of the session under a key, exactly a str, or 0."""
+        """The slot of the session under a key, or 0. The key is exactly a str."""
         cdef Entry* entry
         cdef PyObject* found
         cdef uint64_t at = hash & self.by_key.mask
@@ -115,8 +116,8 @@ cdef class SessionTable(SessionLanes):
     def attend_ends(self, *, dict ending not None, dict waited_for not None, destroyed):
         """Say what a call needs that ends a session in one step, and admit sessions.
 
-        `ending` has the sessions whose end is under way, each with what has its ``reason``, `waited_for` those whose end
-        somebody waits for, and `destroyed` is the reason of an ordinary end.
+        `ending` has the sessions whose end is under way, each with an object that has its ``reason``; `waited_for` has
+        those whose end a caller waits for; `destroyed` is the reason of an ordinary end.
         """
         self.ending = ending
         self.waited_for = waited_for
@@ -124,12 +125,12 @@ cdef class SessionTable(SessionLanes):
         self.admit(True)
 
     def hear(self, str event not None, bint heard):
-        """Whether anybody listens to an event on the manager, from now on."""
+        """Set whether there are listeners for an event on the manager."""
         cdef uint32_t bit = LOUD.get(event, 0)
         self.loud = self.loud | bit if heard else self.loud & ~bit
 
     def admit(self, bint admits):
-        """Whether new sessions and users are taken, from now on."""
+        """Set whether new sessions and users are admitted."""
         self.loud = self.loud & ~<uint32_t> LOUD_CLOSED if admits else self.loud | LOUD_CLOSED
 
     def reseed(self, uint64_t seed):
@@ -140,19 +141,20 @@ cdef class SessionTable(SessionLanes):
         self.salt = mixed(seed)
 
     def bind_loop(self, loop):
-        """Do calls in one step only while this loop runs in this thread."""
+        """Allow calls in one step only while this event loop runs in this thread."""
         self.loop = loop
         self.running = None
 
     cdef inline bint is_on_its_loop(self) except -1:
-        """Whether the bound loop runs in this thread, as far as can be seen at once; if not, somebody else has to look."""
+        """Whether the bound loop runs in this thread; False if that cannot be told cheaply, and the host has to."""
         if running_hook() is <PyObject*> self.running and self.forked == fork_epoch:
             return True
         return self.sees_its_loop()
 
     cdef bint sees_its_loop(self) except -1:
-        # A loop has its own hook for generators in the thread while it runs there, and a new one for each run. To ask
-        # for the running loop itself costs as much as all the rest of a call: it asks for the process id each time.
+        # A loop sets its own hook for asynchronous generators in the thread while it runs, a new one for each run.
+        # Asking asyncio for the running loop costs as much as all the rest of a call: it reads the process id each
+        # time.
         cdef PyObject* hook = running_hook()
         if self.loop is None or hook is NULL or self.forked != fork_epoch:
             return False
@@ -173,7 +175,7 @@ cdef class SessionTable(SessionLanes):
         if key is not None:
             hash = self.hash_of_key(key)
             prefetch(&self.by_key.entries[hash & self.by_key.mask])
-        # before the look at the key: it may run anything, also calls that take that key
+        # Before the key is looked up: making an object may run any code, even calls that take the same key.
         made = new_object(self.session_type, ())
         if type(made) is not self.session_type and not isinstance(made, SessionCore):
             raise TypeError(f"a session type makes sessions, not {type(made).__name__}")
@@ -224,12 +226,12 @@ cdef class SessionTable(SessionLanes):
         return self.session_at(slot)
 
     def active_session(self, user_id):
-        """The session that holds a user's slot, even while it is ending, or None. O(1)."""
+        """The session that has a user, even while it is ending, or None. O(1)."""
         cdef uint32_t slot = self.user_slot(user_id)
         return self.session_at(slot) if slot else None
 
     def sessions_now(self):
-        """A list of all sessions that have not been forgotten, but silent ones. O(capacity)."""
+        """A list of all sessions that were not forgotten, except for silent ones. O(capacity)."""
         self.check_thread()
         return [session for session in self.sessions if session is not None and not self.is_silent(session)]
 
@@ -241,7 +243,7 @@ cdef class SessionTable(SessionLanes):
         return SAVE_STATES[self.rows[session.slot].state]
 
     def failures(self, SessionCore session not None):
-        """How many saves failed since the last one that was acknowledged, at most 255. O(1)."""
+        """How many saves have failed since one was acknowledged, at most 255. O(1)."""
         return self.rows[self.slot_of(session)].failures
 
     def versions(self, SessionCore session not None):
@@ -250,7 +252,7 @@ cdef class SessionTable(SessionLanes):
         return row.version, row.acknowledged
 
     def saved_at(self, SessionCore session not None):
-        """The tick at which the state last acknowledged was fixed; at first, when the user was set. O(1)."""
+        """The tick at which the state last acknowledged was encoded; before the first, when the user was set. O(1)."""
         return self.rows[self.slot_of(session)].saved_at
 
     def is_ending(self, SessionCore session not None):
@@ -259,23 +261,23 @@ cdef class SessionTable(SessionLanes):
         return session.slot == 0 or is_ending(self.rows[session.slot].state)
 
     def lose(self, SessionCore session not None):
-        """Say that a session has lost its user: from now on `is_lost` tells so. O(1)."""
+        """Note that a session has lost its user; see `is_lost`. O(1)."""
         self.rows[self.slot_of(session)].flags |= FLAG_LOST
 
     def is_lost(self, SessionCore session not None):
-        """Whether no save of a session is to be written any more: it has lost its user, or was forgotten. O(1)."""
+        """Whether no save of a session may be written any more: it has lost its user, or was forgotten. O(1)."""
         self.refuse_stranger(session)
         return session.slot == 0 or (self.rows[session.slot].flags & FLAG_LOST) != 0
 
     def set_final(self, SessionCore session not None, bint final):
-        """Say whether the next save of an ending session is its last one, which releases the user. O(1)."""
+        """Set whether the next save of an ending session is its last one, which releases the user. O(1)."""
         cdef Row* row = &self.rows[self.slot_of(session)]
         if final and not is_ending(row.state):
             raise UsageError("only a session that is being ended has a last save")
         row.flags = row.flags | FLAG_FINAL if final else row.flags & ~FLAG_FINAL
 
     def set_released(self, SessionCore session not None, bint released):
-        """Say whether the save last written has released the user in the store. O(1)."""
+        """Set whether the save last written has released the user in the store. O(1)."""
         cdef Row* row = &self.rows[self.slot_of(session)]
         row.flags = row.flags | FLAG_RELEASED if released else row.flags & ~FLAG_RELEASED
 
@@ -290,10 +292,10 @@ cdef class SessionTable(SessionLanes):
         return session.slot != 0 and (self.rows[session.slot].flags & FLAG_FINAL) != 0
 
     def identify(self, SessionCore session not None, user_id, user_data, uint64_t now, uint64_t interval=0):
-        """Give a session its user and, with an interval in ticks, a first deadline at its place in it.
+        """Give a session its user; with an interval in ticks it is due for the first time at its place in that.
 
-        Raises before anything changes: `AlreadyIdentifiedError`, `UserActiveError`, `InvalidUserDataError`,
-        `SessionEndedError`. The id must have passed `check_user_id`. O(1) amortised.
+        Raises `AlreadyIdentifiedError`, `UserActiveError`, `InvalidUserDataError` or `SessionEndedError` before
+        anything changes. The id must have passed `check_user_id`. O(1) amortised.
         """
         self.give_user(session, user_id, user_data, now, interval)
 
@@ -360,7 +362,7 @@ cdef class SessionTable(SessionLanes):
         return session.slot != 0 and (self.rows[session.slot].flags & FLAG_SILENT) != 0
 
     def begin_end(self, SessionCore session not None):
-        """Hide a session from its key and stop its periodic saves; its user's slot stays taken. O(1)."""
+        """Hide a session from its key and stop its periodic saves; its user stays taken. O(1)."""
         self.hide(session)
 
     cdef int hide(self, SessionCore session) except -1:
@@ -380,9 +382,9 @@ cdef class SessionTable(SessionLanes):
         return 0
 
     def forget(self, SessionCore session not None):
-        """Remove a session that is being ended from the table; its user is free again. O(1).
+        """Remove a session that is being ended from the table; its user may have a session again. O(1).
 
-        A save still in flight is disowned: `acknowledge` and `fail` answer False to it.
+        If a save is still in flight, its outcome no longer counts: `acknowledge` and `fail` return False.
         """
         self.remove(session)
 
@@ -400,7 +402,7 @@ cdef class SessionTable(SessionLanes):
         return self.clear(session, slot)
 
     cdef int end_at_once(self, SessionCore session) except -1:
-        """`begin_end` and `forget` in one, for a session that nobody has asked to be saved: none, idle or due."""
+        """`begin_end` and `forget` in one, for a session with no save in flight or asked for: none, idle or due."""
         cdef uint32_t slot = session.slot
         if self.rows[slot].state == DUE:
             self.counters.due -= 1
@@ -427,10 +429,10 @@ cdef class SessionTable(SessionLanes):
 
     @property
     def oldest_save(self):
-        """The tick of the oldest state that is still the last one acknowledged of some user, or None.
+        """The tick at which the oldest state was encoded that is still some user's last acknowledged one, or None.
 
-        Users are kept in the order in which saves were acknowledged, so it may be late by the duration of one save.
-        O(1), plus one step for each walk under way.
+        Users are kept in the order in which their saves were acknowledged, so it may be late by the duration of one
+        save. O(1), plus one step for each walk under way.
         """
         cdef uint32_t slot = self.rows[IDENTIFIED].newer
         while slot != IDENTIFIED and self.rows[slot].state == GONE:
@@ -442,7 +444,7 @@ cdef class SessionTable(SessionLanes):
         return OldestFirst(self, identified, to_the_end)
 
     def _check(self):
-        """Raise AssertionError if any structure is wrong: True after a look, False in a release build, which takes none."""
+        """Raise AssertionError if an invariant does not hold; returns False in a release build, which checks nothing."""
         if CAGEY_DEBUG:
             check_everything(self)
         return bool(CAGEY_DEBUG)

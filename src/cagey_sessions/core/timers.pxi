@@ -1,16 +1,17 @@
 # A timing wheel by itself, for benchmarks and tests.
 #
 # What lives here: `TimingWheel` - the functions of `wheel.pxi` over rows of its own, called from Python. What must not:
-# anything a session needs, or a second way of doing what the wheel does: what is measured here is what the table runs.
+# anything a session needs, or another implementation of the wheel: benchmarks have to measure the one that the table
+# uses.
 #
 # Of a row only the deadline and the two links are used. The id of a timer is its row; rows 0 to BUCKETS - 1 are the
-# buckets, the next one is the list of free rows. The deadline that is wanted stands in an array of its own: a timer that
-# is put off costs one store there, eight bytes that are far more likely to be in the cache than its row.
+# buckets, the next one is the list of free rows. The wanted deadlines are in an array of their own: postponing a timer
+# writes only eight bytes there, which are far more likely to be in the cache than its row.
 #
 # Invariants
 #   - A row is in the wheel, or it is free and the deadline wanted is NEVER, which no timer can have.
-#   - A row lies in the wheel at its deadline, which is not after the one wanted. When it comes out before that it is
-#     armed again: once for any number of `refresh` since.
+#   - A row is in the wheel at its deadline, which is not after the wanted one. If it comes out earlier than wanted, it
+#     is armed again, once for any number of calls of `refresh`.
 #
 # Cost: `schedule` O(1) amortised, the others O(1); `advance` O(limit).
 
@@ -21,7 +22,7 @@ cdef enum:
 
 @cython.final
 cdef class TimingWheel:
-    """Deadlines in whole ticks and what is due by them. The id of a timer is reused once it is due or cancelled."""
+    """Timers with deadlines in whole ticks. The id of a timer is used again once it is due or cancelled."""
     cdef Row* rows
     cdef uint64_t* wanted       # for each row the deadline it was last given
     cdef uint32_t capacity
@@ -64,7 +65,7 @@ cdef class TimingWheel:
         return 0
 
     cdef inline uint32_t allocate(self) except 0:
-        """A row that is on no list: the one freed last, for it is still in the cache, else one never used."""
+        """A row that is on no list: the one freed last, which is still in the cache, or one that was never used."""
         cdef uint32_t timer = self.rows[FREE_TIMERS].prev
         if timer != FREE_TIMERS:
             list_remove(self.rows, timer)
@@ -86,7 +87,7 @@ cdef class TimingWheel:
         list_append(self.rows, FREE_TIMERS, timer)
 
     def schedule(self, uint64_t deadline):
-        """Arm a timer: its id. A deadline that has passed is due at the next `advance`."""
+        """Start a timer, and return its id. A deadline that has passed is due at the next `advance`."""
         if deadline == NEVER:
             raise UsageError("the deadline lies past the end of time")
         cdef uint32_t timer = self.allocate()
@@ -95,7 +96,7 @@ cdef class TimingWheel:
         return timer
 
     def refresh(self, uint32_t timer, uint64_t deadline):
-        """Give a timer another deadline. A later one is only noted."""
+        """Give a timer another deadline. A later one only notes it; the wheel is not touched."""
         self.checked(timer)
         if deadline == NEVER:
             raise UsageError("the deadline lies past the end of time")
@@ -106,15 +107,15 @@ cdef class TimingWheel:
             wheel_arm(&self.wheel, self.rows, timer, deadline)
 
     def cancel(self, uint32_t timer):
-        """Take a timer back."""
+        """Cancel a timer."""
         self.checked(timer)
         wheel_disarm(&self.wheel, self.rows, timer)
         self.release(timer)
 
     def advance(self, uint64_t now, uint32_t limit):
-        """Move time to `now`: the ids of what is due, walking at most `limit` rows, cascades included.
+        """Move time to `now`, and return the ids of timers that are due, walking at most `limit` rows, with cascades.
 
-        There may be more while `next_deadline` is not past `now`. Time never moves back.
+        There may be more due as long as `next_deadline` is not after `now`. Time never moves back.
         """
         cdef uint32_t budget = limit, timer
         cdef list due = []

@@ -1,23 +1,23 @@
-# Which values are plain data, and their bytes.
+# Plain values, and their bytes.
 #
-# What lives here: a walk that tells JSON values of exactly the built-in types from everything else, the one step from
-# a value to its bytes, and the path to what is refused. What must not: richer types, and any reading of bytes.
+# What lives here: a walk that tells JSON values of exactly the built-in types from everything else, the step from a
+# value to its bytes, and the path to a value that is refused. What must not: richer types, and reading bytes.
 #
-# A serialiser alone would not do. It merges what differs (a tuple and a list, a nan and None), runs code of the values
-# it meets, and reads freed memory when that code changes the container it is in.
+# A serialiser alone does not suffice. It writes different values alike (a tuple and a list, nan and None), runs code of
+# the values, and reads freed memory if that code changes the container that it is walking.
 #
 # Invariants
-#   - No Python code runs, and nothing is allocated that could start the collector, from the first value looked at
-#     until the bytes are there: no container can change under the walk, and a body is one point in time.
+#   - From the first value of the walk until the bytes are complete no Python code runs, and nothing is allocated that
+#     could start the garbage collector. So no container changes during the walk, and a body is the state of one moment.
 #   - What is accepted is read back by orjson as the same values of the same types.
-#   - The path is put together only for a refusal: each level of the recursion leaves its step on the way out.
+#   - The path is made only for a refusal: each level of the recursion adds its step on the way out.
 #
-# Cost: O(values), at most one for each byte allowed; the depth is bounded, so a container that holds itself ends too.
-# Most data is in no cache when its turn comes, and the walk waits for memory; so it asks for the next value while it
-# looks at one, which takes a tenth off, and the serialiser then finds everything there.
+# Cost: O(values), at most one for each byte allowed. The depth is bounded, so a container that holds itself ends, too.
+# Most data is in no cache when it is saved, and the walk waits for memory. So it prefetches the next value while it
+# checks one, which saves a tenth of the time, and the serialiser finds everything in the cache.
 
 cdef enum:
-    DEEPEST = 200           # less than what orjson writes (253) and reads (1,023)
+    DEEPEST = 200           # levels of nesting; orjson writes 253 and reads 1,023
     AHEAD = 2               # members of a list
     SHOWN_FIRST = 8         # steps of a long path
     SHOWN_LAST = 4
@@ -83,19 +83,19 @@ cdef extern from *:
     void prefetch "cagey_prefetch"(const void*) noexcept nogil
 
 cdef struct Walk:
-    Py_ssize_t left                     # bytes the rest may take, counted from below
-    Fault fault                         # what follows is set by a refusal
+    Py_ssize_t left                     # how many bytes the rest may take; each value counts with the least it can take
+    Fault fault                         # this and all below is set by a refusal
     int depth                           # steps to the culprit
     PyObject* culprit
-    PyObject* containers[DEEPEST]       # borrowed, only to be told apart
-    PyObject* keys[DEEPEST]             # owned; NULL for a member of a list, which is at
+    PyObject* containers[DEEPEST]       # borrowed, only compared with each other
+    PyObject* keys[DEEPEST]             # owned; NULL for a member of a list, whose index is below
     Py_ssize_t indexes[DEEPEST]
 
 cdef object orjson_dumps = orjson.dumps
 
 
 cdef bint has_surrogate(PyObject* text) noexcept:
-    """Whether a str that is not ASCII holds one; no branch inside the loops, so that compilers vectorise them."""
+    """Whether a str that is not ASCII has a lone surrogate. The loops are without branches, to be vectorised."""
     cdef const uint16_t* narrow
     cdef const uint32_t* wide
     cdef Py_ssize_t at
@@ -117,7 +117,7 @@ cdef bint has_surrogate(PyObject* text) noexcept:
 
 
 cdef inline bint is_leaf(PyObject* value, Walk* walk) noexcept:
-    """Whether a value is plain, no container, and not too much."""
+    """Whether a value is plain, is not a container, and is not too large for the bytes that are left."""
     cdef PyTypeObject* kind = type_of(value)
     cdef Py_ssize_t least
     if kind is &PyUnicode_Type:
@@ -149,7 +149,7 @@ cdef bint refused(Walk* walk, Fault fault, int depth, PyObject* culprit) noexcep
 
 
 cdef bint accepted(PyObject* value, int depth, Walk* walk) noexcept:
-    """Whether a value, `depth` steps down, is plain; if not, the walk says why and where."""
+    """Whether a value, `depth` levels down, is plain; if not, `walk` has the reason and the path."""
     cdef PyTypeObject* kind = type_of(value)
     cdef PyObject* key
     cdef PyObject* item
@@ -197,7 +197,7 @@ cdef bint accepted(PyObject* value, int depth, Walk* walk) noexcept:
 
 
 cdef Fault fault_of(PyObject* value, Walk* walk) noexcept:
-    """Why a value that is no container is not accepted."""
+    """Why a value that is not a container is refused."""
     cdef PyTypeObject* kind = type_of(value)
     if kind is &PyUnicode_Type and not is_ascii(value) and has_surrogate(value):
         return NOT_TEXT
@@ -218,7 +218,7 @@ cdef str shown(key):
 
 
 def path_of(steps):
-    """The path of a value inside user data: ``user_data["bag"][3]`` for the steps ``"bag", 3``."""
+    """The path of a value in user data as a Python expression: ``user_data["bag"][3]`` for the steps ``"bag", 3``."""
     steps = list(steps)
     if len(steps) > SHOWN_FIRST + SHOWN_LAST:
         return f"{path_of(steps[:SHOWN_FIRST])}…{path_of(steps[-SHOWN_LAST:])[len('user_data'):]}"
@@ -226,14 +226,14 @@ def path_of(steps):
 
 
 def refusal(path, reason):
-    """The `EncodingError` about a value. Its text holds no path: the names of members are user data, too."""
+    """The `EncodingError` for a value. Its text does not contain the path: the names of members are user data, too."""
     if path == "user_data":
         return EncodingError(f"user_data: {reason}", path=path)
     return EncodingError(f"a value in user_data: {reason} (`path` of this error says where)", path=path)
 
 
 cdef int holds_itself(Walk* walk) noexcept nogil:
-    """Steps to the first container that is one of those around it; 0 if there is none. The culprit is a container."""
+    """How many steps down the first container is that contains itself; 0 if none does. The culprit is a container."""
     cdef int inner, outer
     for inner in range(1, walk.depth + 1):
         for outer in range(inner):
@@ -243,7 +243,7 @@ cdef int holds_itself(Walk* walk) noexcept nogil:
 
 
 cdef object error_of(Walk* walk, Py_ssize_t max_bytes):
-    """The `EncodingError` of a refusal. Shows types, never what is in the data."""
+    """The `EncodingError` of a refusal. It shows types, never values of the data."""
     cdef int at, depth = walk.depth, loop = 0
     cdef Fault fault = walk.fault
     if fault == TOO_DEEP:
@@ -295,7 +295,7 @@ cdef int require_plain(value, Py_ssize_t max_bytes) except -1:
 
 
 def is_plain(value):
-    """Whether a value is made of dict with str keys, list, str, int of 64 bits, finite float, bool and None alone."""
+    """Whether a value consists only of dict with str keys, list, str, int of 64 bits, finite float, bool and None."""
     cdef Walk walk
     walk.left = PY_SSIZE_T_MAX
     if accepted(<PyObject*> value, 0, &walk):
@@ -312,14 +312,14 @@ cdef bytes plain_bytes(value, Py_ssize_t max_bytes):
         raise EncodingError(
             f"user_data: takes {size:,} bytes, more than the {max_bytes:,} of max_bytes; keep less in it, or raise max_bytes"
         )
-    # orjson never shrinks the buffer it wrote into, which is 4 KB for a body of 300 bytes, and bodies are kept
+    # Copied, because bodies are kept, and orjson does not shrink its buffer, which has 4 KB for a body of 300 bytes.
     return PyBytes_FromStringAndSize(PyBytes_AS_STRING(body), size)
 
 
 def encode_plain(value, Py_ssize_t max_bytes=PY_SSIZE_T_MAX):
-    """The bytes of a plain value: JSON in UTF-8, at most `max_bytes` of it.
+    """Encode a plain value as JSON in UTF-8, at most `max_bytes` of it.
 
-    Raises `EncodingError`, which names the place, for whatever is not exactly a dict with str keys, a list, a str, an
-    int of 64 signed bits, a finite float, a bool or None, and for what is nested more than 200 deep. O(size).
+    Raises `EncodingError`, with the path, for anything that is not exactly a dict with str keys, a list, a str, an int
+    of 64 signed bits, a finite float, a bool or None, and for values nested more than 200 deep. O(size).
     """
     return plain_bytes(value, max_bytes)

@@ -1,7 +1,7 @@
 # A hierarchical timing wheel over slot numbers.
 #
-# What lives here: arming, disarming, advancing, and the next deadline. What must not: any Python object, any notion of
-# what a deadline is for. A caller that moves rows between the wheel and another list does so with the functions below.
+# What lives here: arming, disarming, advancing, and the next deadline. What must not: any Python object, and what a
+# deadline is for. A caller that moves rows between the wheel and another list does so with the functions below.
 #
 # The shape is that of Varghese and Lauck ("Hashed and hierarchical timing wheels", SOSP 1987) as tokio lays it out:
 # 64 buckets a level, a bitmap of the occupied ones for each level, and the level of a deadline is the highest group of
@@ -26,23 +26,23 @@ cdef enum:
     LEVELS = 11
     BUCKETS = 704           # LEVELS * BUCKETS_PER_LEVEL
     NO_BUCKET = 704
-    GROUP = 32              # rows ahead whose memory is asked for
+    GROUP = 32              # how many rows ahead memory is prefetched
 
 
 cdef struct Wheel:
     uint64_t elapsed
     uint64_t occupied[LEVELS]
     uint32_t armed          # rows in the wheel
-    uint32_t unfinished     # the bucket a bounded advance stopped in, or NO_BUCKET
+    uint32_t unfinished     # the bucket in which a bounded advance stopped, or NO_BUCKET
 
 
 cdef struct Trail:
     uint32_t count
-    uint32_t slots[GROUP]   # the last ones, in turn
+    uint32_t slots[GROUP]   # the last GROUP rows, as a ring
 
 
 cdef inline void follow(Trail* trail, Row* rows, uint32_t slot) noexcept nogil:
-    """A row is put on a list after those that went this way before: note in the one GROUP places earlier."""
+    """Note a row that is put on a list, in the row GROUP places before it; when that is due, this can be prefetched."""
     cdef uint32_t place = trail.count % GROUP
     if trail.count >= GROUP:
         rows[trail.slots[place]].ahead = slot
@@ -59,7 +59,7 @@ cdef inline void list_append(Row* rows, uint32_t sentinel, uint32_t slot) noexce
 
 
 cdef inline uint32_t list_remove(Row* rows, uint32_t slot) noexcept nogil:
-    """Unlink a row; the sentinel of its list if that is empty now, else 0xFFFFFFFF."""
+    """Unlink a row; returns the sentinel of its list if that is empty now, otherwise 0xFFFFFFFF."""
     cdef uint32_t after = rows[slot].next, before = rows[slot].prev
     rows[before].next = after
     rows[after].prev = before
@@ -103,7 +103,7 @@ cdef inline void wheel_disarm(Wheel* wheel, Row* rows, uint32_t slot) noexcept n
 
 
 cdef inline void unlist(Wheel* wheel, Row* rows, uint32_t slot) noexcept nogil:
-    """Take a row off whichever list it is on: a bucket, a lane, or none."""
+    """Take a row off the list that it is on: a bucket, a lane, or none."""
     if not listed(rows, slot):
         return
     if rows[slot].state == IDLE or rows[slot].state == ENDING:
@@ -113,7 +113,7 @@ cdef inline void unlist(Wheel* wheel, Row* rows, uint32_t slot) noexcept nogil:
 
 
 cdef uint32_t wheel_next_bucket(Wheel* wheel, uint64_t* start) noexcept nogil:
-    """The bucket that comes first and the tick it starts at; NO_BUCKET and NEVER if the wheel is empty."""
+    """The first bucket that is occupied, and the tick at which it starts; NO_BUCKET and NEVER if the wheel is empty."""
     cdef uint32_t level, bucket, shift
     cdef uint64_t ahead, above
     if wheel.unfinished != NO_BUCKET:
@@ -133,18 +133,18 @@ cdef uint32_t wheel_next_bucket(Wheel* wheel, uint64_t* start) noexcept nogil:
 
 
 cdef uint64_t wheel_next(Wheel* wheel) noexcept nogil:
-    """A tick at or before the next deadline: exact within level 0, the start of its bucket above; NEVER if empty."""
+    """A tick at or before the next deadline: exact in level 0, the start of its bucket in others; NEVER if empty."""
     cdef uint64_t start
     wheel_next_bucket(wheel, &start)
     return start
 
 
 cdef uint32_t wheel_pop(Wheel* wheel, Row* rows, uint64_t now, uint32_t* budget) noexcept nogil:
-    """Move time towards `now` until a row is due: its slot, off the list, or 0.
+    """Move time towards `now` until a row is due; returns its slot, taken off the list, or 0.
 
-    Each row walked, due or cascaded, takes one from the budget. With 0 returned and the budget spent there may be more
-    to do at this tick: the unfinished bucket is first in line for the next call. With 0 returned and budget left,
-    `elapsed` has reached `now`.
+    Each row that is due or cascades takes one from the budget. If it returns 0 and the budget is used up, there may be
+    more to do at this tick, and the next call continues with the unfinished bucket. If it returns 0 and some of the
+    budget is left, `elapsed` has reached `now`.
     """
     cdef uint64_t start
     cdef uint32_t bucket, slot, emptied

@@ -125,7 +125,7 @@ class Spill:
         self._conflicts: dict[int | str, list[SpillEntry]] = {}
         self._damaged: tuple[DamagedEntry, ...] = ()
         self._was_complete = True
-        self._replayed: dict[int | str, None] = {}
+        self._replayed: dict[int | str, None] = {}  # a set in the order of insertion, for the report
         self._collected: list[SpillEntry] = []  # not in the file yet
         self._written: list[SpillEntry] = []  # collected before, and perhaps still in the file
         self._settled: set[SpillEntry] = set()  # perhaps still in the file
@@ -276,8 +276,9 @@ class Spill:
             # copies, because the event loop may change the lists while this thread works
             collected, settled = list(self._collected), set(self._settled)
             there, damaged, _ = self.read()
+            # without doubles: an entry may be in the file already, if an earlier write failed after the rename
             kept = list(dict.fromkeys(entry for entry in (*there, *collected) if entry not in settled))
-            if kept or damaged:
+            if kept or damaged:  # damaged lines are kept: a person may still read something from them
                 savefile.write_whole(self.path, self._lines(kept, damaged), self._files)
             elif there:
                 savefile.remove_whole(self.path, self._files)

@@ -1,5 +1,7 @@
-"""All sessions of one server. What lives here: `SessionManager`, the front door, and the warning about one that was
-forgotten. What must not: anything a session does by itself.
+"""The public `SessionManager` class: the docstrings and the types of its calls, and the checks of its settings.
+
+The work is done in the other modules of this package; `__init__` puts them together. Calls that are made for every user
+are in the compiled `ManagerCore`.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ OfUnsavable = TypeVar("OfUnsavable", bound=Callable[[Session[Any], UnsavableErro
 
 @direct
 class SessionManager(ManagerCore, Generic[T]):
-    """Everybody on this server, and the saving of their data: by a store, or by the program's own listeners.
+    """All sessions on this server. It loads and saves their users' data, by a store or by the program's own listeners.
 
     Parameters
     ----------
@@ -59,64 +61,65 @@ class SessionManager(ManagerCore, Generic[T]):
         loads, and saves in a listener of ``persist_user_data``.
     interval
         How old an unsaved change may become: each user is saved at least this often, at times spread evenly.
-        Seconds, a `timedelta`, or text (``"30s"``, ``"1h30m"``, ``"500ms"``); from 10 ms to 100 years. With a store
-        30 seconds by default; without one and without this nothing is saved by itself.
+        Seconds, a `timedelta`, or text (``"30s"``, ``"1h30m"``, ``"500ms"``); from 10 ms to 100 years. The default is
+        30 seconds with a store. Without a store there is none: nothing is saved unless a call asks for it.
     persist_on
-        When to save besides: any of ``"disconnect"`` and ``"shutdown"``; with a store both by default. Leaving
-        ``async with session`` acts on ``"disconnect"``, leaving ``async with manager`` on ``"shutdown"``; the program
-        can ask with `will_persist_user_data_on`.
+        When else to save: any of ``"disconnect"`` and ``"shutdown"``; with a store both by default. Leaving
+        ``async with session`` saves if ``"disconnect"`` is in it, leaving ``async with manager`` if ``"shutdown"`` is;
+        a program that ends sessions itself asks `will_persist_user_data_on`.
     max_in_flight
-        How many saves may be under way at a time: calls of the listener (50), or batches for the store (4). A call that
-        never returns keeps its slot; a listener that waits for the save of another session lends its slot meanwhile.
+        How many saves may be under way at a time: calls of the listener (by default 50), or batches for the store (4).
+        A call that never returns keeps its place; a listener that waits for the save of another session gives up its
+        place meanwhile.
     encode
         With a store: a plain function from your data to a JSON value, for data that is more than JSON values.
         `dataclass_codec` and `msgspec_codec` make it and its inverse.
     decode
-        With a store: the inverse of `encode`. If it has a parameter ``schema`` it is told the number that the body was
-        written with.
+        With a store: the inverse of `encode`. If it has a parameter named ``schema``, it gets the number that the body
+        was written with, so that it can read data of older versions of the program.
     schema
         With a store: the number of the shape in which data is written now, 0 by default. A stored body with a higher
-        number is refused, and never saved over.
+        number, written by a newer version of the program, is refused and never overwritten.
     max_bytes
         With a store: the largest size of a user's data, in bytes of JSON; 1 MiB by default.
     before_save
         With a store: a plain function that is called with the session right before its data is encoded, to copy live
         state into `user_data`.
     save_timeout
-        With a store: how long `persist_now`, `destroy`, `login`, `open`, `read`, `edit`, `erase` and a single call of
-        the store may take; 10 seconds by default.
+        With a store: how long `persist_now`, `Session.destroy`, `login`, `open`, `read`, `edit`, `erase` and a single
+        call of the store may take; 10 seconds by default.
     tracking
-        With a store: how a change is noticed. ``"content"`` encodes each user once per interval and compares;
-        ``"marked"`` skips users for whom nobody has called `Session.mark_changed`, or assigned `user_data`, since
-        their last save. `persist_now`, `destroy` and `persist_all_user_data` compare in either case.
+        With a store: how the timer detects a change. ``"content"``, the default, encodes each user's data once per
+        interval and compares the bytes. ``"marked"`` skips users unless the program has called `Session.mark_changed`,
+        or assigned `user_data`, since their last save. `persist_now`, `destroy` and `persist_all_user_data` compare the
+        bytes in either case.
     user_id
         ``int`` or ``str`` to accept user ids of that type only.
     spill
         With a store: the path of a file for data that is still unsaved at the deadline of `destroy`, or when the
-        interpreter exits without `destroy`. The next start with the same path saves it, unless the user has been saved
-        since; see `spill_report`. Only one manager at a time may use the file.
+        interpreter exits without `destroy`. The next start with the same path saves it, unless the user was saved by
+        another server since; see `spill_report`. Only one manager at a time may use the file.
     log
         A logger; ``logging.getLogger("cagey_sessions")`` by default. Its methods ``debug``, ``info``, ``warning`` and
-        ``error`` are called with one text, formatted already. It gets ids and counts, and of what functions of yours
-        raise the type and the lines passed; never data or keys.
+        ``error`` are called with one text, formatted already. It gets ids and counts, and of errors that functions of
+        yours raise the type and the traceback's lines; never data or keys.
     debug
         True to report mistakes with user data, each as a `UserDataWarning`: objects that two users share, changes after
-        the end or without a mark, values that `encode` and `decode` change, listeners that block the loop. It walks all
-        data at each save, so it is for development and tests.
+        the end of a session or without a mark, values that `encode` and `decode` change, and listeners that block the
+        event loop. It walks all data at each save, so it is for development and tests.
     clock
-        Where time comes from; for tests.
+        A `Clock`, for tests; by default the system's.
 
     Notes
     -----
-    The manager belongs to the event loop of its first awaited call, or of ``async with``. From another loop or thread,
-    or in the child of a fork, every call of the manager and of its sessions raises `WrongLoopError`, `statistics` and
-    `health` included: what they would read may be in the middle of a change. Hand the call over to the loop, with
-    `asyncio.run_coroutine_threadsafe`. What a session is (`key`, `user_id`, `alive`, `end_reason`) can be read
-    anywhere. A manager that is made before a fork and first used after it is another one in each process. Wrong
-    settings raise `OptionError`.
+    The manager belongs to the event loop of its first awaited call, or of ``async with``. In another loop or thread, or
+    in the child of a fork, every call of the manager and of its sessions raises `WrongLoopError`. This includes
+    `statistics` and `health`: what they read may be in the middle of a change. To call from a thread, use
+    `asyncio.run_coroutine_threadsafe`. Only `key`, `user_id`, `alive` and `end_reason` of a session can be read
+    anywhere. A manager that is made before a fork, and first used after it, is a separate one in each process.
 
-    A manager that the program lets go of while it has users to save lives on, and saves them, until its loop ends; only
-    `destroy`, or leaving ``async with``, ends it.
+    A manager that has users to save lives on, and saves them, until its loop ends, even if the program has dropped all
+    references to it; only `destroy`, or leaving ``async with``, ends it. Wrong settings raise `OptionError`.
     """
 
     def __init__(
@@ -202,69 +205,73 @@ class SessionManager(ManagerCore, Generic[T]):
         default: T | Callable[[], T] = NO_DEFAULT,
         when_active: Literal["join", "replace", "refuse"] = "join",
     ) -> SessionCall[Session[T]]:
-        """The live session of a user, or a new one, without a key, with the data the store has.
+        """Return the live session of a user, or a new session without a key, with the data from the store.
 
-        Await it, or enter it: ``async with manager.open("alice") as session:`` ends the session with the block, also
-        one that was live before. Calls for a user who is being loaded share the load and get the same session.
-        ``when_active`` says what happens to a live session: ``"join"`` returns it, ``"replace"`` saves and ends it,
-        ``"refuse"`` raises `UserActiveError`. Otherwise like `create` and `Session.login`, and raises what they raise:
-        `UserNotFoundError` for a user the store does not know, if there is no `default`. Cancelling the call ends the
-        session if nobody else waits for it.
+        Await the call, or enter it: ``async with manager.open("alice") as session:`` ends the session with the block,
+        also one that was live before. `default` is the data of a user whom the store does not know, as in
+        `Session.login`. `when_active` says what to do if the user has a live session: ``"join"`` returns it,
+        ``"replace"`` saves and ends it, ``"refuse"`` raises `UserActiveError`. Calls for a user who is being loaded get
+        the same session. Cancelling the call ends the session unless another call waits for it.
+
+        Otherwise it is `create` and `Session.login` in one, and raises what they raise, such as `UserNotFoundError` for
+        a user whom the store does not know if there is no `default`. O(size of the data), and a call of the store.
         """
         return self._open(user_id, default, when_active)
 
     async def read(self, user_id: int | str) -> T:
-        """A private copy of a user's data: as it is now if they are on this server, else as it is stored.
+        """Return a private copy of a user's data: the live data if they are on this server, otherwise the stored data.
 
-        Where servers share the store, and the user's session here is ending, the store is asked first whose they are.
-        Claims nothing, so another server may be changing the data meanwhile. Raises `InvalidUserIdError`,
+        It claims nothing, so another server may be changing the data meanwhile. If the user's session here is ending,
+        and servers share the store, the store is asked first who has the user. Raises `InvalidUserIdError`,
         `UserNotFoundError`, `EncodingError` for live data that cannot be saved, `CorruptRecordError`,
-        `NewerSchemaError`, `StoreUnavailableError`, `StoreModeError` without a store. O(size).
+        `NewerSchemaError`, `StoreUnavailableError`, and `StoreModeError` without a store. O(size of the data).
         """
         return cast(T, await self._users.read(user_id))
 
     def edit(self, user_id: int | str, *, default: T | Callable[[], T] = NO_DEFAULT) -> AbstractAsyncContextManager[T]:
-        """Change a user's data in place, wherever they are: ``async with manager.edit("alice") as data: ...``.
+        """Change a user's data in place, connected or not: ``async with manager.edit("alice") as data: ...``.
 
-        For a user on this server `data` is the live object, and leaving the block saves it like `persist_now`. Anybody
-        else is claimed and loaded, and when the block is left written and released; a login of the same user waits for
-        that. If the block raises nothing is written, but its changes to live data stay. `default` is as in
-        `Session.login`. Raises what `Session.login` and `Session.persist_now` raise, and `UsageError` if the program
-        has assigned another `user_data` meanwhile: what the block changed is then no longer the user's data.
+        For a user on this server `data` is the live object, and leaving the block saves it as `persist_now` does. A
+        user who is not here is claimed and loaded, and written and released when the block is left; a login of the same
+        user waits for that. If the block raises, nothing is written, but its changes to live data stay. `default` is as
+        in `Session.login`.
+
+        Raises what `Session.login` and `Session.persist_now` raise, and `UsageError` if the program has assigned
+        another `user_data` meanwhile: the object that the block changed is then no longer the user's data.
         """
         return self._users.edit(user_id, default)
 
     async def erase(self, user_id: int | str) -> bool:
-        """Remove a user's data from the store for good, and end their session unsaved. Returns whether there was any.
+        """Remove a user's data from the store for good, and end their session unsaved; returns whether there was any.
 
-        A tombstone stays, so that no late write brings the data back (with `CallbackStore` only what its `erase`
-        leaves); at the next login the user is new. Raises `OwnedElsewhereError` while the user is on another server;
-        `InvalidUserIdError`, `StoreUnavailableError`, `StoreModeError` without a store, or with one that cannot erase,
-        and `WouldDeadlockError` inside a listener of the end of their session. A call of the store.
+        A tombstone stays in the store, so that no late write brings the data back (with `CallbackStore` that is up to
+        its `erase`). At the next login the user is new. Raises `OwnedElsewhereError` while the user is on another
+        server, `InvalidUserIdError`, `StoreUnavailableError`, `StoreModeError` without a store or with one that cannot
+        erase, and `WouldDeadlockError` inside a listener of the end of their session. One call of the store.
         """
         return await self._users.erase(user_id)
 
     def find_by_user(self, user_id: int | str) -> Session[T] | None:
-        """The live session of that user, or None. Raises `InvalidUserIdError`. O(1)."""
+        """Return the live session of a user, or None. Raises `InvalidUserIdError`. O(1)."""
         return cast("Session[T] | None", self._server.table.find_by_user(user_id))
 
     def sessions(self) -> list[Session[T]]:
-        """All sessions, ending ones included, in no order. O(n), so do not call it for every message."""
+        """Return all sessions, including ending ones, in no order. O(n), so do not call it for every message."""
         return cast("list[Session[T]]", self._server.table.sessions_now())
 
     def __len__(self) -> int:
-        """How many sessions there are, those that are ending included. O(1)."""
+        """How many sessions there are, including ending ones. O(1)."""
         self._server.table.require_thread()
         return len(self._server.table)
 
     def __bool__(self) -> bool:
-        """A manager is true, also while it has no session."""
+        """A manager is always true, also without sessions."""
         return True
 
     def will_persist_user_data_on(self, name: Literal["disconnect", "shutdown"]) -> bool:
-        """Whether `persist_on` has that moment: ``"disconnect"`` or ``"shutdown"``.
+        """Whether `persist_on` has ``"disconnect"`` or ``"shutdown"``.
 
-        For a program that ends sessions or the manager itself:
+        For a program that calls `destroy` itself:
         ``await session.destroy(manager.will_persist_user_data_on("disconnect"))``. Raises `UnknownEventError`.
         """
         self._server.table.require_thread()
@@ -273,71 +280,77 @@ class SessionManager(ManagerCore, Generic[T]):
     async def persist_all_user_data(self) -> None:
         """Save every user who is on this server now, each once, oldest save first; with a store in batches.
 
-        Users who join meanwhile are not included; users who are leaving are saved by their own `destroy`. When all
-        others are saved raises `UnsavedError` with the `user_ids` that could not be, and `NothingSavesError` without a
-        listener. O(users), in slices.
+        Users who join meanwhile are not included; users who are leaving are saved by their own `destroy`. If some
+        cannot be saved it raises `UnsavedError`, with their `user_ids`, after all others are saved. Raises
+        `NothingSavesError` without a store and without a listener that saves. O(users), in slices that let the event
+        loop do other work in between.
         """
         self._server.enter()
         await self._server.requests.save_all()
 
     async def snapshot(self, path: str | os.PathLike[str]) -> SnapshotReport:
-        """Write everybody on this server to a file, for a backup or for inspection; `read_snapshot` reads it.
+        """Write all users on this server to a file, for a backup or for inspection; `read_snapshot` reads it.
 
-        Each user's data is of one moment, encoded as for a save; users later in the file are of a later moment. Users
-        who leave meanwhile are not in it, users who join may be. Users whose data cannot be encoded are left out and
-        named in the report. The file is readable by its owner only (mode 0600), and holds all data as JSON. It replaces
-        an earlier file as a whole, once it is safe on the disk; if that fails, the earlier file stays.
+        Each user's data is that of one moment, encoded as for a save; users later in the file are of later moments.
+        Users who leave meanwhile are not in it, users who join may be. Users whose data cannot be encoded are left out,
+        and named in the report. The file can be read by its owner only (mode 0600), and contains all data as JSON. It
+        replaces an earlier file as a whole, once it is safe on the disk; if that fails, the earlier file stays.
 
-        Cancelled, the call first waits for its thread, for 10 seconds at most where the disk hangs, and leaves nothing
-        but the earlier file. Only a cancellation that comes when the complete new file is already taking its place (the
-        last step, a rename) comes too late for that: then the new one is there, and the call is cancelled all the same.
+        If the call is cancelled it first waits for its thread, up to 10 seconds if the disk hangs; then the earlier
+        file is as it was. A cancellation during the last step, the rename, comes too late for that: the new file is
+        there, and the call raises `asyncio.CancelledError` all the same.
 
-        `path` may be a symbolic link of this user or of root: what it leads to is replaced.
+        `path` may be a symbolic link made by this user or by root: the file that it leads to is replaced.
 
-        Raises `SnapshotError` if it cannot be written, and for a link that another user has made; `ManagerClosedError`
+        Raises `SnapshotError` if the file cannot be written, and for a link made by another user; `ManagerClosedError`
         after the end. O(users), in slices; a thread waits for the disk.
         """
         return await take_snapshot(self._server, path)
 
     @property
     def spill_report(self) -> SpillReport | None:
-        """What has become so far of the users that an earlier process has spilled. O(those users).
+        """What has become so far of the users that an earlier process spilled; None without `spill`. O(these users).
 
-        None without `spill`, and before the store was opened for the first time.
+        It is also None until the store was opened for the first time.
         """
         self._server.table.require_thread()
         spill = self._server.spill
         return spill.report() if spill is not None and spill.is_open else None
 
     def statistics(self) -> Statistics:
-        """What the manager is doing at this instant. O(1), plus one step for each save under way."""
+        """Return what the manager is doing at this instant. O(1), plus one step for each save under way."""
         self._server.table.require_thread()
         return health.statistics(self._server, self._endings)
 
     def health(self) -> Health:
-        """Whether users are being saved as they should: ``"ok"``, ``"degraded"`` or ``"down"``, and why.
+        """Return whether users are being saved as they should: ``"ok"``, ``"degraded"`` or ``"down"``, and why.
 
-        False in a condition when it is down. Down: the store does not answer, nobody saves, or the manager has been
-        destroyed. Degraded: something unsaved is older than two intervals, saves take longer than the interval, or some
-        data cannot be saved as it is. The reason says all that holds, and names up to ten users whose data that is, so
-        it is not for everybody to see. O(1), plus one step for each save under way.
+        - ``"down"``: the store does not answer, there is neither a store nor a listener that saves, or the manager was
+          destroyed. The result is then false in a condition.
+        - ``"degraded"``: an unsaved change is older than two intervals, saves take longer than the interval, or some
+          data cannot be saved as it is.
+
+        The reason lists all that applies, and names up to ten users whose data cannot be saved, so do not publish it.
+        O(1), plus one step for each save under way.
         """
         self._server.table.require_thread()
         return health.health(self._server, self._endings)
 
     async def destroy(self, persist: bool | None = None, *, deadline: Duration = "25s") -> DrainReport:
-        """End all sessions and the manager itself, and return how it went.
+        """End all sessions, and the manager itself; returns a report.
 
-        From now on nobody new is admitted; calls under way are awaited; with `persist` (by default True with a store,
-        False without) every user's last save is made, oldest first, and retried when it fails; then the store is
-        closed. Users who are not saved by the `deadline` are ended unsaved and named in the `DrainError` that is raised
-        then: its ``report`` is the `DrainReport`. With `spill` their data is kept in that file. Listeners of
-        ``destroy`` may run for one second more. A save that is still under way by then is abandoned.
+        No new session is admitted from now on, and calls under way are awaited. With `persist` (by default True with a
+        store, False without) every user's last save is made, oldest first, and repeated while it fails. Then the store
+        is closed.
 
-        Calls that come later join the first, and its `deadline`; one that asks for saves still gets those that are
-        possible, and raises `ManagerClosedError` if somebody had ended without one by then. Inside a listener that this
-        end waits for, or in a task that such a listener has started, the call returns at once, with the report so far.
-        Cancelling the call stops the waiting, not the end. Raises `NothingSavesError`, `OptionError` before anything
+        Users who are not saved by the `deadline` are ended unsaved. The call then raises `DrainError`, which names
+        them; its ``report`` is the `DrainReport`. With `spill` their data is kept in that file. Listeners of
+        ``destroy`` may run for one second more; a save that is still under way then is abandoned.
+
+        Later calls join the first one, and its `deadline`. One that asks for saves gets those that are still possible,
+        and raises `ManagerClosedError` if a session had ended without one by then. Inside a listener that this end
+        waits for, or in a task that such a listener has started, the call returns at once, with the report so far.
+        Cancelling the call stops the waiting, not the end. Raises `NothingSavesError` and `OptionError` before anything
         changes. O(users), in slices.
         """
         longest = parse_duration(deadline, "deadline", shortest=0)
@@ -348,10 +361,11 @@ class SessionManager(ManagerCore, Generic[T]):
         return report
 
     async def run_until_signal(self, *, deadline: Duration = "25s") -> int:
-        """Wait for SIGTERM or SIGINT, then `destroy` the manager: an exit status, 1 if anybody is unsaved, else 0.
+        """Wait for SIGTERM or SIGINT, then `destroy` the manager; returns 0, or 1 if a user is unsaved.
 
-        Users are saved if `persist_on` has ``"shutdown"``. Returns too once somebody else has destroyed the manager.
-        The report goes to the log, and leaving ``async with`` no longer raises it:
+        Users are saved if `persist_on` has ``"shutdown"``. `deadline` is that of `destroy`. The result is meant to be
+        the exit status. The call also returns when the manager was destroyed by other code. The report goes to the log,
+        and leaving ``async with`` does not raise its errors again:
 
             async def main() -> int:
                 async with manager:
@@ -361,11 +375,11 @@ class SessionManager(ManagerCore, Generic[T]):
             raise SystemExit(asyncio.run(main()))
 
         The handlers are installed from the call to its return. Handlers that the program has set before, with
-        `signal.signal` or `loop.add_signal_handler`, are called as well; Python's own and `asyncio.run`'s are not, and
-        an ignored signal has none. All are restored afterwards, unless others were set meanwhile. Further signals are
-        logged, and abort nothing. Cancelling the call stops the waiting, not an end that has begun.
+        `signal.signal` or `loop.add_signal_handler`, are called as well, but not Python's own and those of
+        `asyncio.run`. All are restored afterwards, unless others were set meanwhile. Further signals are logged, and
+        interrupt nothing. Cancelling the call stops the waiting, not an end that has begun.
 
-        Raises `UsageError` outside the main thread, `DurationError`, before anything changes.
+        Raises `UsageError` outside the main thread, and `DurationError`, before anything changes.
         """
         parse_duration(deadline, "deadline", shortest=0)
         status = await run_until_signal(
@@ -378,18 +392,18 @@ class SessionManager(ManagerCore, Generic[T]):
         return status
 
     def estimate_drain_seconds(self) -> float:
-        """About how many seconds `destroy(persist=True)` would take now; 0.0 with nobody to save.
+        """Estimate how many seconds `destroy(persist=True)` would take now; 0.0 without users to save.
 
         It assumes full batches, `max_in_flight` of them at a time, at the average time of a call of the store (without
         a store one save for each user, at the average time of the listeners), plus 0.1 ms of work on the event loop for
-        each user. Before anything was measured it is that work alone. It does not allow for a store that is down, large
-        data, failed attempts, or what your listeners do. O(1).
+        each user. Before any call was measured it counts that work alone. It does not account for a store that is down,
+        large data, failed attempts, or other listeners. O(1).
         """
         self._server.table.require_thread()
         return health.drain_seconds(self._server)
 
     async def __aenter__(self) -> Self:
-        """Bind the loop and open the store; raises what `Store.open` raises."""
+        """Bind the manager to this event loop, and open the store; raises what `Store.open` raises."""
         self._server.enter()
         if self._server.link is not None:
             await self._server.link.open()
@@ -400,10 +414,10 @@ class SessionManager(ManagerCore, Generic[T]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Destroy the manager; users are saved if `persist_on` has ``"shutdown"``, which with a store it has."""
+        """Destroy the manager. Users are saved if `persist_on` has ``"shutdown"``: by default it has with a store."""
         if self._is_over:
-            return  # how it went has been told
-        begun = self._endings.drain is not None  # then whoever began it has said what to save
+            return  # `run_until_signal` has destroyed the manager, and logged the report
+        begun = self._endings.drain is not None  # the call that began it has said whether to save
         await self.destroy(not begun and self.will_persist_user_data_on("shutdown"))
 
     @overload
@@ -435,16 +449,16 @@ class SessionManager(ManagerCore, Generic[T]):
     @overload
     def on(self, name: Literal["unsavable"]) -> Callable[[OfUnsavable], OfUnsavable]: ...
     def on(self, name: ManagerEvent, listener: Listener | None = None) -> object:
-        """Call a listener, sync or async, each time an event is emitted; without one, a decorator.
+        """Call a listener, sync or async, each time an event is emitted. Without a listener, return a decorator.
 
         The events and what their listeners receive: ``created`` (session), ``started`` (session), ``identified``
         (session, user_id, user_data), ``persist_user_data`` (session), ``before_destroy`` (session), ``destroy``
         (session), ``error`` (error, session or None), ``unsavable`` (session, error). With a store there is no
-        ``persist_user_data``; ``before_save=`` is what comes closest. Listeners run one at a time in the order of
-        registration, each awaited before the next; one that raises stops no other.
+        ``persist_user_data``; use ``before_save=`` instead. Listeners run one at a time in the order of registration,
+        each awaited before the next; one that raises does not stop the others.
 
-        A ``persist_user_data`` listener turns `session.user_data` into bytes first, before its first await, and then
-        writes them: the data goes on changing while the write is under way.
+        A ``persist_user_data`` listener has to turn `session.user_data` into bytes before its first await, and then
+        write them: the data goes on changing while the write is under way.
 
         Raises `UnknownEventError`, `InvalidListenerError`.
         """
@@ -481,13 +495,13 @@ class SessionManager(ManagerCore, Generic[T]):
     @overload
     def once(self, name: Literal["unsavable"]) -> Callable[[OfUnsavable], OfUnsavable]: ...
     def once(self, name: ManagerEvent, listener: Listener | None = None) -> object:
-        """Like `on`, for the next time only, also if the listener raises or causes the event again."""
+        """As `on`, for the next event only, even if the listener raises or causes the event again."""
         if listener is None:
             return lambda function: self._add(name, function, once=True)
         return self._add(name, listener, once=True)
 
     def off(self, name: ManagerEvent, listener: Listener) -> None:
-        """Take a listener back; nothing happens if it is not registered. Raises `UnknownEventError`."""
+        """Remove a listener; does nothing if it is not registered. Raises `UnknownEventError`."""
         self._server.table.require_thread()
         self._server.listeners.remove(name, listener)
 
@@ -506,9 +520,9 @@ class SessionManager(ManagerCore, Generic[T]):
 
 
 def create(apis: Mapping[str, Any] | None = None, options: Mapping[str, Any] | None = None) -> SessionManager[Any]:
-    """Make a `SessionManager` the way the Node package does.
+    """Make a `SessionManager` with the arguments of the Node package.
 
-    `apis` may hold ``"log"``, a logger; `options` is the nested mapping of `SessionManager`. Raises `OptionError`.
+    `apis` may have ``"log"``, a logger; `options` is the nested mapping of `SessionManager`. Raises `OptionError`.
     """
     if apis is not None and not isinstance(apis, Mapping):
         raise OptionError(f"apis is a mapping like {{'log': logger}}, not {quote(apis)}")

@@ -1,5 +1,7 @@
-"""One human on one server. What lives here: the public manners of a session. What must not: its memory (that is the
-core's) and the steps of its life (those are lifecycle's).
+"""The public `Session` class: the docstrings and the types of its calls, and its listeners.
+
+Its fields, and its calls that need not wait, are in the compiled `SessionCore`; the steps of its life are in
+`login.py`, `beginning.py` and `ending.py`, its saves in the package `saving`.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ OfIdentified = TypeVar("OfIdentified", bound=Callable[[int | str, Any], object])
 
 @direct
 class Session(SessionCore, Generic[T]):
-    """One user on this server, from `SessionManager.create` to `destroy`.
+    """One connected user on this server, from `SessionManager.create` to `destroy`.
 
-    `key` is what the session can be found by, or None; `user_id` and `user_data` are set by `login`, or without a store
-    by `set_user`. `set` and `get` keep live objects beside them that are never saved. In an ``async with`` it ends with
-    the block: ``async with manager.create() as session: ...``.
+    `key` is the text by which the program finds the session, or None. `user_id` and `user_data` are set by `login`, or
+    without a store by `set_user`. `set` and `get` keep other objects, such as a socket, which are never saved. In an
+    ``async with`` the session ends with the block: ``async with manager.create() as session: ...``.
     """
 
     __slots__ = ()
@@ -58,42 +60,41 @@ class Session(SessionCore, Generic[T]):
         default: T | Callable[[], T] = NO_DEFAULT,
         when_active: Literal["replace", "refuse"] = "replace",
     ) -> None:
-        """Say who this human is, and have the store load their data; from now on it is saved. Emits ``identified``.
+        """Give the session its user, and load the user's data from the store; from now on it is saved.
 
-        The user is claimed in the store, so that no other server has them; the data is decoded; then `user_id` and
-        `user_data` are set in one step. `default` is the data of a user the store does not know: a value, of which each
-        user gets a copy, or a plain function that makes one. If the user has a live session on this server it is
-        saved and ended first (``when_active="replace"``), or the call raises (``"refuse"``).
-        While the store is down the call waits for `save_timeout`. Cancelling it identifies nobody.
+        The user is claimed in the store, so that no other server has them, and the data is decoded. Then `user_id` and
+        `user_data` are set in one step, and ``identified`` is emitted. `default` is the data of a user whom the store
+        does not know: a value, of which each user gets a copy, or a plain function that makes one. `when_active` says
+        what to do if the user has a live session on this server: ``"replace"`` saves and ends it first, ``"refuse"``
+        raises `UserActiveError`. While the store is down the call waits up to `save_timeout`. If it is cancelled, the
+        session stays without a user.
 
-        Raises before anything changes: `InvalidUserIdError`, `OptionError`, `AlreadyIdentifiedError`,
-        `SessionEndedError`, `ManagerClosedError`, `EncodingError` for a `default` that cannot be saved, and
-        `StoreModeError` without a store. Raises and leaves the session anonymous: `UserNotFoundError` without a
-        default, `OwnedElsewhereError`, `UserActiveError`, `CorruptRecordError`, `NewerSchemaError`,
-        `StoreUnavailableError`, and what the save of the older session raised, which stays live then. Raises
-        `ListenerError` with what the listeners raised, and then the user stays set. O(size of the data), and a call of
-        the store.
+        Raises `InvalidUserIdError`, `OptionError`, `AlreadyIdentifiedError`, `SessionEndedError`, `ManagerClosedError`,
+        `EncodingError` for a `default` that cannot be saved, or `StoreModeError` without a store before anything
+        changes. Leaves the session without a user, and raises `UserNotFoundError` without a default,
+        `OwnedElsewhereError`, `UserActiveError`, `CorruptRecordError`, `NewerSchemaError`, `StoreUnavailableError`, or
+        what the save of the older session raised, which then stays live. Raises `ListenerError` with what the listeners
+        raised; the user stays set then. O(size of the data), and a call of the store.
         """
         await self._host._logins.login(self, user_id, default, when_active)
 
     async def persist_now(self) -> Receipt | None:
-        """Save the user's data as it is now, and return when that is done: the store's `Receipt`.
+        """Save the user's data as it is now; returns the store's `Receipt` when that is done.
 
-        A call that comes while a save is under way waits for a later one; callers that wait for the same save share
-        it, and with a store those of one turn of the loop share a batch. Without a user there is nothing to save, and
-        nothing happens. Returns None then, and where a listener saves. Cancelling the call stops the waiting, not the
-        save.
+        A call that comes while a save is under way waits for a later one. Calls that wait for the same save share it,
+        and with a store the calls of one turn of the event loop share a batch. Returns None without a user, as there is
+        nothing to save, and if a listener saves. Cancelling the call stops the waiting, not the save.
 
         It saves this user alone. ``asyncio.gather(ann.persist_now(), bob.persist_now())`` is two saves: after a crash,
-        or where one of them is refused, one may be stored and the other not. The trade of the page on tests survives
-        that.
+        or if one of them is refused, one may be stored and the other not. The page on tests has a trade between two
+        users that survives that.
 
-        With a store attempts that fail are repeated meanwhile; raises `StoreUnavailableError` when none has succeeded
-        within `save_timeout` (the data stays due), `UnsavableError` for data that cannot be saved as it is,
-        `FencedError` and `UserErasedError` when the session has lost its user. Without one raises `ListenerError` with
-        what the ``persist_user_data`` listeners raised (the data stays due), and `NothingSavesError` without such a
-        listener. Raises `SessionEndedError`, and `WouldDeadlockError` inside a listener that this very save would wait
-        for.
+        With a store, attempts that fail are repeated. Raises `StoreUnavailableError` if none has succeeded within
+        `save_timeout` (the data is saved later), `UnsavableError` for data that cannot be saved as it is, and
+        `FencedError` or `UserErasedError` if the session has lost its user. Without a store, raises `ListenerError`
+        with what the ``persist_user_data`` listeners raised (the data is saved later), and `NothingSavesError` without
+        such a listener. Raises `SessionEndedError`, and `WouldDeadlockError` inside a listener that this save would
+        wait for.
         """
         server: Server = self._host._server
         server.enter()
@@ -105,7 +106,7 @@ class Session(SessionCore, Generic[T]):
         return await endings.wait_ended(self)
 
     async def __aenter__(self) -> Self:
-        """The session itself. Raises `SessionEndedError` if its end has begun."""
+        """Return the session itself. Raises `SessionEndedError` if its end has begun."""
         server: Server = self._host._server
         server.refuse_if_ending(self)
         return self
@@ -113,9 +114,9 @@ class Session(SessionCore, Generic[T]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Destroy the session, with a save if `persist_on` has ``"disconnect"``, which with a store it has.
+        """Destroy the session, with a save if `persist_on` has ``"disconnect"``, as it has by default with a store.
 
-        Does nothing if its end has begun already: whoever began it has said what to save. Raises what `destroy` raises.
+        Does nothing if its end has begun already: that call has said whether to save. Raises what `destroy` raises.
         """
         server: Server = self._host._server
         if self.alive and not server.table.is_ending(self):
@@ -132,7 +133,7 @@ class Session(SessionCore, Generic[T]):
     @overload
     def on(self, name: Literal["identified"]) -> Callable[[OfIdentified], OfIdentified]: ...
     def on(self, name: SessionEvent, listener: Listener | None = None) -> object:
-        """Call a listener, sync or async, each time an event is emitted; without one, a decorator.
+        """Call a listener, sync or async, each time an event is emitted. Without a listener, return a decorator.
 
         The events of a session and what their listeners receive: ``started`` (), ``identified`` (user_id, user_data),
         ``before_destroy`` (), ``destroy`` (). Raises `UnknownEventError`, `InvalidListenerError`, `SessionEndedError`.
@@ -154,13 +155,13 @@ class Session(SessionCore, Generic[T]):
     @overload
     def once(self, name: Literal["identified"]) -> Callable[[OfIdentified], OfIdentified]: ...
     def once(self, name: SessionEvent, listener: Listener | None = None) -> object:
-        """Like `on`, for the next time only, also if the listener raises or causes the event again."""
+        """As `on`, for the next event only, even if the listener raises or causes the event again."""
         if listener is None:
             return lambda function: self._add(name, function, once=True)
         return self._add(name, listener, once=True)
 
     def off(self, name: SessionEvent, listener: Listener) -> None:
-        """Take a listener back; nothing happens if it is not registered. Raises `UnknownEventError`."""
+        """Remove a listener; does nothing if it is not registered. Raises `UnknownEventError`."""
         self._host._server.table.require_thread()
         if self._listeners is not None:
             self._listeners.remove(name, listener)

@@ -151,7 +151,7 @@ class CallbackStore(Store):
         raise StoreModeError("a CallbackStore cannot list its users; read them from your own tables")
 
     async def _claim(self, user_id: int | str, owner: str) -> Claim:
-        self._epoch += 1
+        self._epoch += 1  # nothing is stored, but a claim has to have an epoch above the last one
         epoch = self._epoch
         return Claim(user_id, epoch, await self._read(user_id, epoch, owner))
 

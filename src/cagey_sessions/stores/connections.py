@@ -65,7 +65,7 @@ class Connections(Generic[C]):
         raise, `StoreUnavailableError` if no connection is free within `timeout`, and `WrongLoopError`.
         """
         task = asyncio.current_task()
-        if task is None or task.get_loop() is not self._loop:
+        if task is None or task.get_loop() is not self._loop:  # futures of this loop cannot be awaited on another
             raise WrongLoopError(f"this {self._name} was opened on another event loop")
         await self._acquire_slot(task)
         connection: C | None = None
@@ -77,7 +77,7 @@ class Connections(Generic[C]):
             try:
                 return await work(connection)
             except (asyncio.CancelledError, TimeoutError):
-                self._cut(connection)  # its reply is still to come
+                self._cut(connection)  # the reply is still to come, and would be taken for that of the next call
                 raise
             finally:
                 timer.cancel()

@@ -206,7 +206,7 @@ class StoreLink:
             return  # never opened here; another manager may have it open
         closing = self._spawn(self.store.close)
         await self.loop.wait(closing, CLOSING)
-        self._opening = None
+        self._opening = None  # another manager may open the store now
         if not closing.done():
             self._say("error", "%s did not close within %g s", self.name, CLOSING / SECOND)
         elif closing.cancelled() or closing.exception() is not None:
@@ -244,6 +244,7 @@ class StoreLink:
                 raised = f"a call of {self.name} raised {type(error).__name__}; what it has done is unknown"
                 raise StoreUnavailableError(raised) from error
 
+        # An empty context: the call may outlive its caller, and must not count as part of the listener that made it.
         task = self.loop.spawn(run(), "store call", Context())
         self._calls[task] = None
         task.add_done_callback(self._calls.pop)
@@ -388,7 +389,7 @@ class StoreLink:
         self._last_success = max(self._last_success, call.started)
         self._failing.clear()
         taken = (now - call.started) / SECOND
-        if self.store.incarnation != self._incarnation:
+        if self.store.incarnation != self._incarnation:  # "" at the first call, which loses nothing
             before, self._incarnation = self._incarnation, self.store.incarnation
             if before:
                 self._say("warning", "the engine of %s was started anew; everybody is written again", self.name)
@@ -409,6 +410,7 @@ class StoreLink:
             self.failed(call.started, error)
             return
         self.last_error = error
+        # A second failure of the same users says nothing new: their rows may be the cause.
         if call.started > self._last_success and all(call.users.isdisjoint(others) for others in self._failing):
             self._failing.append(call.users)
         if len(self._failing) > MOST_FAILING:

@@ -120,6 +120,8 @@ class MemoryStore(Store):
             return Outcome.ERASED
         if record.epoch != row.epoch or record.owner != row.claimant:
             return Outcome.FENCED
+        # From here on the record is of the row's last claim. After a release only a repeat of what was saved before it
+        # may come: a new version would change a user whom another server may claim now.
         version = 0 if row.record is None else row.record.version
         if record.version > version and row.released:
             return Outcome.FENCED
@@ -153,7 +155,7 @@ class MemoryStore(Store):
                 owner=row.owner,
             )
         had_data = row.record is not None
-        row.epoch += 1
+        row.epoch += 1  # fences off late writes of a session that had the user
         row.released = True
         row.record = None
         row.erased = True
@@ -171,7 +173,7 @@ class MemoryStore(Store):
 
     async def scan(self) -> AsyncIterator[Record | StoreError]:
         self._require_open()
-        for user_id, row in list(self.backing.rows.items()):
+        for user_id, row in list(self.backing.rows.items()):  # a copy, because saves go on
             try:
                 record = row.as_stored().record(user_id)
             except CorruptRecordError as error:

@@ -1,5 +1,5 @@
 """Tests of game logic in virtual time, and of stores on a bad network. What lives here: the public test kit. What must
-not: anything a running server needs; `cagey_sessions` itself never imports this package.
+not: anything that a running server needs, because `cagey_sessions` never imports this package.
 """
 
 from .crash import CrashTestError, crash_test

@@ -1,8 +1,8 @@
-"""Crashes at every moment of the program's own logic. What lives here: `crash_test` and the report it raises. What must
-not: invariants; they are the program's.
+"""`crash_test`: kills a server at any moment of a scenario, and checks what is stored.
 
-A scenario is played under one seed to its end and then again, the server killed at one of the steps it took; what the
-database holds afterwards has to satisfy the program's invariant, as it does after a restart.
+Under each seed the scenario is played to its end, and then again with the server killed at one of the steps it took.
+What the database has after that has to satisfy the program's invariant, and again after a restart. See `world.py` for
+the server, and `universe.py` for the virtual time that it runs in.
 """
 
 from __future__ import annotations
@@ -27,23 +27,24 @@ __all__ = ["CrashTestError", "crash_test"]
 Play = Callable[[SessionManager[Any]], Coroutine[Any, Any, Any]]
 Invariant = Callable[[dict[int | str, Any]], object]
 
+# each seed chooses one of these: how often the event loop's order is shuffled, and how long the database takes
 SHUFFLES = (0.0, 0.0, 0.5, 1.0)
 WAYS = ((1 * MILLISECOND, 5 * MILLISECOND), (1 * MILLISECOND, 80 * MILLISECOND))
 LATEST = 30 * SECOND
-"""After a crash what was sent is given this long to arrive."""
+"""After a crash, how long the calls that were sent have to arrive at the database."""
 MOST_SEEDS = 2**31
 MOST_MOMENTS = 400
-"""How many moments the search for the smallest history looks at."""
+"""The most moments that the search for the shortest history tries."""
 
 
 class CrashTestError(AssertionError):
-    """The program's invariant does not hold over what is stored."""
+    """The program's invariant does not hold for what is stored."""
 
 
 class _Broken(NamedTuple):
     seed: int
     step: int | None
-    """At which step the server was killed; None if it was not."""
+    """The step at which the server was killed; None if it was not."""
     seconds: float
     reason: BaseException
     history: list[str]
@@ -60,9 +61,9 @@ def crash_test(
     make_manager
         As in `world`: ``make_manager(store=store, clock=clock)``.
     play
-        ``async def play(manager)``: what players do, by the program's own handlers. It is run on each server anew, also
-        on one that was started after a crash, so it begins with what is stored. What it draws from the `random` module
-        is decided by the seed.
+        ``async def play(manager)``: what players do, through the program's own handlers. It is run on each server, also
+        on one that was started after a crash, so it has to begin with what is stored then. The seed decides what it
+        draws from the `random` module.
     invariant
         ``invariant(stored)`` is given the data of all users, by user id, as plain values. It raises, or returns False,
         if something is wrong.
@@ -72,10 +73,10 @@ def crash_test(
 
     Notes
     -----
-    For each seed the invariant is checked after a run that nobody disturbs, after the crash, and after a restart that
-    plays the scenario again. Raises `CrashTestError` with the seed, the moment, what was written, and what is stored;
-    of all moments at which that seed fails it takes the one with the shortest history. What `play` raises is raised as
-    it is. Cost: for each seed about three plays, none of which waits in real time.
+    For each seed the invariant is checked after an undisturbed run, after the crash, and after a restart that plays the
+    scenario again. Raises `CrashTestError` with the seed, the moment, what was written, and what is stored; of all
+    moments at which that seed fails it reports the one with the shortest history. Raises what `play` raises. Cost: for
+    each seed about three plays, none of which waits in real time.
     """
     for check, name in ((make_manager, "make_manager"), (play, "play"), (invariant, "invariant")):
         if not callable(check):
@@ -116,7 +117,7 @@ def _smallest(make_manager: MakeManager, play: Play, invariant: Invariant, broke
 def _run(
     make_manager: MakeManager, play: Play, invariant: Invariant, seed: int, kill_at: int | None
 ) -> tuple[int, _Broken | None]:
-    """Play once: how many steps that took, and what was broken."""
+    """Play once, with the server killed at a step or not; returns how many steps it took, and a failure or None."""
     chance = Random(f"crash test {seed}")
     random.seed(seed)
     universe = Universe(f"universe {seed}", shuffle=chance.choice(SHUFFLES))
@@ -178,7 +179,7 @@ def _check(invariant: Invariant, stored: dict[int | str, Any]) -> Exception | No
 
 
 def _history(here: World) -> list[str]:
-    """Every write that the database took, one line each."""
+    """Every write that the database accepted, one line each."""
     return [
         f"{applied.when:10.3f} s  {applied.record.user_id!r}: {applied.record.body.decode()}"
         for applied in here.database.log

@@ -1,5 +1,7 @@
-"""What pytest finds by itself. What lives here: `cagey_world`, and how the tests of `store_conformance` are run. What
-must not: the work itself, and imports of the library outside functions: every test run of everybody loads this file.
+"""The pytest plugin: the fixture `cagey_world`, and the running of `store_conformance`'s coroutines.
+
+pytest loads this file in every test run of every project that has this library installed. So it must import nothing of
+the library outside of functions.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ pytest.register_assert_rewrite("cagey_sessions.testing.conformance")
 
 @pytest.fixture
 def cagey_world() -> Iterator[Callable[[MakeManager], World]]:
-    """``cagey_world(make_manager)`` makes a `cagey_sessions.testing.World`, which ends with the test."""
+    """``cagey_world(make_manager)`` makes a `cagey_sessions.testing.World`, which is closed at the end of the test."""
     from .world import world  # noqa: PLC0415
 
     with ExitStack() as stack:
@@ -34,7 +36,7 @@ def cagey_world() -> Iterator[Callable[[MakeManager], World]]:
 
 
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run the coroutines of `store_conformance` where no other plugin does."""
+    """Run the coroutines of `store_conformance`, each on an event loop of its own, if no other plugin does."""
     if not getattr(pyfuncitem.cls, "runs_coroutines", False) or not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}

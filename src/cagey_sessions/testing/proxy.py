@@ -1,5 +1,6 @@
-"""A network that fails. What lives here: `FaultProxy`, which stands between a store and its engine. What must not:
-anything that knows what is said on a connection.
+"""`FaultProxy`: a TCP proxy between a store and its engine, with faults of the network.
+
+It knows nothing of the protocol: it passes on bytes, late, slowly, or not at all.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ __all__ = ["FaultProxy"]
 HOST = "127.0.0.1"
 CHUNK = 65_536
 CHUNKS_UNDER_WAY = 64
-"""In each direction of a connection; then nothing more is read from whoever sends."""
+"""How many chunks wait in each direction of a connection before nothing more is read from the sender."""
 PIECES = 20
-"""In which a second's worth of bytes passes."""
+"""In how many pieces the bytes of a second pass, if `bytes_per_second` limits them."""
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class FaultProxy:
     """A proxy for TCP between a client and a server, with faults that you switch on and off.
 
-    ``async with FaultProxy("127.0.0.1", 5432) as proxy`` listens on ``proxy.host`` and ``proxy.port``, of this machine
-    only, and passes on what comes to that server; `path` instead of `host` and `port` names a Unix socket. Each
-    connection has one of its own to the server. Leaving the block closes all of them and ends every fault.
+    ``async with FaultProxy("127.0.0.1", 5432) as proxy`` listens on ``proxy.host`` and ``proxy.port``, for this machine
+    only, and passes everything on to that server; `path` in place of `host` and `port` names a Unix socket. For each
+    connection of a client it opens one to the server. Leaving the block closes all of them, and ends every fault.
 
-    Raises `OptionError`, and `UsageError` when it is used outside of the block. It runs on the loop of the block, and
-    on asyncio and uvloop alike. A round trip through it takes about a tenth of a millisecond.
+    Raises `OptionError`, and `UsageError` if it is used outside of the block. It runs on the event loop of the block,
+    asyncio's or uvloop's. A round trip through it takes about a tenth of a millisecond.
     """
 
     host = HOST
-    """Where it listens."""
+    """The address on which it listens."""
 
     def __init__(
         self, host: str = HOST, port: int | None = None, *, path: str | os.PathLike[str] | None = None
@@ -59,15 +60,15 @@ class FaultProxy:
         self._bytes_per_second: int | None = None
         self._wanted: bytes | None = None
         self.dropped = 0
-        """How many replies have been dropped so far."""
+        """How many replies were dropped so far."""
 
     async def __aenter__(self) -> Self:
         if self._reserved is not None:
             raise UsageError("this FaultProxy is open already")
         self._flowing = asyncio.Event()
         self._flowing.set()
-        # it never listens: it keeps the port while `refuse` lasts, also from a client that would get it as its own and
-        # so connect to itself
+        # This socket never listens. It keeps the port during a `refuse`: otherwise another program may take it, or a
+        # client may get it as its own port, and so connect to itself.
         self._reserved = _bound(0)
         try:
             await self.accept()
@@ -96,7 +97,7 @@ class FaultProxy:
 
     @property
     def port(self) -> int:
-        """Where it listens; the same for the whole block."""
+        """The port on which it listens; the same during the whole block."""
         return int(self._open().getsockname()[1])
 
     @property
@@ -113,7 +114,7 @@ class FaultProxy:
 
     @property
     def latency(self) -> float:
-        """Seconds by which everything is late that is sent from now on, each way; 0 to begin with."""
+        """How many seconds everything that is sent from now on is delayed, each way; 0 at first."""
         return self._latency
 
     @latency.setter
@@ -122,7 +123,7 @@ class FaultProxy:
 
     @property
     def bytes_per_second(self) -> int | None:
-        """How many bytes pass in a second, each way of each connection; None, as many as there are."""
+        """How many bytes pass in a second, each way of each connection; None for no limit."""
         return self._bytes_per_second
 
     @bytes_per_second.setter
@@ -137,7 +138,7 @@ class FaultProxy:
         self._flowing.clear()
 
     def resume(self) -> None:
-        """End a `stall`: what was sent meanwhile passes, even if whoever has sent it is gone."""
+        """End a `stall`: what was sent meanwhile passes, even if the sender has closed its connection."""
         self._open()
         self._flowing.set()
 
@@ -150,7 +151,7 @@ class FaultProxy:
     def half_close(self) -> None:
         """Close the server's side of all connections that are open now.
 
-        Clients read the end of what the server has said. What they still say is taken, and goes nowhere.
+        Clients read the end of the stream. What they still send is accepted and thrown away.
         """
         for link in self._links:
             link.close_server()
@@ -174,10 +175,10 @@ class FaultProxy:
                 raise
 
     def drop_reply(self, request: bytes = b"") -> None:
-        """Let the next request that contains these bytes pass, and drop the reply: once.
+        """Pass on the next request that contains these bytes, and drop the reply to it; once.
 
-        As soon as the server begins to answer, the connection is reset on both sides, so that the client does not learn
-        what became of its request. A request is what a client sends before the server says something.
+        As soon as the server begins to reply, the connection is reset on both sides, so that the client cannot know
+        what became of its request. A request is all that a client sends before the server sends something.
         """
         self._open()
         if not isinstance(request, bytes):
@@ -187,7 +188,7 @@ class FaultProxy:
     # Connections
 
     def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._server is None:  # it came just before `refuse`
+        if self._server is None:  # the connection was accepted just before `refuse`
             _reset(writer)
             return
         link = _Link(self, reader, writer)
@@ -201,7 +202,7 @@ class FaultProxy:
 
 
 _Queue = asyncio.Queue[tuple[float, bytes]]
-"""What has arrived, and when it is to go on; no bytes are the end."""
+"""What has arrived, and when it is to be sent on; no bytes mean the end of the stream."""
 _Look = Callable[[bytes], None]
 
 
@@ -210,7 +211,7 @@ def _look_away(_: bytes) -> None:
 
 
 class _Link:
-    """The connection of a client, and the one to the server that belongs to it."""
+    """The connection of a client, and the one to the server for it."""
 
     def __init__(self, proxy: FaultProxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._proxy = proxy
@@ -236,7 +237,7 @@ class _Link:
             ]
             await asyncio.gather(*pumps)
         except OSError:
-            self.reset()  # the one side is gone, and the other is to learn of it
+            self.reset()  # one side is gone, and the other has to learn it
         finally:
             for task in pumps:
                 task.cancel()
@@ -247,14 +248,14 @@ class _Link:
                     side[1].close()
 
     async def _take(self, reader: asyncio.StreamReader, queue: _Queue, look: _Look = _look_away) -> None:
-        """Read what arrives, and note when it is to go on."""
+        """Read what arrives, and queue it with the time at which it is to be sent on."""
         clock = asyncio.get_running_loop().time
         due = 0.0
         data = b"-"
         while data:
             data = await reader.read(CHUNK)
             look(data)
-            due = max(due, clock() + self._proxy.latency)  # in the order in which it came, also after a change
+            due = max(due, clock() + self._proxy.latency)  # never before earlier bytes, also after the latency fell
             await queue.put((due, data))
 
     async def _pass_on(self, queue: _Queue, writer: asyncio.StreamWriter, look: _Look = _look_away) -> None:
@@ -315,13 +316,13 @@ class _Link:
 
 
 async def _let_arrive() -> None:
-    """Wait as long as a connection that has been accepted takes to get to `_welcome`."""
+    """Wait as long as a connection that the system has accepted takes until `_welcome` is called for it."""
     for _ in range(3):
         await asyncio.sleep(0)
 
 
 def _bound(port: int) -> socket.socket:
-    """A socket at a port that others of ours may have, too."""
+    """A socket bound to a port that several sockets of ours share."""
     bound = socket.socket()
     try:
         bound.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_REUSEPORT", socket.SO_REUSEADDR), 1)
@@ -333,7 +334,7 @@ def _bound(port: int) -> socket.socket:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Close a connection so that the other end is told of a failure, not of an end."""
+    """Close a connection so that the other end sees a failure, not the end of the stream."""
     transport = writer.transport
     if not transport.is_closing():
         with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as same:

@@ -1,8 +1,7 @@
-"""A database at the other end of a network. What lives here: the simulated store, the faults it can be given, and the
-log of what it did. What must not: checks of that log, managers.
+"""A simulated database at the other end of a network, with faults, and a log of what was written.
 
-A call travels to the database, is carried out there in one step, and its answer travels back. Every part of that can
-take time or go wrong, as the universe's seed decides; what a crashed server has sent may still arrive.
+A call travels to the database, is carried out there in one step, and its answer travels back. Every part of that takes
+time and may go wrong, as the universe's seed decides. A call that a crashed server has sent may still arrive.
 """
 
 from __future__ import annotations
@@ -29,23 +28,23 @@ MILLISECOND = SECOND // 1000
 
 @dataclass
 class Faults:
-    """What goes wrong between a server and its database, as chances from 0 to 1 of each call.
+    """What goes wrong between a server and its database; most fields are the chance of it for each call, from 0 to 1.
 
-    All of them may be changed while a run goes on.
+    All fields may be changed during a run.
     """
 
     latency: tuple[int, int] = (1 * MILLISECOND, 5 * MILLISECOND)
-    """The shortest and the longest time that one way takes, in nanoseconds."""
+    """The shortest and the longest time of one way, in nanoseconds."""
     failing: float = 0.0
-    """The call raises, and nothing has happened."""
+    """The call is not carried out, and raises."""
     losing_replies: float = 0.0
-    """The call is carried out, and raises."""
+    """The call is carried out, and raises all the same."""
     hanging: float = 0.0
-    """Nothing arrives and nothing comes back, until the caller's deadline."""
+    """The call does not arrive, and gets no answer, until the caller's deadline."""
     late: float = 0.0
-    """Nothing comes back; the call is carried out up to 20 seconds later, whoever has given it up by then."""
+    """The call gets no answer, and is carried out up to 20 seconds later, even if the caller has given up by then."""
     partial: float = 0.0
-    """Of a batch only some records are written, or only some users released, and the call raises."""
+    """Only some records of a batch are written, or only some users released, and the call raises."""
     refusing: float = 0.0
     """A record gets the verdict `failed`."""
     invalid: frozenset[int | str] = frozenset()
@@ -55,7 +54,7 @@ class Faults:
 
 
 class Applied(NamedTuple):
-    """One record that reached the database, and what it said."""
+    """One record that reached the database, and the verdict."""
 
     when: float
     """Seconds since the start."""
@@ -65,19 +64,19 @@ class Applied(NamedTuple):
 
 @dataclass
 class SimulatedDatabase:
-    """What the servers of one universe share: rows, faults, and the log of everything that was written."""
+    """The database that the servers of one universe share: rows, faults, and the log of everything written."""
 
     universe: Universe
     faults: Faults = field(default_factory=Faults)
     fenced: bool = True
-    """Whether it refuses what comes late, or from who is not the owner."""
+    """Whether it refuses writes that come late, or are not by the owner."""
     backing: MemoryBacking = field(default_factory=MemoryBacking)
     log: list[Applied] = field(default_factory=list)
     lost: list[tuple[float, int | str]] = field(default_factory=list)
-    """The rows lost by `lose`, and when."""
+    """The rows that `lose` removed, and when."""
     erased: list[tuple[float, int | str]] = field(default_factory=list)
     watchers: list[Callable[[str, Any], None]] = field(default_factory=list)
-    """Called with the name of a call and its answer each time one is carried out."""
+    """Functions that are called with the name and the answer of each call that is carried out."""
 
     def stored(self, user_id: int | str) -> Any:
         """The data of a user as plain values; None if there is none. A copy."""
@@ -89,12 +88,12 @@ class SimulatedDatabase:
         return {user_id: value for user_id in self.backing.rows if (value := self.stored(user_id)) is not None}
 
     def owner_of(self, user_id: int | str) -> str:
-        """Who has a user; empty if nobody."""
+        """The owner of a user; empty if the user has none."""
         row = self.backing.rows.get(user_id)
         return "" if row is None else row.owner
 
     def lose(self, user_ids: Iterable[int | str]) -> None:
-        """Forget rows, as an engine does that has failed over to a replica. Their epochs do not come again."""
+        """Remove rows, as an engine loses them when it fails over to a replica. Their epochs are not given again."""
         for user_id in user_ids:
             row = self.backing.rows.pop(user_id, None)
             if row is not None:
@@ -112,24 +111,24 @@ class SimulatedStore(MemoryStore):
         self.database = database
         self.faults: Faults = database.faults
         self.owner: str = ""
-        """In whose name it has claimed users; empty before the first claim."""
+        """The owner id that it has claimed users under; empty before the first claim."""
         self.is_cut: bool = False
         self.under_way: dict[asyncio.Task[Any], asyncio.Future[Any]] = {}
-        """The calls that wait for an answer."""
+        """The tasks of calls that wait for an answer, and the futures for that."""
 
     def cut(self) -> None:
-        """The server is gone: what it has sent may arrive, nothing comes back to it."""
+        """Cut the connection because the server is dead: calls that were sent may arrive, no answer comes back."""
         self.is_cut = True
 
     async def close(self) -> None:
-        """Close the connections; what is under way ends as an unknown."""
+        """Close the connections; calls under way end with an unknown outcome."""
         await super().close()
         for reply in self.under_way.values():
             if not reply.done():
                 reply.set_exception(StoreUnavailableError("the connection was closed"))
 
     def abort(self, call: asyncio.Task[Any]) -> None:
-        """End a call as an unknown; where late writes do harm, leave it to come to its end."""
+        """End a call with an unknown outcome; in an unfenced store, where a late write would do harm, do nothing."""
         reply = self.under_way.get(call)
         if reply is not None and self.fenced and not reply.done():
             reply.set_exception(StoreUnavailableError("the connection was closed"))
@@ -198,7 +197,7 @@ class SimulatedStore(MemoryStore):
         return [record async for record in records]
 
     async def _send(self, name: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Have the database do something, and wait for its answer."""
+        """Send a call to the database, and wait for its answer, with the faults that chance decides."""
         self._require_open()
         universe, faults = self.database.universe, self.faults
         chance = universe.random.random
@@ -221,7 +220,7 @@ class SimulatedStore(MemoryStore):
 
         def carry_out(replies: bool) -> None:
             if self.is_cut and universe.random.random() < 0.5:
-                return  # it had not left the machine
+                return  # the call had not left the machine when the server was killed
             result, error = _at_once(work())
             for watcher in self.database.watchers:
                 watcher(name, result if error is None else error)
@@ -232,7 +231,7 @@ class SimulatedStore(MemoryStore):
         if faults.down == "refusing" or chance() < faults.failing:
             fail("the connection was refused")
         elif faults.down == "silent" or chance() < faults.hanging:
-            if not self.fenced:  # a call that cannot be aborted has to end some day
+            if not self.fenced:  # such a call cannot be aborted, so it has to end by itself
                 universe.call_later(20 * SECOND, partial(fail, "the connection timed out"))
         elif self.fenced and chance() < faults.late:
             universe.call_later(universe.random.randrange(20 * SECOND), lambda: carry_out(False))
@@ -253,7 +252,7 @@ class SimulatedStore(MemoryStore):
 
 
 def _at_once(work: Coroutine[Any, Any, T]) -> tuple[T | None, Exception | None]:
-    """Run a coroutine that waits for nothing."""
+    """Run a coroutine that waits for nothing; returns its result, or what it raised."""
     try:
         work.send(None)
     except StopIteration as stop:

@@ -1,8 +1,8 @@
-"""What every fenced store has to do, written from the contract in `cagey_sessions.stores.Store` and not from any store.
+"""Tests of the store contract, for the test file of a store: written from `cagey_sessions.stores.Store`, not a store.
 
-What lives here: the names that a store's test file imports. `StoreConformance` has one test for each line of the
-contract, `StoreMachine` makes random histories. A test file subclasses both: it says how nodes on one backing are made
-and, if it is shared, how an owner dies. What must not: the tests (`conformance/`, a room for each part of it).
+`StoreConformance` has one test for each line of the contract, and `StoreMachine` compares the store with a dict over
+random histories. A test file subclasses both: it says how to make stores on one backing and, if the store is shared,
+how an owner dies. The tests themselves are in ``conformance/``, a module for each part of the contract.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ __all__ = [
 
 
 class StoreConformance(Claims, Saves, Endings, Values, Damages, Calls):
-    """The contract, line by line. Subclass it as ``Test…`` and override `make`, `bury` where the store is shared, and
-    `damage` where somebody else may write to the engine:
+    """The contract, line by line. Subclass it as ``Test…`` and override `make`, `bury` if the store is shared, and
+    `damage` if other programs can write to the engine:
 
         class TestMyStore(StoreConformance):
             @pytest.fixture
             def make(self, tmp_path):
                 return lambda: MyStore(tmp_path / "users")
 
-    Its tests are coroutines; each runs on an event loop of its own, whether a plugin for such tests is there or not.
-    The store is to be `fenced`. The whole takes some seconds on an engine that answers within a millisecond.
+    Its tests are coroutines; each runs on an event loop of its own, with or without a plugin for such tests. The store
+    has to be `fenced`. All tests together take some seconds on an engine that answers within a millisecond.
     """

@@ -1,10 +1,11 @@
-"""One order of everything. What lives here: virtual time, the event loops that live in it, and who gets the next turn.
-What must not: stores, managers, anything that knows what the callbacks are for.
+"""Virtual time, the event loops that run in it, and the order in which they get their turns.
 
-The way of working is that of the simulations of FoundationDB (Zhou et al., SIGMOD 2021) and TigerBeetle, and of trio's
-shuffled run queue: one thread, no real time, and a seed that decides whatever is left open. Each server has an event
-loop of its own, stock asyncio but for its time and the order of what is ready, so that killing a server is never
-giving its loop another turn: no `finally` runs, nothing is flushed.
+It works as the simulations of FoundationDB (Zhou et al., SIGMOD 2021) and TigerBeetle do, and as trio's shuffled run
+queue: one thread, no real time, and a seed that decides everything that is left open. Each server has an event loop of
+its own: asyncio's, except for the time and the order of what is ready. So to kill a server its loop just gets no more
+turns: no `finally` runs, and nothing is flushed.
+
+Nothing here knows what the callbacks are for; the server is in `world.py`, the database in `store.py`.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ __all__ = ["StuckError", "Universe", "VirtualClock", "VirtualLoop"]
 T = TypeVar("T")
 
 START = 1_000_000_000_000
-"""Where virtual time begins, in nanoseconds; not 0, so that a missing moment is not taken for the first."""
+"""The nanosecond at which virtual time begins. It is not 0, so that a missing time is not taken for the first one."""
 
 
 class StuckError(RuntimeError):
-    """Something is waited for that can never happen: nothing is ready and no timer is set."""
+    """A test waits for something that can never happen: nothing is ready to run, and no timer is set."""
 
 
 class _Event:
@@ -45,7 +46,7 @@ class _Event:
 
 
 class Universe:
-    """Virtual time, and every event loop that lives in it.
+    """Virtual time, and all event loops that run in it.
 
     Parameters
     ----------
@@ -55,7 +56,7 @@ class Universe:
         The chance, from 0 to 1, that a turn runs its callbacks in another order than asyncio would. At 0 the order
         within a loop is asyncio's own.
     tick
-        By how many nanoseconds time moves on each time a `VirtualClock` is read: what computing costs.
+        How many nanoseconds pass each time a `VirtualClock` is read, as if the program took time to compute.
     """
 
     def __init__(self, seed: int | str = 0, *, shuffle: float = 0.0, tick: int = 0) -> None:
@@ -70,7 +71,7 @@ class Universe:
 
     @property
     def seconds(self) -> float:
-        """How much time has passed since the start."""
+        """How many seconds have passed since the start."""
         return (self.now - START) / 1e9
 
     def call_later(self, delay: int, callback: Callable[[], None]) -> TimerHandle:
@@ -80,19 +81,19 @@ class Universe:
         return event
 
     def add_loop(self) -> VirtualLoop:
-        """A new event loop in this universe."""
+        """Make an event loop in this universe."""
         loop = VirtualLoop(self)
         self._loops.append(loop)
         return loop
 
     def remove_loop(self, loop: VirtualLoop) -> None:
-        """Give a loop no more turns; what is in it stays as it is."""
+        """Give a loop no more turns; its tasks stay as they are."""
         self._loops.remove(loop)
 
     def step(self, until: int | None = None) -> bool:
-        """Do the next thing: one turn of a loop that has something to do, or the next moment at which one has.
+        """Do one step: a turn of a loop that is ready, or else move time to the next moment at which one is.
 
-        Returns False, and does nothing, if nothing would ever happen, or nothing up to `until`, in nanoseconds.
+        Returns False, and does nothing, if nothing would ever happen, or not up to `until`, in nanoseconds.
         """
         ready = [loop for loop in self._loops if loop.is_ready()]
         if not ready:
@@ -115,9 +116,9 @@ class Universe:
         return True
 
     def run(self, work: asyncio.Future[T], limit: int | None = None) -> T:
-        """Go on until a future or task of one of the loops is done, and return its result.
+        """Do steps until a future or task of one of the loops is done, and return its result.
 
-        Raises `StuckError` if that can never be, or is not within `limit` nanoseconds of virtual time.
+        Raises `StuckError` if that can never happen, or does not within `limit` nanoseconds of virtual time.
         """
         until = None if limit is None else self.now + limit
         while not work.done():
@@ -127,7 +128,7 @@ class Universe:
         return work.result()
 
     def advance(self, duration: int) -> None:
-        """Let time pass, and do all that is to be done by then."""
+        """Let `duration` nanoseconds pass, with all that is due by then."""
         until = self.now + duration
         while self.step(until):
             pass
@@ -180,7 +181,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         super().__init__(_NoSelector())
         self.universe = universe
         self.tasks: set[asyncio.Task[Any]] = set()
-        """Those that were started through `start`, until they are done."""
+        """The tasks that were started by `start` and are not done."""
         self._timers: list[int] = []
 
     def time(self) -> float:
@@ -195,7 +196,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., T], *args: Any
     ) -> asyncio.Future[T]:
-        """Run it in the loop's next turn: a thread would make the run depend on real time."""
+        """Run a function in the loop's next turn, not in a thread: with one the run would depend on real time."""
         outcome: asyncio.Future[T] = self.create_future()
 
         def work() -> None:
@@ -210,7 +211,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return outcome
 
     def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Begin a task, which goes on when the universe does."""
+        """Start a task, which runs as the universe does its steps."""
         task = self.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -220,11 +221,11 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return bool(self._ready) or (bool(self._timers) and self._timers[0] <= self.universe.now)
 
     def next_timer(self) -> int | None:
-        """When the next timer is due, in nanoseconds; one that was cancelled counts, too."""
+        """When the next timer is due, in nanoseconds; also counts timers that were cancelled."""
         return self._timers[0] if self._timers else None
 
     def turn(self) -> None:
-        """One turn: what is ready now, and the timers that are due."""
+        """Do one turn of the loop: run what is ready now, and the timers that are due."""
         universe = self.universe
         while self._timers and self._timers[0] <= universe.now:
             heapq.heappop(self._timers)
@@ -234,7 +235,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             universe.random.shuffle(order)
             ready.clear()
             ready.extend(order)
-        self.stop()
+        self.stop()  # so that `run_forever` runs a single turn
         self.run_forever()
 
 

@@ -1,5 +1,7 @@
-"""A server in virtual time, for tests of the program's own logic. What lives here: `world` and the handle it gives.
-What must not: random faults and crashes (`crash.py`), anything the library itself needs.
+"""`world`: a server with a database in virtual time, for tests of the program's own logic.
+
+The test is a plain function that moves the time from outside. Nothing happens at random except for how long the
+database takes; for random faults and crashes see `crash.py`.
 """
 
 from __future__ import annotations
@@ -28,11 +30,12 @@ __all__ = ["LIMIT", "MakeManager", "Server", "World", "WorldError", "world"]
 T = TypeVar("T")
 
 MakeManager = Callable[..., SessionManager[Any]]
-"""``make_manager(store=..., clock=...)``: builds the program's manager on the store and the clock it is given."""
+"""``make_manager(store=..., clock=...)`` builds the program's manager on the given store and clock."""
 
 LIMIT = 3600 * SECOND
 """How much virtual time a call may take before it counts as stuck."""
 ROUNDS_AT_THE_END = 20
+"""How often tasks of a dead server are cancelled, and how many turns they get each time."""
 
 
 class WorldError(UsageError):
@@ -55,7 +58,7 @@ class Server:
             raise
         self.is_alive: bool = True
         self.unobserved: list[str] = []
-        """What nobody caught, as the loop was told."""
+        """Errors that nothing caught, as the event loop reported them."""
         self.loop.set_exception_handler(self._observe)
 
     def _observe(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -63,11 +66,11 @@ class Server:
             self.unobserved.append(f"{context['message']}: {context.get('exception')!r}")
 
     def run(self, work: Coroutine[Any, Any, T], limit: int = LIMIT) -> T:
-        """Have a coroutine run on this server and let time pass until it is done."""
+        """Run a coroutine on this server, let time pass until it is done, and return its result."""
         return self.universe.run(self.loop.start(work), limit)
 
     def kill(self) -> None:
-        """End the process as SIGKILL does: nothing of it runs any more."""
+        """End the process as SIGKILL does: none of its code runs any more, and its owner id is dead."""
         self.is_alive = False
         self.universe.remove_loop(self.loop)
         self.store.cut()
@@ -75,7 +78,7 @@ class Server:
             self.store.backing.dead.add(self.store.owner)
 
     def bury(self) -> None:
-        """Let go of what a process has left in memory. What its clean-up code does has no effect on the world."""
+        """Free what a dead process has left in memory. Its clean-up code runs, but without effect on the world."""
         self.is_alive = False
         self.store.cut()
         self.manager._server.warning.detach()
@@ -91,7 +94,7 @@ class Server:
 
 
 class World:
-    """One server, its database and their time. `world` makes one."""
+    """One server, its database, and their virtual time. Made by `world`."""
 
     def __init__(self, make_manager: MakeManager, universe: Universe) -> None:
         self.universe = universe
@@ -111,7 +114,7 @@ class World:
 
     @property
     def manager(self) -> SessionManager[Any]:
-        """The manager of the server that runs now; another one after each `restart`."""
+        """The manager of the server that runs now; a new one after each `restart`."""
         return self.server.manager
 
     @property
@@ -120,9 +123,9 @@ class World:
         return self.universe.seconds
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the server, as long in virtual time as it takes, and return its result.
+        """Run a coroutine on the server, for as long in virtual time as it takes, and return its result.
 
-        Raises what it raises, `StuckError` if it waits for what can never happen.
+        Raises what it raises, and `StuckError` if it waits for something that can never happen.
         """
         try:
             _refuse_inside()
@@ -132,7 +135,7 @@ class World:
         return self.server.run(work)
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Begin a coroutine on the server; it goes on whenever time passes."""
+        """Start a coroutine on the server as a task; it runs whenever time passes."""
         return self.server.loop.start(work)
 
     def open(
@@ -146,14 +149,14 @@ class World:
         return self.run(self.manager.open(user_id, default=default, when_active=when_active))
 
     def advance(self, duration: Duration) -> None:
-        """Let virtual time pass, and everything happen that is due by then: ``advance("31s")``."""
+        """Let virtual time pass, such as ``advance("31s")``; all that is due by then happens."""
         _refuse_inside()
         self.universe.advance(parse_duration(duration, "duration", shortest=0))
 
     def crash(self) -> None:
-        """End the server as a kill -9 or a power cut does: no handler runs, nothing more is saved.
+        """End the server as a kill -9 or a power cut does: no handler runs, and nothing more is saved.
 
-        What it has sent may still reach the database. Its sessions are lost; `restart` starts a new server.
+        Calls that it has sent may still reach the database. Its sessions are lost; `restart` starts a new server.
         """
         _refuse_inside()
         server = self.server
@@ -162,7 +165,7 @@ class World:
         self._server = None
 
     def stop(self, persist: bool | None = None, *, deadline: Duration = "25s") -> DrainReport:
-        """`SessionManager.destroy`, run to its end, and the end of the server."""
+        """Run `SessionManager.destroy` to its end, and end the server; returns the report."""
         _refuse_inside()
         server = self.server
         try:
@@ -174,7 +177,7 @@ class World:
             server.kill()
 
     def restart(self) -> SessionManager[Any]:
-        """Start a server with a new manager, on what the database has; the manager."""
+        """Start a server with a new manager on the same database, and return the manager."""
         if self._server is not None:
             raise WorldError("the server is running; `crash()` or `stop()` it first")
         self._server = Server(self.database, self._make_manager)
@@ -183,12 +186,12 @@ class World:
     # The database
 
     def stored(self, user_id: int | str) -> Any:
-        """What the database has of a user now, as plain values; None if nothing. A copy."""
+        """The data of a user in the database, as plain values; None if there is none. A copy."""
         check_user_id(user_id)
         return self.database.stored(user_id)
 
     def put(self, user_id: int | str, data: Any) -> None:
-        """Have the database know a user already, with this data, as JSON values."""
+        """Put a user with this data, JSON values, into the database. Raises `WorldError` if a server has the user."""
         check_user_id(user_id)
         body = encode_plain(data)
         row = self.database.backing.rows.setdefault(user_id, Row())
@@ -199,20 +202,20 @@ class World:
         row.record = Record(user_id, row.epoch, "", version, 0, body, 0.0)
 
     def store_down(self, duration: Duration | None = None, *, silent: bool = False) -> None:
-        """From now on the database cannot be reached: for `duration`, or until `store_up`.
+        """Make the database unreachable, for `duration` or until `store_up`.
 
-        Connections are refused at once; with `silent` calls get no answer instead.
+        Calls fail at once; with `silent` they get no answer instead.
         """
         self.database.faults.down = "silent" if silent else "refusing"
         if duration is not None:
             self.universe.call_later(parse_duration(duration, "duration"), self.store_up)
 
     def store_up(self) -> None:
-        """The database can be reached again."""
+        """Make the database reachable again."""
         self.database.faults.down = ""
 
     def store_slow(self, latency: Duration) -> None:
-        """From now on each call of the database takes as long as this, there and back together."""
+        """Make each call of the database take `latency` from now on, there and back together."""
         there_and_back = parse_duration(latency, "latency", shortest=0)
         self.database.faults.latency = (there_and_back // 2, there_and_back // 2)
 
@@ -232,19 +235,19 @@ class World:
 
     @property
     def unobserved(self) -> list[str]:
-        """Errors of tasks and callbacks that nobody caught, of all servers so far."""
+        """Errors of tasks and callbacks that nothing caught, on all servers so far."""
         servers = [*self._graves] if self._server is None else [*self._graves, self._server]
         return [line for server in servers for line in server.unobserved]
 
 
 @contextmanager
 def world(make_manager: MakeManager, *, seed: int = 0) -> Iterator[World]:
-    """A server with a database, in virtual time: a test of hours takes milliseconds, and nothing sleeps.
+    """A context manager: a server with a database in virtual time. A test of hours takes milliseconds, nothing sleeps.
 
     Parameters
     ----------
     make_manager
-        Called as ``make_manager(store=store, clock=clock)`` for each start of the server; returns the program's
+        Called as ``make_manager(store=store, clock=clock)`` at each start of the server; returns the program's
         `SessionManager`, with its listeners, on that store and clock.
     seed
         Decides how long the database takes for each call; the same seed gives the same run.
@@ -252,7 +255,7 @@ def world(make_manager: MakeManager, *, seed: int = 0) -> Iterator[World]:
     Notes
     -----
     A test is a plain function and drives the world from outside: `run` runs a coroutine, `advance` lets time pass.
-    Errors in tasks and callbacks that nobody caught raise `WorldError` at the end, unless the test has failed already.
+    Errors in tasks and callbacks that nothing caught raise `WorldError` at the end, unless the test failed already.
     """
     state = random.getstate()
     random.seed(seed)
@@ -269,6 +272,7 @@ def world(make_manager: MakeManager, *, seed: int = 0) -> Iterator[World]:
 
 
 def _refuse_inside() -> None:
+    """Raise `WorldError` inside an event loop, where virtual time cannot be moved."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

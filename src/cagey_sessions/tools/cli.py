@@ -1,5 +1,7 @@
-"""The command line. What lives here: arguments, their checks, and exit statuses. What must not: the work itself, or an
-import of anything that only an extra installs.
+"""The command ``cagey-sessions``: its arguments, their checks, and its exit statuses.
+
+The work is done in `store.py` and in ``demo/``. What needs an extra is imported when a command needs it, so that
+``--help`` works without.
 """
 
 from __future__ import annotations
@@ -107,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except CageySessionsError as error:
         return _refuse(str(error))
-    except BrokenPipeError:  # whoever read the output has seen enough; Python would complain at the exit
+    except BrokenPipeError:  # a pager was closed, for example; without this Python would complain at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
     except KeyboardInterrupt:
@@ -316,7 +318,7 @@ def _refuse(reason: str) -> int:
 
 
 def _duration(shortest: int) -> Callable[[str], float]:
-    """The type of an argument: a duration in seconds, given as the library's own settings are."""
+    """The type of an argument that is a duration, written as in the library's own settings; in seconds."""
 
     def duration(text: str) -> float:
         try:
@@ -328,7 +330,7 @@ def _duration(shortest: int) -> Callable[[str], float]:
 
 
 def _whole(smallest: int, largest: int) -> Callable[[str], int]:
-    """The type of an argument: a whole number."""
+    """The type of an argument that is a whole number."""
 
     def whole(text: str) -> int:
         if text.isdecimal() and smallest <= int(text) <= largest:
@@ -339,9 +341,9 @@ def _whole(smallest: int, largest: int) -> Callable[[str], int]:
 
 
 def _new_place(text: str) -> str:
-    """The type of an argument: a server, where a place of its own is made, or a file that can be made.
+    """The type of an argument that is the URL of a server, or the path of a file that does not exist yet.
 
-    An existing one may hold players that our bots do not know.
+    An existing file may contain players that the bots do not know, and would report as faults.
     """
     if "://" in text and not text.startswith("sqlite:///"):
         try:

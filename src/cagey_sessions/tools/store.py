@@ -1,8 +1,7 @@
-"""What one does with a store from outside a server. What lives here: figures, a look at one user, users to and from
-lines of JSON, erasing. What must not: arguments, exit statuses, SQL, or an import of what only an extra installs.
+"""The tools for stores: figures, showing one user, exporting and importing users as lines of JSON, erasing.
 
-Everything goes through the store contract, so what a server has promised holds for these, too: a user whom a live
-server has is neither written nor erased.
+Everything goes through the store contract, so the rules of servers hold for the tools, too: a user whom a live server
+has is neither written nor erased. Arguments and exit statuses are in `cli.py`.
 """
 
 from __future__ import annotations
@@ -39,18 +38,18 @@ __all__ = ["Found", "erase", "export_users", "find", "import_users", "statistics
 USERS_IN_A_BATCH = 200
 BYTES_IN_A_BATCH = 1024 * 1024
 FIELDS = ("user_id", "version", "schema", "saved_at", "body")
-"""Of a line; all but the first and the last may be left out of what is imported."""
+"""The fields of a line. In a line to be imported all but the first and the last may be left out."""
 SHOW_AFTER = 0.5
-"""Seconds of work from which on it is worth a bar."""
+"""After how many seconds of work a progress bar is shown."""
 SHOW_EVERY = 0.1
 LAST_VERSION = MAX_NUMBER // 2
-"""Of what is imported: there has to be room for more versions than anybody saves."""
+"""The highest version that is imported. It leaves room for more saves than a user ever has."""
 ENCODING = Encoding(max_bytes=sys.maxsize)
-"""So that what is brought in is what a server can load; how large it may be is each program's own."""
+"""Checks that a server can load what is imported. Its size is not limited: programs set their own limits."""
 
 READ: dict[str, dict[str, Any]] = {"sqlite": {"read_only": True}, "postgres": {"create": False}}
 CHANGE: dict[str, dict[str, Any]] = {"postgres": {"create": False}}
-"""What keeps each engine from making what is not there."""
+"""The options of each engine by which it creates no tables: a mistyped URL must not make an empty store."""
 
 Say = Callable[[str], None]
 
@@ -75,7 +74,7 @@ async def _opened(store: Store) -> AsyncIterator[Store]:
 
 
 def statistics(url: str, say: Say) -> dict[str, Any]:
-    """Figures of a whole store; reads every body. `say` is told of each row that is damaged, and in none of them."""
+    """Return figures of a whole store; reads every body. `say` is called for each damaged row, which is not counted."""
     return asyncio.run(_statistics(_store(url, READ), say))
 
 
@@ -104,7 +103,7 @@ async def _statistics(store: Store, say: Say) -> dict[str, Any]:
             "loss_class": store.loss_class,
             "users": users,
             "damaged": damaged,
-            # one process has the whole of a store that is not shared, and its users are not released one by one
+            # in a store for one process users need not be released, so `owned` would mean nothing
             "owned": owned if store.shared else None,
             "released": users - owned if store.shared else None,
             "body_bytes": {
@@ -121,21 +120,21 @@ async def _statistics(store: Store, say: Say) -> dict[str, Any]:
 def _moment(seconds: float) -> str:
     try:
         return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
-    except (OverflowError, ValueError, OSError):  # whatever wrote that
+    except (OverflowError, ValueError, OSError):  # a time that is out of the range of dates
         return repr(seconds)
 
 
 class Found(NamedTuple):
-    """One user as a store has them."""
+    """One user in a store."""
 
     record: Record | None
     """None for a user who was never saved, or erased."""
     owner: str
-    """Who has the user now, empty if nobody."""
+    """The owner that has the user now; empty if none has."""
 
 
 def find(url: str, user_id: int | str) -> Found:
-    """One user, and who has them. Raises `CorruptRecordError` for a damaged row."""
+    """Return one user and its owner. Raises `CorruptRecordError` for a damaged row."""
 
     async def look(store: Store) -> Found:
         async with _opened(store):
@@ -151,7 +150,10 @@ def find(url: str, user_id: int | str) -> Found:
 
 
 def erase(url: str, user_id: int | str) -> bool:
-    """Erase a user whom no live server has: whether there was anything to erase. Raises `OwnedElsewhereError`."""
+    """Erase a user, and return whether there was anything to erase.
+
+    Raises `OwnedElsewhereError` while a live server has the user.
+    """
 
     async def erase(store: Store) -> bool:
         async with _opened(store):
@@ -171,10 +173,10 @@ _IF_DEAD = "if that server is gone, ask again in some seconds: it is given the t
 
 
 def export_users(url: str, path: Path | None, say: Say, *, replace: bool = False) -> tuple[int, int]:
-    """Write all users as lines of JSON, to a file or to stdout: how many were written, and how many left out.
+    """Write all users as lines of JSON to a file, or to stdout; returns how many were written, and how many left out.
 
-    Left out is whose row is damaged, and whose body could not be loaded as it is; `say` is told of each. The file is
-    put in its place as a whole, at the end; one that is there is an `OptionError`, unless `replace`.
+    Users are left out if their row is damaged, or their body could not be loaded as it is; `say` is called for each.
+    The file appears as a whole, at the end. If there is one already, it raises `OptionError` unless `replace` is true.
     """
     if path is None:
         return asyncio.run(_export(_store(url, READ), sys.stdout.buffer.write, say, sys.stdout.isatty()))
@@ -217,8 +219,8 @@ async def _export(store: Store, write: Callable[[bytes], object], say: Say, hidd
 
 
 def _line(record: Record) -> bytes:
-    record.value()  # raises for a body that no server could load, nor an import take
-    # a body changed by hand may have line ends, which JSON has between tokens only
+    record.value()  # raises for a body that neither a server nor an import could load
+    # A body that was changed by hand may have line ends. In JSON they are between tokens only, so a space will do.
     body = orjson.Fragment(record.body.replace(b"\n", b" ").replace(b"\r", b" "))
     values = (record.user_id, record.version, record.schema, record.saved_at, body)
     return orjson.dumps(dict(zip(FIELDS, values, strict=True)), option=orjson.OPT_APPEND_NEWLINE)
@@ -228,7 +230,7 @@ def _line(record: Record) -> bytes:
 
 
 class _User(NamedTuple):
-    """One line."""
+    """The user of one line."""
 
     user_id: int | str
     version: int
@@ -238,11 +240,11 @@ class _User(NamedTuple):
 
 
 def import_users(url: str, path: Path | None, say: Say, *, replace: bool = False) -> tuple[int, int]:
-    """Save the users of lines of JSON, from a file or from stdin: how many were written, and how many refused.
+    """Save the users in lines of JSON, from a file or from stdin; returns how many were written, and how many refused.
 
-    Refused is whom a live server has, who is in the store already, unless `replace`, and whose body the engine does not
-    take; `say` is told of each. A line that is damaged is a `SnapshotError`: in a file before anything is written, from
-    stdin or a pipe after what came before it.
+    Users are refused if a live server has them, if they are in the store already and `replace` is false, or if the
+    engine does not accept their body; `say` is called for each. Raises `SnapshotError` for a damaged line: with a file
+    before anything is written, with stdin or a pipe after the lines before it are.
     """
     store = _store(url, {})
     if path is None:
@@ -264,7 +266,7 @@ def _import(store: Store, lines: Iterable[bytes], total: int | None, say: Say, r
         try:
             runner.run(store.open())
             with _progress("users imported", total) as tell:
-                for batch in _batches(_users(lines)):  # between the runs, so that an interrupt ends a wait for stdin
+                for batch in _batches(_users(lines)):  # not in a run: an interrupt then ends a wait for stdin
                     runner.run(_finish(importer.write(batch)))
                     tell(importer.written)
         except BaseException:
@@ -277,7 +279,7 @@ def _import(store: Store, lines: Iterable[bytes], total: int | None, say: Say, r
 
 
 def _users(lines: Iterable[bytes]) -> Iterator[_User]:
-    """What the lines say. Raises `SnapshotError` at the first that cannot be taken."""
+    """The users in some lines. Raises `SnapshotError` at the first line that cannot be read."""
     seen: dict[int | str, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -327,12 +329,12 @@ def _batches(users: Iterable[_User]) -> Iterator[list[_User]]:
 
 
 async def _finish(work: Coroutine[Any, Any, None]) -> None:
-    """Cancelled, go on to the end all the same: a batch is written as a whole, and its users are let go of."""
+    """Await some work to its end even if cancelled: a batch is written as a whole, and its users are released."""
     await outlast(asyncio.ensure_future(work))
 
 
 class _Importer:
-    """Writes batches, and counts."""
+    """Writes batches, and counts the users."""
 
     def __init__(self, store: Store, say: Say, replace: bool) -> None:
         self.written = 0
@@ -388,7 +390,7 @@ class _Importer:
 
 @contextmanager
 def _progress(what: str, total: int | None = None, *, hidden: bool = False) -> Iterator[Callable[[int], None]]:
-    """Within this block a function that shows on stderr how far long work is; nothing if that is no terminal."""
+    """A block with a function that shows on stderr how far the work is; it shows nothing if that is not a terminal."""
     if hidden or not sys.stderr.isatty():
         yield lambda done: None
         return

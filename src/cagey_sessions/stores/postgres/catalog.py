@@ -107,7 +107,7 @@ class Column(NamedTuple):
                 raise UnfitError(f"column {self.name}: the number is out of the range of {self.type}")
             return value
         if self.type == "double precision":
-            if type(value) is int and float(value) == value:
+            if type(value) is int and float(value) == value:  # comes back as a float, which is equal
                 return float(value)
             if type(value) is not float or not math.isfinite(value):
                 raise UnfitError(f"column {self.name} is {self.type}, and takes no such {type(value).__name__}")
@@ -277,7 +277,7 @@ async def read_table(connection: Any, table: str, key: str, names: Sequence[str]
         )
     if found["kind"] not in "rp":
         raise StoreLayoutError(f"{table} is {_KINDS.get(found['kind'], 'something else')}; only a table keeps users")
-    if found["hides_rows"]:
+    if found["hides_rows"]:  # a hidden user would be claimed as new, and their data overwritten
         raise StoreLayoutError(
             f"row level security applies to this user in {table}: who has a row that is hidden would be taken for new. "
             "Use a role with BYPASSRLS"
@@ -289,7 +289,7 @@ async def read_table(connection: Any, table: str, key: str, names: Sequence[str]
     at = columns[key]
     if at["type_name"] not in (*_INTEGERS, *_TEXTS):
         raise StoreLayoutError(f"the key {key} of {table} is {at['type_name']}; user ids are integers or text")
-    if not at["is_exact"]:
+    if not at["is_exact"]:  # a nondeterministic collation, such as one that ignores case
         raise StoreLayoutError(f"the key {key} of {table} has a collation by which different ids are equal")
     if not await connection.fetchval(IS_UNIQUE, table, at["attnum"]):
         raise StoreLayoutError(

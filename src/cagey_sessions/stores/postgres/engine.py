@@ -141,7 +141,7 @@ class PostgresEngine(Store):
     async def open(self) -> None:
         if self._state != "closed":
             raise StoreContractError(f"this {self.name} is open already; make one for each manager")
-        self._state = "opening"
+        self._state = "opening"  # `close` during the open changes it, which is checked below
         self._leases = Leases(self.name, self._lease, self._send_renewal)
         pool = self._given
         kind: Callable[..., Connections[Any]] = Connections if pool is None else partial(_OfPool, pool)
@@ -155,6 +155,7 @@ class PostgresEngine(Store):
             finish=_finish,
         )
         try:
+            # first, because it decides how all other connections are made
             if pool is None:
                 self._is_pooled = await self._find_pooler()
             await connections.run(self._set_up)
@@ -163,7 +164,7 @@ class PostgresEngine(Store):
         except BaseException as error:
             self._state = "closed"
             await connections.close()
-            if isinstance(error, SettingsError):
+            if isinstance(error, SettingsError):  # at the start the program is to learn of it; later it is an outage
                 raise OptionError(str(error)) from None
             raise _explained(error) from None
         self._connections = connections
@@ -186,7 +187,7 @@ class PostgresEngine(Store):
             "lock_timeout": str(int(LONGEST_WAIT * 1000)),
             "statement_timeout": str(int(self._timeout * 1000)),
         }
-        if self._is_pooled:
+        if self._is_pooled:  # a pooler refuses settings at the start of a connection, or drops them later
             return Unattached(await self._dial(name, {}, statement_cache_size=0), limits)
         return await self._dial(name, {"default_transaction_isolation": "read committed", **limits})
 
@@ -271,7 +272,7 @@ class PostgresEngine(Store):
             raise StoreLayoutError(
                 f"{name} belongs to {whose or 'no other table'}, not to {of}. Give it another schema="
             )
-        await self._check_may_use(connection, name)
+        await self._check_may_use(connection, name)  # now, and not at the first save
 
     async def _check_may_use(self, connection: Any, name: str) -> None:
         """Raise `StoreLayoutError` unless this database user may read and write a table."""
@@ -364,7 +365,7 @@ class PostgresEngine(Store):
         with suppress(asyncpg.PostgresError):  # some hosted servers have no such functions
             self.incarnation: str = await connection.fetchval(INCARNATION, self._is_unlogged)
         if before not in ("", self.incarnation):
-            # Open connections may lead to the old primary. It may still accept writes, which nobody will ever read.
+            # Open connections may lead to the old primary. It may still accept writes, which would be lost.
             if self._connections is not None:
                 self._connections.cut_all()
             if self._given is not None:
@@ -401,7 +402,7 @@ async def _run_or_cut(work: Callable[[Any], Coroutine[Any, Any, T]], connection:
         raise
     except AttributeError:
         if not connection.is_closed():
-            raise
+            raise  # then it is a fault of ours, and not to be hidden
         # It was cut between two messages of a call, and the driver uses an attribute that it has already dropped.
         raise asyncpg.InterfaceError("the connection was closed during the call") from None
 

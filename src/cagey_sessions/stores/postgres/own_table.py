@@ -193,7 +193,7 @@ class PostgresTable(PostgresEngine):
         if not user_ids:
             return []
         keys = {self._key(user_id): user_id for user_id in user_ids}  # first, because it may raise
-        if len(keys) < len(user_ids):
+        if len(keys) < len(user_ids):  # two users would overwrite each other
             raise StoreContractError("key_of has given two users the same key")
         if not self.fenced:
             claims = await self._run(lambda connection: self._claim_alone(connection, keys, owner))
@@ -284,6 +284,7 @@ class PostgresTable(PostgresEngine):
         for key, user_id in keys.items():
             self._epoch += 1
             data = found.get(key)
+            # remembered, because without a fence nothing else tells a new user from one whose row was deleted
             (self._new.add if data is None else self._new.discard)(user_id)
             body = None if data is None else own.body(data, was_saved=False)
             record = None if body is None else Record(user_id, self._epoch, owner, 1, 0, body, 0.0)
@@ -299,7 +300,7 @@ class PostgresTable(PostgresEngine):
         for user_id, record in latest.items():
             try:
                 rows.append(_Row(self._key(user_id), self._open_table().sent(record.body), record))
-            except (UnfitError, RecordError) as error:
+            except (UnfitError, RecordError) as error:  # one user's data must not fail the batch
                 verdicts[user_id] = Verdict(Outcome.INVALID, str(error))
         rows.sort(key=lambda row: row.key)  # all servers lock rows in the same order, so two batches cannot deadlock
         if rows:
@@ -358,7 +359,7 @@ class PostgresTable(PostgresEngine):
             record, found = row.record, kept.get(row.key)
             verdict = verdict_on(record, found)
             if found is not None and verdict.outcome is Outcome.FAILED:  # the fence allows it: the row is the reason
-                if not found["there"] and found["absent"]:
+                if not found["there"] and found["absent"]:  # there was no row at the claim, and is none now
                     new.append(row)
                     continue
                 verdict = _HELD_BACK if found["there"] else Verdict(Outcome.MISSING)
@@ -392,6 +393,7 @@ class PostgresTable(PostgresEngine):
         else:
             await self._write(connection, self._insert_sql, rows, verdicts)
         for row in rows:
+            # without a verdict: neither inserted nor refused, so a trigger has skipped the row
             if verdicts.setdefault(row.record.user_id, _HELD_BACK) is _SAVED:
                 self._new.discard(row.record.user_id)
 
@@ -474,6 +476,7 @@ class PostgresTable(PostgresEngine):
                         await connection.execute(self._sql(sql.ENSURE), key)
                         epoch = await connection.fetchval(self._sql(sql.LOCK), key, owner)
                     if epoch is not None or not self.fenced:
+                        # after the lock, by a statement of its own: it sees what was committed while the lock waited
                         was_there: bool = await connection.execute(self._sql(sql.DELETE), key) != "DELETE 0"
                         if await connection.fetchval(self._sql(sql.IS_THERE), key):
                             raise StoreError(
@@ -496,7 +499,7 @@ class PostgresTable(PostgresEngine):
                 )
 
         erased = await self._run(erase)
-        self._given_bodies.forget(user_id)
+        self._given_bodies.forget(user_id)  # erased data must not stay in memory either
         return erased
 
     async def load(self, user_id: int | str) -> Record | None:

@@ -212,7 +212,7 @@ class PostgresStore(PostgresEngine):
     async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> Answers:
         if not user_ids:
             return []
-        await self._leases.hold(owner)
+        await self._leases.hold(owner)  # before the claim: without a lease the users could be taken at once
         answers: dict[str, Claim | StoreError] = {}
         left = {key_of(user_id): user_id for user_id in user_ids}
 
@@ -246,7 +246,7 @@ class PostgresStore(PostgresEngine):
     async def save_many(self, records: Sequence[Record]) -> list[Verdict]:
         latest = latest_of(records)
         verdicts: dict[int | str, Verdict] = {}
-        alike: dict[tuple[str, int], list[_Row]] = {}
+        alike: dict[tuple[str, int], list[_Row]] = {}  # owner and schema are single parameters of the statement
         for record in latest.values():
             text = text_of(record.body)
             if text is None:

@@ -309,9 +309,9 @@ class Address:
             known = _IMPOSSIBLE.match(str(error))
             raise OptionError(f"the URL has an impossible value of {known[1]}" if known else _NO_URL) from None
         self._pool.connection_kwargs.update(
-            socket_timeout=None,
+            socket_timeout=None,  # deadlines are enforced by `Connections`, which cuts the connection
             socket_connect_timeout=timeout,
-            retry=Retry(NoBackoff(), 0),
+            retry=Retry(NoBackoff(), 0),  # the driver must not repeat a call by itself
             decode_responses=False,
             protocol=2,
             health_check_interval=0,

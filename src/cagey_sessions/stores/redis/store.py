@@ -177,6 +177,7 @@ class RedisStore(Store):
                 f"this Redis is set to throw keys away when its memory is full (maxmemory-policy {policy}), and users "
                 "with them; set it to noeviction, or give them an engine of their own"
             )
+        # NX: marks an unused prefix as ours, and leaves any other mark, which is checked next
         await ask(connection, "SET", self._layout, f"cagey-sessions {LAYOUT}", "NX")
         kept = await text_at(connection, self._layout)
         mark, _, layout = kept.partition(" ")
@@ -241,10 +242,10 @@ class RedisStore(Store):
         except BaseException:
             cut(connection)
             raise
-        if info.get("role", "master") != "master":
+        if info.get("role", "master") != "master":  # such as a primary that was just demoted
             cut(connection)
             raise StoreUnavailableError("this Redis is a replica, which takes no writes")
-        self.incarnation: str = info.get("run_id", "")
+        self.incarnation: str = info.get("run_id", "")  # another one after each restart, and on each server
         self._incarnations[connection] = self.incarnation
         return connection
 
@@ -281,7 +282,7 @@ class RedisStore(Store):
     async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> Answers:
         if not user_ids:
             return []
-        await self._leases.hold(owner)
+        await self._leases.hold(owner)  # before the claim: without a lease the users could be taken at once
 
         async def claim(connection: Any) -> list[Claim | StoreError]:
             claims: list[Claim | StoreError] = []
@@ -322,6 +323,7 @@ class RedisStore(Store):
                     keys = [self._key(record.user_id) for record in some]
                     arguments: list[str | bytes] = [owner]
                     for _, epoch, _, version, schema, body, saved_at, release in some:
+                        # repr of a float gives the same float again; the script stores the text as it is
                         arguments.append(f"{epoch} {version} {schema} {saved_at!r} {release:d}")
                         arguments.append(body)
                     answers = await run_script(connection, SAVE, keys, *arguments)

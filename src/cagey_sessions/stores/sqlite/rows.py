@@ -228,6 +228,7 @@ def claim_rows(connection: sqlite3.Connection, user_ids: Sequence[int | str], ow
         ):
             record = None if body is None else Record(user_id, epoch, owner, version, schema, body, saved_at)
             claims[user_id] = Claim(user_id, epoch, record)
+    # RETURNING gives the rows in no particular order, and leaves out those that may not be claimed
     if len(claims) == len(user_ids):
         return [claims[user_id] for user_id in user_ids]
     return [claims.get(user_id) or _refusal(connection, user_id) for user_id in user_ids]
@@ -292,6 +293,7 @@ def release_rows(connection: sqlite3.Connection, claims: Sequence[tuple[int | st
         rows = _execute(connection, RELEASE, portion, owner)
         released |= {user_id for user_id, _, _ in rows}
         if unsaved := [(user_id, epoch) for user_id, epoch, is_unsaved in rows if is_unsaved]:
+            # in the same transaction as the deletion, or an epoch could be given again
             connection.execute(REMEMBER_UNSAVED, (max(epoch for _, epoch in unsaved),))
             _execute(connection, DELETE_UNSAVED, [(user_id,) for user_id, _ in unsaved])
     return [user_id in released for user_id, _ in claims]
@@ -307,6 +309,7 @@ def _verdict(record: Record, forbidding: list[Any] | None) -> Verdict:
     is_missing, epoch, owner, released, version, erased = forbidding
     if is_missing:
         return Verdict(Outcome.MISSING)
+    # before the other fields are compared: in a damaged row they may be anything
     if fault := _row(epoch, owner, released, version, 0, None, None, erased).fence_fault():
         return verdict_of_damage(fault)
     if erased:

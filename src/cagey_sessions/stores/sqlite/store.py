@@ -140,7 +140,7 @@ class SQLiteStore(Store):
 
     async def close(self) -> None:
         writer, self._writer = self._writer, None
-        if writer is not None and self._pid == os.getpid():
+        if writer is not None and self._pid == os.getpid():  # a forked child has no thread, and must not touch the file
             await outlast(writer.close(asyncio.get_running_loop()), patience=HANGING_PATIENCE)
 
     async def claim_many(self, user_ids: Sequence[int | str], owner: str) -> Answers:
@@ -272,6 +272,7 @@ class _Writer:
             except queue.Empty:
                 self._empty_large_log()
                 continue
+            # all that have come during the last transaction share the next one, and so its sync
             while len(jobs) < JOBS_IN_A_TRANSACTION and not self._jobs.empty():
                 jobs.append(self._jobs.get())
             for place, job in enumerate(jobs):
@@ -329,7 +330,7 @@ class _Writer:
             result = job.work(connection)
         except Exception as error:
             if not connection.in_transaction:
-                raise
+                raise  # a full disk, for example: SQLite has rolled back the jobs before this one, too
             connection.execute("ROLLBACK TO job")
             connection.execute("RELEASE job")
             return job.future, None, self._explained(error)
@@ -432,7 +433,7 @@ class _Writer:
                 raise  # about the disk or a lock, not about the content
             raise StoreLayoutError(f"{self._path} is not an SQLite database ({error}); it is left as it is") from error
         status = os.stat(self._path)
-        self._file_id = (status.st_dev, status.st_ino)
+        self._file_id = (status.st_dev, status.st_ino)  # for `_check_identity`
         if self._read_only:
             return "opened for reading only: what a crash may cost depends on the process that writes"
         (journal_mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
@@ -443,6 +444,7 @@ class _Writer:
             for statement in CREATE:
                 connection.execute(statement)
             connection.execute("COMMIT")
+        # read back, because SQLite ignores a setting that it does not understand
         (synchronous,) = connection.execute("PRAGMA synchronous").fetchone()
         what = f"journal_mode={journal_mode}, synchronous={ {1: 'NORMAL', 2: 'FULL'}.get(synchronous, synchronous) }"
         if synchronous >= 2:

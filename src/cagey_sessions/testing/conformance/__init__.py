@@ -1,5 +1,6 @@
-"""The tests of `store_conformance`, a room for each part of the contract. What lives here: the check that what they
-need is installed. What must not: names; `store_conformance` has those that a test file imports.
+"""The tests of `store_conformance`, a module for each part of the contract. Import them from there, not from here.
+
+This file only checks that pytest and Hypothesis are installed.
 """
 
 from ...errors import MissingExtraError

@@ -1,6 +1,4 @@
-"""What the tests of all rooms have at hand. What lives here: records, opened stores, calls in few words, and what a
-subclass says of its store. What must not: tests.
-"""
+"""Helpers of all tests of the contract: records, opened stores, short calls, and what a subclass says of its store."""
 
 from __future__ import annotations
 
@@ -48,7 +46,7 @@ ALREADY, ERASED, FENCED, INVALID, MISSING, SAVED = (
     Outcome.SAVED,
 )
 NOT_THERE = {FENCED, MISSING}
-"""A row that was never saved and has no owner is new again; the store need not know its epoch any more."""
+"""The possible verdicts if a user who was never saved has been released: the store may have removed the row, or not."""
 
 BIG = 2**53 - 1
 
@@ -71,7 +69,7 @@ def record(
 
 @asynccontextmanager
 async def opened(*stores: Store) -> AsyncIterator[Any]:
-    """One store, or a tuple of several, open for the length of a block."""
+    """One store, or a tuple of several, open within the block."""
     try:
         for store in stores:
             await store.open()
@@ -82,7 +80,7 @@ async def opened(*stores: Store) -> AsyncIterator[Any]:
 
 
 def sound(answer: T | StoreError) -> T:
-    """What a store has answered of one user, if that is no error."""
+    """The answer of a store for one user; raises it if it is an error."""
     if isinstance(answer, StoreError):
         raise answer
     return answer
@@ -122,7 +120,7 @@ async def loaded(store: Store, user_id: int | str = 1) -> Record:
 
 
 def every_call(store: Store) -> list[Awaitable[Any]]:
-    """One of each, to be awaited."""
+    """One call of each method of a store, to be awaited."""
     return [
         store.claim_many([1], "a"),
         store.save_many([record()]),
@@ -141,14 +139,14 @@ async def everything(store: Store) -> dict[tuple[type, int | str], Record]:
 
 
 class Conformance:
-    """A store, and how an owner of its users dies: what the tests of all rooms have in common."""
+    """What a subclass says of its store: how to make one, and how an owner dies."""
 
     runs_coroutines = True
-    """Seen by the pytest plugin of this package, which runs those that nobody else runs."""
+    """Tells the pytest plugin of this package to run the coroutines, if no other plugin does."""
 
     @pytest.fixture
     def make(self, tmp_path: Any) -> Make:
-        """A function that makes a store, not opened; each further call makes another one on the same backing."""
+        """Return a function that makes a store, not opened. Each call of it makes another one on the same backing."""
         raise NotImplementedError
 
     async def bury(self, store: Store, owner: str) -> None:
@@ -156,6 +154,6 @@ class Conformance:
         raise NotImplementedError
 
     def skip_unless_shared(self, store: Store) -> None:
-        # what these tests claim as somebody else would be granted, and rightly: there is nothing to refuse
+        # In a store for one process every other owner is dead, so the claims that these tests want refused are granted.
         if not store.shared:
             pytest.skip("one process has this store, so every other owner is dead")

@@ -1,6 +1,4 @@
-"""A store as a whole. What lives here: the tests of looking without claiming, of calls at the same time, and of opening
-and closing. What must not: what a claim or a save does.
-"""
+"""The tests of reading without a claim, of concurrent calls, and of opening and closing."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ __all__ = ["Calls"]
 
 
 class Calls(Conformance):
-    """Looking, calls at the same time, opening and closing."""
+    """Reading without a claim, concurrent calls, opening and closing."""
 
     async def test_load_claims_nothing(self, make: Make) -> None:
         async with opened(make()) as store:

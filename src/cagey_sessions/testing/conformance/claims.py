@@ -1,6 +1,4 @@
-"""Whose a user is. What lives here: the tests of claims, and of the epochs they give. What must not: how a user is let
-go of (`endings.py`).
-"""
+"""The tests of claims, and of their epochs. Releases are in `endings.py`."""
 
 from __future__ import annotations
 
@@ -116,7 +114,7 @@ class Claims(Conformance):
             assert seen == sorted(set(seen))
 
     async def test_epochs_of_a_user_who_was_never_saved_rise_too(self, make: Make) -> None:
-        """Else a write of long ago would be taken for one of the claim that holds now."""
+        """Otherwise an old write that comes late would be accepted under the current claim."""
         async with opened(make()) as store:
             seen = []
             for user_id in [1, 1, 2, 2, 1, 3, 2, 1]:

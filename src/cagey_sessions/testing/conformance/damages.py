@@ -1,6 +1,4 @@
-"""Rows that no store has written. What lives here: the tests of what becomes of them, and of everybody else. What must
-not: how an engine comes to have such a row; the subclass says it.
-"""
+"""The tests of damaged rows, and of other users' rows beside them. A subclass says how to damage a row."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ class Damages(Conformance):
     """Damaged rows; skipped unless `damage` is overridden."""
 
     async def damage(self, store: Store, user_id: int | str) -> None:
-        """Make the version of a user's row, who was saved, no number from 0 up: past the store, as another tool may."""
+        """Set the version in the row of a saved user to something that is not a number from 0 up, past the store."""
         pytest.skip("this suite does not say how a row is damaged")
 
     async def _saved(self, store: Any, *users: int | str, is_last: bool) -> dict[int | str, Record]:

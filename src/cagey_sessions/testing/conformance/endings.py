@@ -1,6 +1,4 @@
-"""How a user is let go of, and forgotten. What lives here: the tests of `release` and `erase`. What must not: the last
-save that releases in the same write (`saves.py`).
-"""
+"""The tests of releases and erasures. A last save, which releases in the same write, is in `saves.py`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Random histories against a dict. What lives here: the contract once more, in the few lines of `Row`, and
-`StoreMachine`, which compares a store with it. What must not: anything that only one engine does.
+"""`StoreMachine`: compares a store with a dict over random histories.
+
+`Row` is the contract once more, in a few lines; it has nothing that only one engine does.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Key = tuple[type, "int | str"]
 
 @dataclass
 class Row:
-    """What the contract says about one user. `forgotten`: the store may have kept a row, or not."""
+    """The contract for one user. `forgotten` says that the store may have removed the row, or kept it."""
 
     epoch: int = 0
     claimant: str = ""
@@ -48,7 +49,7 @@ class Row:
         return None if self.kept is None else self.kept._replace(epoch=self.epoch, owner=self.owner, release=False)
 
     def expected(self, record: Record) -> set[Outcome]:
-        """What may be answered to one record; writes it where that is `SAVED`."""
+        """The verdicts that a record may get; writes it if that is `SAVED`."""
         if self.erased:
             return {ERASED}
         if self.forgotten:
@@ -65,14 +66,14 @@ class Row:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Random claims, saves, releases, erasures and deaths, compared with a dict after each step.
+    """Random claims, saves, releases, erasures and deaths of owners, compared with a dict after each step.
 
-    Subclass it, override `make` and, if the store is shared, `bury`, and hand it to `machine_test`. What `make` opens
-    has to be empty: each history begins anew.
+    Subclass it, override `make` and, if the store is shared, `bury`, and give it to `machine_test`. Each call of `make`
+    has to return a store without users: each history begins with none.
     """
 
     def make(self) -> Store:
-        """A store, not opened, on a backing without users."""
+        """Make a store, not opened, on a backing without users."""
         raise NotImplementedError
 
     def bury(self, owner: str) -> None:
@@ -144,7 +145,7 @@ class StoreMachine(RuleBasedStateMachine):
                 version / 4,
                 release,
             )
-            # one version is one write: the same bytes, the same release
+            # a version stands for one write, so a repeat of it has the same bytes and the same release
             order.append(records.setdefault(((type(user_id), user_id), epoch, version), made))
         verdicts = self.runner.run(self.store.save_many(order))
         assert len(verdicts) == len(order)
@@ -189,7 +190,7 @@ class StoreMachine(RuleBasedStateMachine):
             row.epoch += 1
             row.released, row.kept, row.erased = True, None, True
         elif row.epoch:
-            # a store that has kept the row now has a tombstone: a claim tells them apart, and both are new
+            # If the store had kept the row it now has a tombstone, otherwise nothing. A claim is granted in both cases.
             (again,) = self.runner.run(claims(self.store, [user_id]))
             assert again.granted
             assert again.epoch > row.epoch
@@ -218,7 +219,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 def machine_test(machine: type[StoreMachine], examples: int = 30) -> Any:
-    """The test case of a machine: ``TestMine = machine_test(MyMachine)``. CAGEY_TEST_EXAMPLES overrides `examples`."""
+    """The test case for a machine: ``TestMine = machine_test(MyMachine)``. CAGEY_TEST_EXAMPLES overrides `examples`."""
     case = machine.TestCase
     case.settings = settings(
         max_examples=int(os.environ.get("CAGEY_TEST_EXAMPLES", examples)), stateful_step_count=30, deadline=None

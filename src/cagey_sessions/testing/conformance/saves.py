@@ -1,6 +1,4 @@
-"""What is written and what is not. What lives here: the tests of `save_many` and of each of its verdicts. What must
-not: what a body is made of (`values.py`).
-"""
+"""The tests of `save_many`, and of each of its verdicts. The bounds of bodies are in `values.py`."""
 
 from __future__ import annotations
 
@@ -75,7 +73,7 @@ class Saves(Conformance):
             assert await save(store, record(version=2, epoch=epoch)) == [SAVED]
 
     async def test_another_owners_repeat_is_not_already_there_when_the_row_is_released(self, make: Make) -> None:
-        """It was never written. Under its epoch may be somebody else's bytes, if the engine has lost the row before."""
+        """The record was never written: if the engine has lost the row before, another owner may have its epoch."""
         async with opened(make()) as store:
             epoch = (await claim(store)).epoch
             last = record(epoch=epoch, version=2, release=True)
@@ -106,7 +104,7 @@ class Saves(Conformance):
             )
 
     async def test_versions_go_on_over_claims(self, make: Make) -> None:
-        """A claim changes the epoch only: the new owner's first version must lie above the one it was given."""
+        """A claim changes the epoch only: the new owner's first version has to be above the one that it was given."""
         async with opened(make()) as store:
             epoch = (await claim(store)).epoch
             assert await save(store, record(version=5, epoch=epoch, body=b"5", release=True)) == [SAVED]
@@ -152,7 +150,7 @@ class Saves(Conformance):
             assert (await claim(store, 1, "b")).granted
 
     async def test_many_last_saves_that_are_repeats_release_in_one_call(self, make: Make) -> None:
-        """As at the end of a server: of most users the data is stored already. Others of the same call are written."""
+        """As at the end of a server, when the data of most users is stored already, and others are still written."""
         async with opened(make()) as store:
             users = range(450)
             epochs = {each.user_id: each.epoch for each in await store.claim_many(users, "a")}

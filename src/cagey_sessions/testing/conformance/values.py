@@ -1,6 +1,4 @@
-"""What comes back as it was. What lives here: the tests of users, owners, numbers and bodies at their bounds. What must
-not: the order of calls.
-"""
+"""The tests that user ids, owners, numbers and bodies come back as they were, also at their bounds."""
 
 from __future__ import annotations
 
@@ -145,7 +143,7 @@ class Values(Conformance):
 
     @pytest.mark.parametrize("poison", [b'"\\u0000"', b'"\0"', b"\xff", b'"\xed\xa0\x80"', b"{", b""], ids=repr)
     async def test_a_body_that_the_engine_refuses_makes_no_other_fail(self, make: Make, poison: bytes) -> None:
-        """Whether it refuses is its own affair; what it takes comes back."""
+        """A store may refuse it or not; if it accepts it, it has to come back."""
         async with opened(make()) as store:
             epochs = {each.user_id: each.epoch for each in await claims(store, range(9))}
             records = [

@@ -1,5 +1,5 @@
-"""The demo: players who know what they were promised, and a server that is stopped and killed under them.
+"""The demo: bots that play and note what the server has confirmed, while the server is stopped and killed.
 
-`server` and `bots` are processes of their own, `run` starts, stops and kills them, `view` shows how it goes, and
-`verify` compares. What lives here: nothing. What must not: an import, for all of them but `verify` need an extra.
+`server` and `bots` are processes of their own. `run` starts, stops and kills them, `view` shows the progress, and
+`verify` compares the database with the notes. Nothing is imported here, because all of them but `verify` need an extra.
 """

@@ -1,8 +1,10 @@
-"""The players. What lives here: bots who play, drop their connections and come back, and the ledger each keeps of what
-the server told it. What must not: any knowledge of how the server keeps its promises.
+"""The players of the demo: bots that play, drop their connections and come back.
+
+Each bot keeps a ledger of what the server told it. A bot knows nothing of how the server saves, so its ledger can be
+compared with the database.
 
 Run as a process: ``python -m cagey_sessions.tools.demo.bots NUMBER PORT``. It obeys ``write FILE`` and ``look`` on
-standard input, says how it is doing on standard output, one line of JSON at a time, and ends when its input does.
+standard input, reports on standard output, one line of JSON at a time, and ends when its input does.
 """
 
 from __future__ import annotations
@@ -29,17 +31,17 @@ PACE = 0.2
 PURCHASE = 0.1
 DROP = 0.02
 STROLL = 0.01
-"""Chances that an action is a purchase, that the bot drops its connection instead, and that it only looks around for a
-while before, and so leaves the server nothing to save."""
+"""Chances that an action is a purchase, that the bot drops its connection instead, and that before it drops it, it only
+looks around for a while, so that the server has nothing to save."""
 LOOKS = (15, 30)
-"""How often a bot looks before it plays on, at least and at most."""
+"""How many times a bot looks around before it goes on playing, at least and at most."""
 REPORT_EVERY = 0.5
 
 
 class Ledger:
     """What one bot knows about its own player.
 
-    Nothing older than the last confirmed purchase is kept: that one is a promise for all that lies before it.
+    States older than the last confirmed purchase are not kept: with that purchase everything before it was saved.
     """
 
     def __init__(self) -> None:
@@ -48,7 +50,7 @@ class Ledger:
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew: a kill may have taken what is known."""
+        """Begin anew after a kill, which may have lost what the bot knows."""
         self.receipt: State | None = None
         self.version: int | None = None  # that the store has given it
         self.known: list[tuple[float, State]] = []  # what the server acknowledged, and when
@@ -93,13 +95,13 @@ class Bot:
         self._half_open: ClientConnection | None = None
 
     async def live(self, *, play: bool) -> None:
-        """Play until cancelled, or only look at what the server still knows."""
+        """Play until cancelled; without `play` only see which state the server still has."""
         await asyncio.sleep(random.random())
         while True:
             try:
                 await self._visit(play)
             except (OSError, WebSocketException):
-                await asyncio.sleep(random.uniform(0.1, 0.5))  # the server is away, or does not want us now
+                await asyncio.sleep(random.uniform(0.1, 0.5))  # the server is down, or refuses logins now
 
     async def _visit(self, play: bool) -> None:
         connection = await self._arrive()
@@ -144,7 +146,7 @@ class Bot:
         return json.loads(await connection.recv())
 
     def _decide(self) -> dict[str, Any]:
-        """What to ask for next; the ledger takes note of what will come of it."""
+        """Choose the next request, and note in the ledger which state it leads to."""
         state = self.ledger.last()
         gold, items = state["gold"], state["items"]
         item = random.choice(list(PRICES))
@@ -164,12 +166,12 @@ class Bot:
         if way == "goodbye":
             await connection.close()
         else:
-            await connection.send(json.dumps(self._decide()))  # and never learn what came of it
+            await connection.send(json.dumps(self._decide()))  # without reading the answer
         if way == "half open":
             self._half_open = connection
         else:
             connection.transport.abort()
-            just_too_late = GRACE + random.uniform(-0.005, 0.015)  # while the server saves what we have left
+            just_too_late = GRACE + random.uniform(-0.005, 0.015)  # while the server saves the ended session
             await asyncio.sleep(random.choice((random.uniform(0, GRACE), just_too_late, 2 * GRACE)))
 
     def _let_go_of_half_open(self) -> None:
@@ -179,7 +181,7 @@ class Bot:
 
 
 class Crowd:
-    """All bots, and the commands they obey."""
+    """All bots, and the commands that they obey."""
 
     def __init__(self, bots: list[Bot], group: asyncio.TaskGroup) -> None:
         self._bots = bots
@@ -190,7 +192,7 @@ class Crowd:
         self._tasks = [self._group.create_task(bot.live(play=play)) for bot in self._bots]
 
     async def obey(self, commands: asyncio.StreamReader) -> None:
-        """Perform one command after the other, and say so; leave when there are no more."""
+        """Perform one command after the other, and report each; return at the end of the input."""
         while line := (await commands.readline()).decode().strip():
             match line.split(maxsplit=1):
                 case ["write", path]:
@@ -201,7 +203,7 @@ class Crowd:
         await self._leave()
 
     async def _write(self, path: Path) -> None:
-        """Write all ledgers to a file, once every answer that has reached this process has been read."""
+        """Write all ledgers to a file, after every answer that has reached this process was read."""
         for bot in self._bots:
             await bot.offline.wait()
         self._dump(path)
@@ -210,7 +212,7 @@ class Crowd:
         path.write_text(json.dumps({bot.user_id: vars(bot.ledger) for bot in self._bots}))
 
     async def _look(self) -> None:
-        """Come back only to see what the kill has left."""
+        """Log in with each bot, only to see which states are left after a kill."""
         await self._leave()
         for bot in self._bots:
             bot.ledger.forget()
@@ -236,7 +238,7 @@ async def main(number: int, port: int) -> None:
     commands = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
     bots = [Bot(n, port) for n in range(number)]
-    async with asyncio.TaskGroup() as group:  # a bot that fails ends them all, and the demo
+    async with asyncio.TaskGroup() as group:  # if one bot fails, all end, and the demo fails
         report = group.create_task(_report([bot.ledger for bot in bots]))
         await Crowd(bots, group).obey(commands)
         report.cancel()

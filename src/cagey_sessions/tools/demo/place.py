@@ -1,6 +1,4 @@
-"""Where the players of a demo are kept. What lives here: a new file, or a schema or a prefix of one's own on a server,
-and its removal. What must not: what is in it.
-"""
+"""The place for the players of a demo: a new file, or a schema or a prefix of its own on a server; and its removal."""
 
 from __future__ import annotations
 
@@ -17,18 +15,18 @@ from ...stores.urls import engine_of
 __all__ = ["Place", "place_of"]
 
 LEASE = "3s"
-"""For how long players stay with a server that was killed: short, for the demo waits for it."""
+"""The lease of the demo's servers. It is short, because the demo waits for it after each kill."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """The URL for the server and for the reader, and the folder for what the bots were told."""
+    """The URL for the server and for the reader, and the folder for the bots' ledgers."""
 
     url: str
     folder: Path
     name: str
     is_temporary: bool
-    """Whether all of it goes when nothing was lost."""
+    """Whether everything is removed at the end, if nothing was lost."""
 
     def ledgers(self, moment: str) -> Path:
         return self.folder / f"{self.name}.{moment}.json"
@@ -39,16 +37,16 @@ class Place:
         return f"{self.folder} and under {self.url.rpartition('?')[2].partition('&')[0]} on the server"
 
     def remove(self) -> None:
-        """Remove what is temporary."""
+        """Remove the place, if it is temporary."""
         if self.is_temporary:
             shutil.rmtree(self.folder)
             _remove_from_server(self.url)
 
 
 def place_of(store: str | None) -> Place:
-    """A place that holds nothing yet: in a temporary folder, in a new file, or on the server of a URL.
+    """Make an empty place: in a temporary folder, in a new file, or on the server of a URL.
 
-    Raises `OptionError`, and `MissingExtraError` where the driver is not installed.
+    Raises `OptionError`, and `MissingExtraError` if the driver is not installed.
     """
     if store is not None and "://" not in store:
         file = Path(store)
@@ -57,7 +55,7 @@ def place_of(store: str | None) -> Place:
     if store is not None:
         kind = "schema=cagey_demo_" if engine_of(store) == "postgres" else "prefix=cagey-demo-"
         url = f"{store}{'&' if '?' in store else '?'}{kind}{secrets.token_hex(6)}&lease={LEASE}&timeout={LEASE}"
-        open_store(url)  # or say at once why not
+        open_store(url)  # raises now if the URL or the driver is not usable
     folder = Path(tempfile.mkdtemp(prefix="cagey-sessions-demo-"))
     return Place(url or f"sqlite:///{folder / 'players.db'}", folder, "players", is_temporary=True)
 

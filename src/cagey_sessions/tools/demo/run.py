@@ -1,5 +1,6 @@
-"""The story of the demo. What lives here: starting, stopping and killing the server under the bots, when to compare,
-and what comes of it. What must not: playing, saving, comparing or drawing.
+"""The course of the demo: starts the server and the bots, stops and kills the server, and reports what was found.
+
+The game is in `server.py` and `bots.py`, the comparison in `verify.py`, and the display in `view.py`.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from .view import Board, Check, show_checks, showing
 __all__ = ["Settings", "run"]
 
 ONE_SAVE = 1.0
-"""How long one save may take, in seconds, unless the server has seen one take longer. What a kill takes may be older
-than the interval by this much: by then its save has begun, and need not have reached the disk."""
+"""How many seconds one save may take, unless the server has seen one take longer. A change that a kill loses may be
+older than the interval by this much: its save has begun by then, but need not be on the disk."""
 PATIENCE = 60.0
-"""How long to wait for what should take a moment, in seconds."""
+"""How many seconds to wait for something that should take a moment."""
 OTHER_FILES = 100
-"""How many files a process may have open besides one socket for each bot."""
+"""How many files a process has open at most, besides one socket for each bot."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says; durations in seconds."""
+    """The settings from the command line; durations in seconds."""
 
     bots: int
     seconds: float
@@ -52,7 +53,7 @@ class DemoError(Exception):
 
 
 def run(settings: Settings) -> int:
-    """Run the demo, print what came of it, and return the exit status."""
+    """Run the demo, print its result, and return the exit status."""
     console = Console(highlight=False)
     try:
         place = place_of(settings.store)
@@ -82,7 +83,7 @@ def run(settings: Settings) -> int:
 
 
 class Child:
-    """A process of the demo: it says how it is doing, and may take commands."""
+    """A process of the demo, which reports on its output and may obey commands."""
 
     def __init__(self, name: str, process: asyncio.subprocess.Process, hear: Callable[[dict[str, Any]], None]) -> None:
         self.process = process
@@ -90,7 +91,7 @@ class Child:
         self._done: asyncio.Queue[str] = asyncio.Queue()
 
     async def ask(self, command: str) -> None:
-        """Have a command performed, and wait until it is."""
+        """Send a command, and wait until the process reports that it is done."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{command}\n".encode())
         await asyncio.wait_for(self._done.get(), PATIENCE)
@@ -103,7 +104,7 @@ class Child:
     async def _listen(self, hear: Callable[[dict[str, Any]], None]) -> int:
         assert self.process.stdout is not None
         async for line in self.process.stdout:
-            if line.endswith(b"\n"):  # else it was killed in the middle of a word
+            if line.endswith(b"\n"):  # if not, the process was killed in the middle of a line
                 facts = json.loads(line)
                 if "done" in facts:
                     self._done.put_nowait(facts["done"])
@@ -113,7 +114,7 @@ class Child:
 
 
 class Story:
-    """The acts of the demo in their order, and what came of them."""
+    """The steps of the demo in their order, and their results."""
 
     def __init__(self, settings: Settings, place: Place) -> None:
         self.checks: list[Check] = []
@@ -130,7 +131,7 @@ class Story:
         self._lost: set[str] = set()
 
     async def tell(self, console: Console) -> None:
-        """Run the demo to its end; whatever happens, leave no process behind."""
+        """Run the demo to its end; whatever happens, no process is left."""
         me = asyncio.current_task()
         assert me is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, me.cancel)
@@ -173,8 +174,8 @@ class Story:
     async def _start(
         self, name: str, *arguments: object, hear: Callable[[dict[str, Any]], None], pass_fds: tuple[int, ...] = ()
     ) -> None:
-        # Each in a session of its own: Ctrl-C is for us alone, and we end them. Should we be killed, they end by
-        # themselves, since nobody is left at the other end of their pipes.
+        # Each in a session of its own, so that Ctrl-C reaches only this process, which ends the others. If this process
+        # is killed, they end when their pipes are closed.
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", f"{__package__}.{name}", *map(str, arguments)),
             stdin=asyncio.subprocess.PIPE,
@@ -211,7 +212,7 @@ class Story:
                 await self._pause(0.05)
 
     async def _pause(self, seconds: float) -> None:
-        """Wait, and raise if a child ends meanwhile."""
+        """Wait some seconds, and raise if a child ends meanwhile."""
         done, _ = await asyncio.wait([child.ended for child in self._children.values()], timeout=seconds)
         for task in done:
             raise DemoError(f"the process of the {task.get_name()} ended by itself, with status {task.result()}")
@@ -286,8 +287,9 @@ class Story:
 
 
 def _listen(port: int, backlog: int) -> socket.socket:
-    """The listening socket. It is ours, and given to one server after the other: bots who come while there is none wait
-    in its queue, and nobody else can take the port.
+    """Make the listening socket, which is given to one server after the other.
+
+    Bots that connect while there is no server wait in its queue, and no other program can take the port.
     """
     try:
         return socket.create_server(("127.0.0.1", port), backlog=backlog)
@@ -296,7 +298,7 @@ def _listen(port: int, backlog: int) -> socket.socket:
 
 
 def _allow_open_files(number: int) -> None:
-    """Raise the limit for us and our children: the usual one is far below what is allowed."""
+    """Raise the limit of open files for this process and its children, as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < number:
         raise DemoError(f"so many bots need {number} open files; a process may have {hard} here")

@@ -1,9 +1,10 @@
-"""A game server. What lives here: players who earn and buy over WebSockets, and a `SessionManager` that keeps them in
-a store, by itself or through a listener. What must not: anything a real server would not do; it does not know it
-is being tested.
+"""The game server of the demo: players earn and buy over WebSockets, and a `SessionManager` saves them.
 
-Run as a process: ``python -m cagey_sessions.tools.demo.server URL INTERVAL LISTENING_FD store|events``. It says how it
-is doing on standard output, one line of JSON at a time, and ends at SIGTERM.
+It is saved by a store, or through a listener. The server does nothing that a real one would not do, and does not know
+that it is being tested.
+
+Run as a process: ``python -m cagey_sessions.tools.demo.server URL INTERVAL LISTENING_FD store|events``. It reports on
+standard output, one line of JSON at a time, and ends at SIGTERM.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from cagey_sessions.stores import open_store
 
 PRICES = {"map": 12, "potion": 20, "shield": 35, "sword": 50}
 GRACE = 0.3
-"""Seconds that a session waits for a dropped player to come back."""
+"""How many seconds a session waits for a player to come back whose connection was lost."""
 REPORT_EVERY = 0.5
 BACKLOG = 4096
-"""How many players may knock at a time; after a restart it is all of them."""
+"""How many players may connect at the same time; after a restart all of them do."""
 CONNECTION = "connection"
-"""What a session keeps in its bag: the connection that may change it, or the `Absence` of one."""
+"""The name in a session's bag for the connection that may change it, or for the `Absence` of one."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS players (
@@ -60,8 +61,10 @@ ON CONFLICT (user_id) DO UPDATE SET body = excluded.body, saved_at = excluded.sa
 
 
 class PlayerFile:
-    """Players in an SQLite file, for a server that saves in a listener. One thread works on it; whatever waits for it
-    meanwhile shares the next transaction, for a transaction costs one flush to the disk however many rows it has.
+    """Players in an SQLite file, for a server that saves in a listener.
+
+    One thread writes it. All saves that wait for the thread share the next transaction, because a transaction costs one
+    flush to the disk, however many rows it has.
     """
 
     def __init__(self, path: str) -> None:
@@ -75,19 +78,19 @@ class PlayerFile:
         self._thread.start()
 
     async def load(self, user_id: str) -> Any:
-        """The player's data as last saved, or None."""
+        """Return the player's data as last saved, or None."""
         row = await self._run(LOAD, (user_id,))
         return row and orjson.loads(row[0])
 
     async def save(self, user_id: str, body: str) -> None:
-        """Returns when the data is on the disk."""
+        """Save a player's data; returns when it is on the disk."""
         await self._run(SAVE, (user_id, body, time.time()))
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._jobs.put(None)  # the thread closes the file, however often this wait is cancelled
+        self._jobs.put(None)  # the thread closes the file even if this call is cancelled
         await asyncio.to_thread(self._thread.join)
 
     async def _run(self, statement: str, values: tuple[object, ...]) -> Any:
@@ -132,7 +135,7 @@ def _settle(jobs: list[_Job], outcome: list[Any] | sqlite3.Error) -> None:
 
 
 class Absence:
-    """The place of a connection that was lost; each loss is an object of its own."""
+    """Stands for a connection that was lost. Each loss is an object of its own, so that two can be told apart."""
 
 
 def new_player(user_id: str) -> dict[str, Any]:
@@ -140,7 +143,7 @@ def new_player(user_id: str) -> dict[str, Any]:
 
 
 class Game:
-    """Who plays, and what they may do. The manager loads and saves; `GameWithEvents` does it itself."""
+    """The rules of the game. The manager loads and saves; in `GameWithEvents` the program does it itself."""
 
     def __init__(self, manager: SessionManager) -> None:
         self.slowest_save: float = 0.0
@@ -149,7 +152,7 @@ class Game:
         self.manager.on("before_destroy", self._detach)
 
     async def serve_player(self, connection: ServerConnection) -> None:
-        """One connection, from login to its end."""
+        """Serve one connection, from login to its end."""
         try:
             session = await self._enter(connection, **orjson.loads(await connection.recv()))
             try:
@@ -163,14 +166,15 @@ class Game:
                 await self._leave(session, connection)
         except ConnectionClosed:
             pass
-        except (ManagerClosedError, OwnedElsewhereError, SessionEndedError):  # or still of the server that was killed
+        # OwnedElsewhereError: the store may still take the server that was killed for alive
+        except (ManagerClosedError, OwnedElsewhereError, SessionEndedError):
             await connection.close(CloseCode.TRY_AGAIN_LATER)
 
     async def _enter(self, connection: ServerConnection, key: str, user_id: str) -> Session:
-        """The session of a player who comes back in time, or a new one.
+        """Return the session of a player who comes back in time, or a new one.
 
-        A session that still has a connection is half open: the player is gone, and the network has not told us. It is
-        replaced rather than shared, so that whatever the old connection still holds cannot reach the player's data.
+        If the session still has a connection, that is half open: the player has left, and the network has not reported
+        it. The session is replaced, not shared, so that requests still on the old connection cannot change the data.
         """
         session = self.manager.find_by_key(key)
         holder = session and session.get(CONNECTION)
@@ -184,11 +188,11 @@ class Game:
         return session
 
     async def _identify(self, session: Session, user_id: str) -> None:
-        """If the player is here under another key that session is saved and ended first."""
+        """Log in. If the player has a session under another key, that is saved and ended first."""
         await session.login(user_id, default=lambda: new_player(user_id))
 
     async def _act(self, session: Session, request: dict[str, Any]) -> bytes:
-        """Do what the player asks. A purchase is confirmed once it is saved, anything else at once."""
+        """Do what the player asks for. A purchase is confirmed once it is saved, anything else at once."""
         data = session.user_data
         if "look" in request:
             return _answer(data)
@@ -201,7 +205,7 @@ class Game:
         data["seq"] += 1
         if item is None:
             return _answer(data)
-        confirmed = copy.deepcopy(data)  # what is changed during the save is not part of what is confirmed
+        confirmed = copy.deepcopy(data)  # changes during the save are not confirmed by it
         started = time.monotonic()
         receipt = await session.persist_now()
         self._note_save(started)
@@ -211,7 +215,7 @@ class Game:
         self.slowest_save = max(self.slowest_save, time.monotonic() - started)
 
     async def _leave(self, session: Session, connection: ServerConnection) -> None:
-        """Give a player who was dropped a moment to come back, then end the session."""
+        """Give a player whose connection was lost a moment to come back, then end the session."""
         if session.get(CONNECTION) is not connection:
             return
         absence = Absence()
@@ -222,12 +226,12 @@ class Game:
             await session.destroy(self.manager.will_persist_user_data_on("disconnect"))
 
     def _detach(self, session: Session) -> None:
-        """From here on a change could miss the last save, so it must not be made, let alone be confirmed."""
+        """Detach the connection when the end begins: later changes could miss the last save, so none may be made."""
         session.set(CONNECTION, None)
 
 
 class GameWithEvents(Game):
-    """The same without a store: the program loads, and saves in a listener."""
+    """The same game without a store: the program loads, and saves in a listener."""
 
     def __init__(self, manager: SessionManager, players: PlayerFile) -> None:
         super().__init__(manager)
@@ -235,26 +239,27 @@ class GameWithEvents(Game):
         self.manager.on("persist_user_data", self._save)
 
     async def _identify(self, session: Session, user_id: str) -> None:
-        """Load only after the player's last session is saved, or it would overwrite this one's beginning."""
+        """Load the player, but only after their last session was saved: otherwise the data would be older than that."""
         while True:
             data = await self._players.load(user_id) or new_player(user_id)
             try:
                 await session.set_user(user_id, data)
                 return
             except UserActiveError as error:
-                if error.session.get(CONNECTION) is not None:  # not ending: the player is here under another key
+                # with a connection it is not ending: the player is here under another key
+                if error.session.get(CONNECTION) is not None:
                     await error.session.destroy(self.manager.will_persist_user_data_on("disconnect"))
                 await error.session.wait_ended()
 
     async def _save(self, session: Session) -> None:
         started = time.monotonic()
-        body = orjson.dumps(session.user_data).decode()  # fixed before the first await: the player goes on playing
+        body = orjson.dumps(session.user_data).decode()  # before the first await, because the player goes on playing
         await self._players.save(str(session.user_id), body)
         self._note_save(started)
 
 
 def _answer(player: dict[str, Any], receipt: Receipt | None = None) -> bytes:
-    """The player's state and, where a store has confirmed it, as which version."""
+    """The answer to a player: the state and, if a store has confirmed it, its version."""
     return orjson.dumps({"player": player, "version": receipt and receipt.version})
 
 

@@ -1,10 +1,13 @@
-"""The independent reader. What lives here: reading the database by its own means and the bots' ledgers as JSON, and
-comparing them. What must not: an import of anything else of this package; it would then believe what it is to check.
+"""The independent check: reads the database by its own means, and compares it with the bots' ledgers.
 
-A ledger of one bot holds ``known``, pairs of a time and a state the server acknowledged, from the last confirmed
-purchase on; ``receipt``, the state of that purchase, and ``version``, the number the store gave it (None without a
-store); ``awaited``, the state that an unanswered request leads to if the server has heard it; ``shown``, the known and
-the awaited state before each return or look around, and the one seen then.
+It imports nothing else of this library: a fault of the library could then hide itself from the check.
+
+The ledger of a bot has
+
+- ``known``: pairs of a time and a state that the server has acknowledged, from the last confirmed purchase on
+- ``receipt``: the state of that purchase; ``version``: its version in the store (None without a store)
+- ``awaited``: the state that an unanswered request leads to, if the server has received it
+- ``shown``: the known and the awaited state before each return or look around, and the state that was seen then
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ class Stored(NamedTuple):
 
     state: State
     version: int
-    """How many times they have been saved."""
+    """How many times the player was saved."""
 
 
 Players = Mapping[str, Stored]
@@ -49,20 +52,20 @@ Ledgers = Mapping[str, Mapping[str, Any]]
 
 @dataclass
 class AfterKill:
-    """What a kill took."""
+    """What was lost by a kill."""
 
     lost: set[str] = field(default_factory=set)
-    """Players of whom something is missing that was confirmed, or who are in a state they never were in."""
+    """Players who miss something that was confirmed, or are in a state that they never were in."""
     older_than_allowed: int = 0
-    """Acknowledged changes that had been made longer before the kill than allowed, and are missing."""
+    """The number of missing changes that were acknowledged longer before the kill than allowed."""
     changes: int = 0
-    """Acknowledged changes that are missing, all of them."""
+    """The number of all acknowledged changes that are missing."""
     oldest: float = 0.0
-    """How long before the kill the oldest missing change was acknowledged, in seconds."""
+    """How many seconds before the kill the oldest missing change was acknowledged."""
 
 
 def read_players(place: str) -> dict[str, Stored]:
-    """Every player in the database: an SQLite file, or the URL of a server with the schema or prefix in it."""
+    """Read all players from the database: an SQLite file, or the URL of a server with the schema or prefix in it."""
     scheme = place.partition("://")[0]
     if scheme == "sqlite":
         return _read_sqlite(place.removeprefix("sqlite:///"))
@@ -74,7 +77,7 @@ def read_players(place: str) -> dict[str, Stored]:
 
 
 def _read_sqlite(path: str) -> dict[str, Stored]:
-    """A store counts saves in ``version``, the listener of the demo in ``saves``."""
+    """Read an SQLite file: a store's, with its column ``version``, or the listener's of the demo, with ``saves``."""
     with closing(sqlite3.connect(path)) as db:
         by_store = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'cagey_sessions'").fetchone()
         query = (
@@ -109,13 +112,13 @@ def _read_redis(url: str, prefix: str) -> dict[str, Stored]:
 
 
 def read_ledgers(path: str | Path) -> dict[str, dict[str, Any]]:
-    """What every bot knows."""
+    """Read the ledgers of all bots."""
     ledgers: dict[str, dict[str, Any]] = json.loads(Path(path).read_text())
     return ledgers
 
 
 def different(players: Players, ledgers: Ledgers) -> set[str]:
-    """Who is not stored in the very last state their bot knows; that of an unanswered request will do as well."""
+    """The players who are not stored in the last state that their bot knows, nor in that of its unanswered request."""
     wrong = {
         user
         for user, ledger in ledgers.items()
@@ -125,7 +128,7 @@ def different(players: Players, ledgers: Ledgers) -> set[str]:
 
 
 def contradicted(ledgers: Ledgers) -> set[str]:
-    """Who came back or looked around, and was not shown the state they had left."""
+    """The players who came back or looked around, and did not see the state that they had left."""
     return {
         user
         for user, ledger in ledgers.items()
@@ -134,7 +137,7 @@ def contradicted(ledgers: Ledgers) -> set[str]:
 
 
 def mixed_up(players: Players, ledgers: Ledgers) -> set[str]:
-    """Who is stored with the data of somebody else, or was shown it. All data says whose it is."""
+    """The players who are stored with, or have seen, another player's data; all data contains its player's name."""
     stored = {user for user, (state, _) in players.items() if state["name"] != user}
     return stored | {
         user
@@ -145,10 +148,10 @@ def mixed_up(players: Players, ledgers: Ledgers) -> set[str]:
 
 
 def after_kill(players: Players, ledgers: Ledgers, killed_at: float, allowed_age: float) -> AfterKill:
-    """Compare with what the bots knew when the server was killed, `killed_at` being of the monotonic clock.
+    """Compare the database with what the bots knew when the server was killed, at `killed_at` of the monotonic clock.
 
-    A player's state must be one that the bot was told, or the one it was waiting for, and not older than the last
-    confirmed purchase. Of what was acknowledged later, only what is younger than `allowed_age` seconds may be missing.
+    A player's state has to be one that the bot was told, or that it waited for, and not older than the last confirmed
+    purchase. Changes acknowledged after that may be missing only if they are younger than `allowed_age` seconds.
     """
     found = AfterKill()
     for user, ledger in ledgers.items():
@@ -173,7 +176,7 @@ def _is_current(stored: Stored | None, ledger: Mapping[str, Any]) -> bool:
 
 
 def _breaks_receipt(stored: Stored | None, ledger: Mapping[str, Any]) -> bool:
-    """Whether the confirmed version is not there, nor a later one, or stands for something else than was confirmed."""
+    """Whether neither the confirmed version nor a later one is stored, or that version has another state."""
     receipt: State | None = ledger["receipt"]
     version: int | None = ledger["version"]
     if receipt is None:

@@ -1,6 +1,4 @@
-"""What the audience sees. What lives here: the board that shows how the demo goes, and the table at its end. What must
-not: anything that makes it go.
-"""
+"""The display of the demo: a board with its progress, and a table of the results at its end."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ HEALTH_STYLES = {"ok": "green", "degraded": "yellow", "down": "red"}
 
 @dataclass(frozen=True)
 class Check:
-    """One row of the table at the end."""
+    """One row of the table of results."""
 
     what: str
     expected: str
@@ -41,7 +39,7 @@ class Check:
 
 @dataclass
 class Board:
-    """How the demo goes, as far as its processes have said. Times are in seconds."""
+    """The progress of the demo, as its processes have reported it. Times are in seconds."""
 
     bots: int
     seconds: float
@@ -66,12 +64,12 @@ class Board:
     _measured: tuple[float, int] = field(default_factory=lambda: (time.monotonic(), 0))
 
     def played(self) -> float:
-        """For how long the bots have played, the time while the server is away left out."""
+        """For how long the bots have played, without the times when the server was down."""
         running = 0.0 if self.playing_since is None else time.monotonic() - self.playing_since
         return min(self.played_before + running, self.seconds)
 
     def count(self, saved: int, skipped: int) -> None:
-        """Take note of how many saves the server has made, and found unnecessary, since it was started."""
+        """Note how many saves the server has made, and found unnecessary, since it was started."""
         self.saves += saved - self._counted[0]
         self.skipped += skipped - self._counted[1]
         self._counted = saved, skipped
@@ -82,7 +80,7 @@ class Board:
         self._measured = now, self.saves
 
     def server_is_away(self) -> None:
-        """The next one counts from 0."""
+        """Note that the server is down; the next one counts from 0."""
         self.online, self.oldest, self.pending, self.in_flight = 0, None, 0, 0
         self.latency, self.health, self.reason = 0.0, "-", "there is no server"
         self.rates.append(0.0)
@@ -91,7 +89,7 @@ class Board:
 
 @asynccontextmanager
 async def showing(board: Board, console: Console) -> AsyncIterator[None]:
-    """Within this block the board is on display: alive on a terminal, as a line now and then elsewhere."""
+    """A block in which the board is shown: live on a terminal, otherwise as a line from time to time."""
     if sys.stdout.isatty() and not console.is_dumb_terminal:
         with Live(get_renderable=lambda: _panel(board), console=console, refresh_per_second=8):
             yield
@@ -158,7 +156,7 @@ def _latency(board: Board) -> str:
 
 
 def show_checks(checks: Iterable[Check], console: Console) -> None:
-    """The table at the end."""
+    """Print the table of results."""
     table = Table("checked", "expected", "found", "", box=box.SIMPLE_HEAD)
     for check in checks:
         mark = Text("ok", "green") if check.passed else Text("LOST", "bold red")
