@@ -74,7 +74,6 @@ class TestPostgresStoreBehindAPooler(OfPostgresStore):
 
 class TestPostgresTableBehindAPooler(Contract):
     loops = ("asyncio",)
-    fence = "side_table"
 
     @pytest.fixture
     def make(self, schema, bouncer):
@@ -82,7 +81,7 @@ class TestPostgresTableBehindAPooler(Contract):
         asyncio.run(
             execute(f"CREATE SCHEMA {schema}", f"CREATE TABLE {schema}.players (id text PRIMARY KEY, data json)")
         )
-        return lambda: Both(bouncer.url, (schema, "players"), body="data", fence=self.fence, schema=schema)
+        return lambda: Both(bouncer.url, (schema, "players"), body="data", schema=schema)
 
 
 @pytest.mark.parametrize("mode", ["transaction", "session"])

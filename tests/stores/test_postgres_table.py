@@ -49,52 +49,37 @@ async def bury_in(schema, owner):
 
 
 class Contract(StoreConformance):
-    fence = ""
-
     @pytest.fixture
     def make(self, schema):
         def make():
-            return Both(DSN, (schema, "players"), body="data", fence=self.fence, schema=schema)
+            return Both(DSN, (schema, "players"), body="data", schema=schema)
 
         self.schema = schema
-        more = make().ddl() if self.fence == "columns" else ()
-        asyncio.run(execute(f"CREATE TABLE {schema}.players (id text PRIMARY KEY, data json, email text)", *more))
+        asyncio.run(execute(f"CREATE TABLE {schema}.players (id text PRIMARY KEY, data json, email text)"))
         return make
 
     async def bury(self, store, owner):
         await bury_in(self.schema, owner)
 
     async def damage(self, store, user_id):
-        names = store._names
-        await execute(
-            f"UPDATE {names['fence']} SET {names['version']} = -1 WHERE {names['id']} = '{store.key_of(user_id)}'"
-        )
+        await execute(f"UPDATE {self.schema}.{SIDE} SET version = -1 WHERE user_id = '{store.key_of(user_id)}'")
 
 
-class TestSideTable(Contract):
-    loops = ("asyncio",)
-    fence = "side_table"
-
-
-class TestFenceColumns(Contract):
-    loops = ("uvloop",)
-    fence = "columns"
+class TestPostgresTable(Contract):
+    """With its fence in a side table."""
 
 
 class Machine(StoreMachine):
     """With the members of its bodies in columns; what is read back is put together from them."""
 
-    fence = ""
-
     def make(self):
         self.schema = f"cagey_{uuid.uuid4().hex}"
-        store = Both(DSN, (self.schema, "players"), columns=["epoch", "version"], fence=self.fence, schema=self.schema)
+        store = Both(DSN, (self.schema, "players"), columns=["epoch", "version"], schema=self.schema)
         table = (
             f"CREATE TABLE {self.schema}.players "
             "(id text PRIMARY KEY, epoch bigint NOT NULL DEFAULT 0, version int NOT NULL DEFAULT 0)"
         )
-        more = store.ddl() if self.fence == "columns" else ()
-        self.runner.run(execute(f"CREATE SCHEMA {self.schema}", table, *more))
+        self.runner.run(execute(f"CREATE SCHEMA {self.schema}", table))
         return store
 
     # no rules here: a lease comes back to life with its owner's next claim, and ends with the store
@@ -109,16 +94,7 @@ class Machine(StoreMachine):
         super().teardown()
 
 
-class SideTableMachine(Machine):
-    fence = "side_table"
-
-
-class ColumnsMachine(Machine):
-    fence = "columns"
-
-
-TestSideTableHistories = machine_test(SideTableMachine, 10)
-TestColumnsHistories = machine_test(ColumnsMachine, 10)
+TestPostgresTableHistories = machine_test(Machine, 10)
 
 
 @pytest.mark.parametrize("fence", FENCES)
@@ -191,7 +167,7 @@ async def test_a_pool_with_a_codec_for_json_is_as_good(schema):
 # New users
 
 
-@pytest.mark.parametrize("fence", ["side_table", "none"])
+@pytest.mark.parametrize("fence", FENCES)
 async def test_a_new_user_whose_row_takes_more_than_we_know_is_told_so(schema, fence):
     await execute(f"CREATE TABLE {schema}.players (id int PRIMARY KEY, email text NOT NULL UNIQUE, gold int)")
     async with opened(table(schema, fence=fence)) as store:
@@ -203,7 +179,7 @@ async def test_a_new_user_whose_row_takes_more_than_we_know_is_told_so(schema, f
         assert await save(store, record(epoch=epoch, body=b'{"gold":1}')) == [SAVED], "somebody has made the row"
 
 
-@pytest.mark.parametrize("fence", ["side_table", "none"])
+@pytest.mark.parametrize("fence", FENCES)
 async def test_a_function_of_the_program_makes_the_row_of_a_new_user(schema, fence):
     await execute(f"CREATE TABLE {schema}.players (id int PRIMARY KEY, email text NOT NULL UNIQUE, gold int)")
     sql = f"INSERT INTO {schema}.players (id, email) VALUES ($1, $2)"
@@ -244,7 +220,6 @@ async def test_who_has_a_row_without_data_is_new(schema, fence):
     store = table(schema, body="data", fence=fence)
     await execute(
         f"CREATE TABLE {schema}.players (id int PRIMARY KEY, email text, data jsonb)",
-        *(store.ddl() if fence == "columns" else []),
         f"INSERT INTO {schema}.players (id, email) VALUES (1, 'ann@example.org')",
     )
     async with SessionManager(store=store, user_id=int) as manager:

@@ -47,7 +47,6 @@ def test_bad_settings_are_refused_at_once():
         (DSN, "players", {"columns": [7]}),
         (DSN, "players", {**good, "fence": "yes"}),
         (DSN, "players", {**good, "insert": "INSERT"}),
-        (DSN, "players", {**good, "insert": print, "fence": "columns"}),
         (DSN, "players", {**good, "schema": ""}),
         (DSN, "players", {**good, "timeout": 0}),
         (DSN, "players", {**good, "lease": 1}),
@@ -120,10 +119,7 @@ async def test_names_may_be_anything(schema, fence):
     name, key, column = 'Odd "name"; {drop}\'s', "User {Id}", 'g"o{l}d'
     quoted = [f'"{each.replace(chr(34), chr(34) * 2)}"' for each in (name, key, column)]
     store = table(schema, name, key=key, columns=[column], fence=fence)
-    await execute(
-        f"CREATE TABLE {schema}.{quoted[0]} ({quoted[1]} int PRIMARY KEY, {quoted[2]} int)",
-        *(store.ddl() if fence == "columns" else []),
-    )
+    await execute(f"CREATE TABLE {schema}.{quoted[0]} ({quoted[1]} int PRIMARY KEY, {quoted[2]} int)")
     async with opened(store):
         epoch = (await claim(store)).epoch
         assert await save(store, record(epoch=epoch, body=orjson.dumps({column: 5}))) == [SAVED]
@@ -136,8 +132,7 @@ async def test_columns_may_be_called_as_the_parts_of_the_statements_are(schema, 
     columns = ["epoch", "owner", "c0", "c1", "batch", "own", "kept", "held", "released", "absent", "version"]
     store = table(schema, key="user_id", columns=columns, fence=fence)
     await execute(
-        f"CREATE TABLE {schema}.players (user_id int PRIMARY KEY, {', '.join(f'{each} int' for each in columns)})",
-        *(store.ddl() if fence == "columns" else []),
+        f"CREATE TABLE {schema}.players (user_id int PRIMARY KEY, {', '.join(f'{each} int' for each in columns)})"
     )
     async with opened(store):
         epoch = (await claim(store)).epoch
@@ -181,8 +176,7 @@ async def test_a_partitioned_table_is_a_table(schema, fence):
     await execute(
         f"SET search_path TO {schema}; CREATE TABLE players (id int PRIMARY KEY, gold int) PARTITION BY HASH (id); "
         "CREATE TABLE even PARTITION OF players FOR VALUES WITH (MODULUS 2, REMAINDER 0); "
-        "CREATE TABLE odd PARTITION OF players FOR VALUES WITH (MODULUS 2, REMAINDER 1)",
-        *(store.ddl() if fence == "columns" else []),
+        "CREATE TABLE odd PARTITION OF players FOR VALUES WITH (MODULUS 2, REMAINDER 1)"
     )
     async with opened(store):
         epochs = await claimed(store, *range(20))
@@ -261,14 +255,6 @@ async def test_without_create_ddl_makes_the_side_table(schema):
         assert (await claim(here, 7)).granted
 
 
-async def test_ddl_adds_the_columns_of_a_fence_inside(schema):
-    await execute(f"CREATE TABLE {schema}.players (id int PRIMARY KEY, gold int)")
-    store = table(schema, fence="columns", create=False)
-    await execute_each(store.ddl())
-    async with opened(store):
-        assert (await claim(store, 7)).granted
-
-
 async def test_a_user_who_may_not_make_the_side_table_is_told_how_it_is_made(schema):
     await players(schema)
     other = f"{schema}_b"
@@ -310,31 +296,6 @@ async def test_who_was_claimed_and_never_saved_leaves_nothing_in_the_side_table(
         assert await fetch(f"SELECT * FROM {schema}.{SIDE}") == []
         assert await release(store, 7, (await claim(store, 7)).epoch, "a")
         assert (await claim(store, 7)).record is not None
-
-
-async def test_fence_columns_that_are_not_there_are_named(schema):
-    await execute(f"CREATE TABLE {schema}.players (id int PRIMARY KEY, gold int)")
-    with pytest.raises(StoreLayoutError, match=r"cagey_epoch.*ddl"):
-        await table(schema, fence="columns").open()
-
-
-async def test_fence_columns_need_a_table_that_takes_a_row_of_the_key_alone(schema):
-    store = table(schema, fence="columns")
-    await execute(f"CREATE TABLE {schema}.players (id int PRIMARY KEY, gold int, email text NOT NULL)", *store.ddl())
-    with pytest.raises(StoreLayoutError, match="email"):
-        await store.open()
-
-
-async def test_with_fence_columns_a_claim_of_somebody_new_makes_a_row_that_is_no_data(schema):
-    async with opened(await players(schema, "columns")) as store:
-        assert (await claim(store, 8)).record is None
-        assert await fetch(f"SELECT id, cagey_absent FROM {schema}.players ORDER BY id") == [(7, False), (8, True)]
-        assert await store.load(8) is None
-        await execute(f"UPDATE {schema}.players SET email = 'bob@example.org' WHERE id = 8")
-        await release(store, 8, (await claim(store, 8)).epoch, "a")
-        assert await fetch(f"SELECT email FROM {schema}.players WHERE id = 8") == [("bob@example.org",)]
-        await execute(f"UPDATE {schema}.players SET gold = 5, cagey_absent = false WHERE id = 8")
-        assert (await claim(store, 8)).record.value()["gold"] == 5, "somebody else has filled it"
 
 
 async def test_without_a_fence_it_is_a_store_for_one_process(schema):

@@ -137,14 +137,11 @@ class InPostgres(RawRows):
     async def begin(self) -> None:
         async with opened(self.make()):
             pass
-        columns = (f"ALTER COLUMN {self.column(name)} DROP NOT NULL" for name in self.types)
+        columns = (f"ALTER COLUMN {name} DROP NOT NULL" for name in self.types)
         await execute(f"ALTER TABLE {self.schema}.{self.table} {', '.join(columns)}")
 
     async def end(self) -> None:
         await drop_schema(self.schema)
-
-    def column(self, name: str) -> str:
-        return name
 
     def key(self, user_id: int | str) -> Any:
         return f'"{user_id}"' if isinstance(user_id, str) else str(user_id)
@@ -162,20 +159,18 @@ class InPostgres(RawRows):
         try:
             for name, value in fields.items():
                 await connection.execute(
-                    f"UPDATE {self.schema}.{self.table} SET {self.column(name)} = $2 WHERE {self.id} = $1",
+                    f"UPDATE {self.schema}.{self.table} SET {name} = $2 WHERE user_id = $1",
                     self.key(user_id),
                     value.decode() if isinstance(value, bytes) else value,
                 )
         finally:
             await connection.close()
 
-    id = "user_id"
-
     async def get(self, user_id: int | str) -> Any:
         connection = await asyncpg.connect(POSTGRES)
         try:
             return await connection.fetchrow(
-                f"SELECT kept::text FROM {self.schema}.{self.table} AS kept WHERE {self.id} = $1", self.key(user_id)
+                f"SELECT kept::text FROM {self.schema}.{self.table} AS kept WHERE user_id = $1", self.key(user_id)
             )
         finally:
             await connection.close()
@@ -184,10 +179,9 @@ class InPostgres(RawRows):
 class InSideTable(InPostgres):
     types = MappingProxyType({name: kind for name, kind in TYPES.items() if name != "body"})  # that is in their table
     table = "cagey_sessions_fence_players"
-    fence = "side_table"
 
     def make(self) -> Store:
-        return PostgresTable(POSTGRES, (self.schema, "players"), body="data", fence=self.fence, schema=self.schema)
+        return PostgresTable(POSTGRES, (self.schema, "players"), body="data", schema=self.schema)
 
     async def begin(self) -> None:
         await execute(
@@ -200,23 +194,6 @@ class InSideTable(InPostgres):
 
     async def put_body(self, user_id: int | str, body: bytes) -> None:
         await execute(f"UPDATE {self.schema}.players SET data = '{body.decode()}' WHERE id = '{user_id}'")
-
-
-class InColumns(InSideTable):
-    table = "players"
-    fence = "columns"
-    id = "id"
-
-    async def begin(self) -> None:
-        await execute(
-            f"CREATE SCHEMA {self.schema}",
-            f"CREATE TABLE {self.schema}.players (id text PRIMARY KEY, data json)",
-            *self.make().ddl(),  # type: ignore[attr-defined]
-        )
-        await InPostgres.begin(self)
-
-    def column(self, name: str) -> str:
-        return f"cagey_{name}"
 
 
 class InMemory(RawRows):
@@ -247,5 +224,4 @@ ENGINES: dict[str, type[RawRows]] = {
     "redis": InRedis,
     "postgres": InPostgres,
     "side table": InSideTable,
-    "columns": InColumns,
 }

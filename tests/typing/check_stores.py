@@ -45,8 +45,8 @@ stores: list[Store] = [
 assert_type(open_store("sqlite:///players.db"), Store)
 SQLiteStore("players.db", synchronous="NORMAL")
 SQLiteStore("players.db", synchronous="normal")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-PostgresTable("postgresql:///players", "players", body="data", fence="columns")
-PostgresTable("postgresql:///players", "players", body="data", fence="column")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+PostgresTable("postgresql:///players", "players", body="data", fence="none")
+PostgresTable("postgresql:///players", "players", body="data", fence="columns")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 SQLiteStore(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 CallbackStore(load)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 CallbackStore(load, save_wrongly)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -58,9 +58,9 @@ class StoredRow(NamedTuple):
     erased: Any
     """Whether the row is a tombstone."""
 
-    def fence_fault(self, first_epoch: int = 1) -> str:
+    def fence_fault(self) -> str:
         """What is wrong with the fields that say whose the row is and what may overwrite it; empty if nothing is."""
-        if fault := _number_fault("epoch", self.epoch, first_epoch) or _number_fault("version", self.version, 0):
+        if fault := _number_fault("epoch", self.epoch, 1) or _number_fault("version", self.version, 0):
             return fault
         for name, flag in (("released", self.released), ("erased", self.erased)):
             if type(flag) is not bool:

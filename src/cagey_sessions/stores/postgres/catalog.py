@@ -195,13 +195,13 @@ def _equal(one: Any, other: Any) -> bool:
 class OwnTable:
     """The program's table, and its columns that the store reads and writes: one for the whole data, or several."""
 
-    def __init__(self, name: str, key: Column, columns: Sequence[Column], is_body: bool, rest: dict[str, bool]) -> None:
+    def __init__(self, name: str, key: Column, columns: Sequence[Column], is_body: bool, needed: Sequence[str]) -> None:
         self.name = name
         """Its name with its schema, quoted."""
         self.key = key
         self.columns: tuple[Column, ...] = tuple(columns)
         self.is_body = is_body
-        self.needed: tuple[str, ...] = tuple(name for name, needed in rest.items() if needed)
+        self.needed: tuple[str, ...] = tuple(needed)
         """Columns that the store does not set, and that are NOT NULL and have no default: they prevent an INSERT."""
         self.makes_keys = False
         """Whether the key is GENERATED ALWAYS, so that an INSERT may not set it."""
@@ -263,13 +263,11 @@ class OwnTable:
         return text if isinstance(error, asyncpg.IntegrityConstraintViolationError) else text.partition(":")[0]
 
 
-async def read_table(
-    connection: Any, table: str, key: str, names: Sequence[str], is_body: bool, ours: Sequence[str]
-) -> OwnTable:
+async def read_table(connection: Any, table: str, key: str, names: Sequence[str], is_body: bool) -> OwnTable:
     """Look up a table by its quoted name.
 
-    `key` is its column with the user ids, `names` are the columns of the data, one for all of it if `is_body`, and
-    `ours` the columns of the fence. Raises `StoreLayoutError` for a table that cannot keep users.
+    `key` is its column with the user ids, and `names` are the columns of the data, one for all of it if `is_body`.
+    Raises `StoreLayoutError` for a table that cannot keep users.
     """
     found = await connection.fetchrow(TABLE, table)
     if found is None:
@@ -285,10 +283,9 @@ async def read_table(
             "Use a role with BYPASSRLS"
         )
     columns = {row["attname"]: row for row in await connection.fetch(COLUMNS, table)}
-    for name in (key, *names, *ours):
+    for name in (key, *names):
         if name not in columns:
-            what = "add it by what `ddl()` gives" if name in ours else f"it has {', '.join(columns)}"
-            raise StoreLayoutError(f"{table} has no column {name}; {what}")
+            raise StoreLayoutError(f"{table} has no column {name}; it has {', '.join(columns)}")
     at = columns[key]
     if at["type_name"] not in (*_INTEGERS, *_TEXTS):
         raise StoreLayoutError(f"the key {key} of {table} is {at['type_name']}; user ids are integers or text")
@@ -312,15 +309,13 @@ async def read_table(
                     else f"user data is {', '.join(COLUMN_TYPES)}: leave it out"
                 )
             )
-    rest = {
-        name: row["required"] and not row["has_default"] and not row["is_generated"]
+    needed = [
+        name
         for name, row in columns.items()
-        if name != key and name not in ours and name not in names
-    }
-    own = OwnTable(found["name"], _column(at), [_column(columns[name]) for name in names], is_body, rest)
+        if name not in (key, *names) and row["required"] and not row["has_default"] and not row["is_generated"]
+    ]
+    own = OwnTable(found["name"], _column(at), [_column(columns[name]) for name in names], is_body, needed)
     own.makes_keys = at["is_numbered"]
-    if ours:
-        own.needed += tuple(name for name in names if columns[name]["required"] and not columns[name]["has_default"])
     return own
 
 

@@ -479,12 +479,12 @@ def _refused(error: asyncpg.PostgresError) -> StoreUnavailableError | SettingsEr
     return StoreUnavailableError(f"PostgreSQL refuses the connection: {text}")
 
 
-def verdict_on(record: Record, row: Any, first_epoch: int = 1) -> Verdict:
+def verdict_on(record: Record, row: Any) -> Verdict:
     """The verdict on a record that was not written, by the row of its user; None if there is no row."""
     if row is None:
         return Verdict(Outcome.MISSING)
     kept = StoredRow(row["epoch"], row["owner"], row["released"], row["version"], 0, None, None, row["erased"])
-    if fault := kept.fence_fault(first_epoch):
+    if fault := kept.fence_fault():
         return verdict_of_damage(fault)
     if row["erased"]:
         return Verdict(Outcome.ERASED)

@@ -36,7 +36,7 @@ from .pooler import driver_of
 
 __all__ = ["PostgresTable"]
 
-FENCES = ("side_table", "columns", "none")
+FENCES = ("side_table", "none")
 ROWS_IN_A_SCAN = 100
 _SAVED = Verdict(Outcome.SAVED)
 _REFUSALS = (
@@ -47,12 +47,6 @@ _REFUSALS = (
 )
 """Errors because of one row, which will never be accepted. PostgreSQL has undone the statement, and does not say which
 row it was."""
-
-_WRITES = {
-    "side_table": (sql.SAVE_BESIDE, sql.INSERT_BESIDE),
-    "columns": (sql.SAVE_INSIDE, ""),
-    "none": (sql.SAVE_ALONE, sql.INSERT_ALONE),
-}
 
 Insert = Callable[[Any, "int | str", Any], Awaitable[object]]
 
@@ -74,10 +68,10 @@ class PostgresTable(PostgresEngine):
     one column `body`, of type json, jsonb or text.
 
     `fence` says where claims are kept: in a ``"side_table"`` in `schema`, which is created at `open` unless `create` is
-    false; in ``"columns"`` that you have added to the table; or nowhere, ``"none"``, for one process alone. `ddl` gives
-    the statements. ``await insert(connection, user_id, value)`` makes the row of a new user, where it takes more than
-    the columns given here; what it has not set of those is set after it, in the same transaction. `timeout` and `lease`
-    are as with `PostgresStore`.
+    false; or nowhere, ``"none"``, for one process alone. `ddl` gives the statements.
+    ``await insert(connection, user_id, value)`` makes the row of a new user, where it takes more than the columns given
+    here; what it has not set of those is set after it, in the same transaction. `timeout` and `lease` are as with
+    `PostgresStore`.
 
     Raises `MissingExtraError` without asyncpg, and `OptionError`. `open` raises what that of `PostgresStore` does, and
     `StoreLayoutError` for a table that cannot be used. An id that the key column cannot hold is a `RecordError`. Costs
@@ -93,7 +87,7 @@ class PostgresTable(PostgresEngine):
         key: str = "id",
         columns: Sequence[str] | None = None,
         body: str | None = None,
-        fence: Literal["side_table", "columns", "none"] = "side_table",
+        fence: Literal["side_table", "none"] = "side_table",
         schema: str = "cagey_sessions",
         create: bool = True,
         insert: Insert | None = None,
@@ -117,16 +111,16 @@ class PostgresTable(PostgresEngine):
         if len({key, *self._listed}) <= len(self._listed):
             raise OptionError("a column is given twice, or the key is among them")
         self._is_body = columns is None
-        self._fence = one_of("fence", fence, FENCES)
-        if insert is not None and (fence == "columns" or not callable(insert)):
-            raise OptionError('insert is an async function, and not there with fence="columns": a claim makes the row')
+        if insert is not None and not callable(insert):
+            raise OptionError(f"insert is an async function, not {quote(insert)}")
         self._insert = insert
-        self.uses_leases: bool = fence != "none"
+        self.uses_leases: bool = one_of("fence", fence, FENCES) == "side_table"
         self.fenced: bool = self.uses_leases
         self.shared: bool = self.uses_leases
         self.keeps_schema: bool = self.uses_leases
-        self._save_sql, self._insert_sql = _WRITES[fence]
-        self._load_sql = sql.LOAD if self.fenced else sql.LOAD_ALONE
+        self._save_sql, self._insert_sql, self._load_sql = (
+            (sql.SAVE, sql.INSERT, sql.LOAD) if self.fenced else (sql.SAVE_ALONE, sql.INSERT_ALONE, sql.LOAD_ALONE)
+        )
         self._side = sql.side_table(names[-1], schema)
         self._own: OwnTable | None = None
         self._given_bodies = GivenBodies()
@@ -135,13 +129,13 @@ class PostgresTable(PostgresEngine):
         """Without a fence: the users who had no row when they were claimed."""
 
     def ddl(self) -> list[str]:
-        """Return the statements that create what the fence needs; with ``fence="columns"`` you run them yourself."""
+        """Return the statements that create the side table and that of the leases; none with ``fence="none"``."""
         if not self.uses_leases:
             return []
         return [SCHEMA.format(schema=quoted(self._schema)), *self._fence_ddl(), NODES.format(**self._names)]
 
     def _fence_ddl(self) -> list[str]:
-        return sql.ddl(self._fence, self._table, quoted(self._key_name), self._side)
+        return sql.ddl(self._table, quoted(self._key_name), self._side)
 
     def key_of(self, user_id: int | str) -> int | str:
         """Return the value of the key column for a user.
@@ -157,24 +151,15 @@ class PostgresTable(PostgresEngine):
     # Opening
 
     async def _prepare(self, connection: Any) -> None:
-        inside = self._fence == "columns"
-        own = await read_table(
-            connection, self._table, self._key_name, self._listed, self._is_body, sql.INSIDE if inside else ()
-        )
-        if inside and own.needed:
-            raise StoreLayoutError(
-                f'with fence="columns" the claim of a new user makes a row of the key alone, and {own.name} has '
-                f'{own.needed[0]}, NOT NULL and without a default; take fence="side_table"'
-            )
+        own = await read_table(connection, self._table, self._key_name, self._listed, self._is_body)
         tables, nodes = [own.name], self._names["nodes"]
-        if self._fence == "side_table":
+        if self.fenced:
             await self._make(connection, self._side, self._fence_ddl())
             await self._check_ours(connection, self._side, sql.LAYOUT, own.name)
             tables.append(self._side)
-        if self.uses_leases:
             await self._make(connection, nodes, [NODES.format(nodes=nodes)])
             await self._check_may_use(connection, nodes)
-        self._names = sql.fence_names(self._fence, own, self._side, nodes)
+        self._names = sql.fence_names(own, self._side, nodes, fenced=self.fenced)
         self._statements.clear()
         await self._check_statements(connection, own)
         self.loss_class: str = await self._loss_class(connection, *tables)
@@ -236,9 +221,8 @@ class PostgresTable(PostgresEngine):
             to_settle = []
             for key, row in granted.items():
                 data = found.get(key)
-                # with columns a claim has made the row, so only the fence knows that there was none
-                absent = row["absent"] if self._fence == "columns" else data is None
-                body = None if absent or data is None else own.body(data, row["version"] > 0)
+                absent = data is None
+                body = None if data is None else own.body(data, row["version"] > 0)
                 if absent != row["absent"] or (body is None and row["version"]):
                     to_settle.append((key, row["epoch"], absent, body is None))
                 claims[key] = Claim(keys[key], row["epoch"], self._record(keys[key], row, owner, body))
@@ -267,12 +251,12 @@ class PostgresTable(PostgresEngine):
         """
         epoch, owner, released, version, schema, saved_at, erased, absent = (fence[field] for field in sql.FIELDS)
         kept = StoredRow(epoch, owner, released, version, schema, None, saved_at, erased)
-        fault = kept.fence_fault(sql.FIRST_EPOCH[self._fence])
+        fault = kept.fence_fault()
         if not fault and type(absent) is not bool:
             fault = "its field absent is missing"
         if not fault:
             time = 0.0 if saved_at is None and not version else saved_at
-            kept = kept._replace(epoch=max(epoch, 1), version=max(version, 1), body=b"", saved_at=time, erased=False)
+            kept = kept._replace(version=max(version, 1), body=b"", saved_at=time, erased=False)
             fault = kept.fault()
         if fault:
             raise damaged(user_id, fault)
@@ -373,7 +357,7 @@ class PostgresTable(PostgresEngine):
         kept = {row["user_id"]: row for row in await connection.fetch(self._sql(sql.LOOK), keys)}
         for row in rows:
             record, found = row.record, kept.get(row.key)
-            verdict = verdict_on(record, found, sql.FIRST_EPOCH[self._fence])
+            verdict = verdict_on(record, found)
             if found is not None and verdict.outcome is Outcome.FAILED:  # the fence allows it: the row is the reason
                 if not found["there"] and found["absent"]:  # there was no row at the claim, and is none now
                     new.append(row)
@@ -468,7 +452,7 @@ class PostgresTable(PostgresEngine):
             keys = sorted(epochs)
             rows = await connection.fetch(self._sql(sql.RELEASE), keys, [epochs[key] for key in keys], owner)
             absent = [row["user_id"] for row in rows if row["absent"]]
-            if absent and self._fence == "side_table":  # the rows of their table are not ours to delete
+            if absent:
                 with suppress(asyncpg.PostgresError):  # the rows of the fence only take up space
                     await connection.execute(self._sql(sql.DELETE_UNSAVED), absent, [epochs[key] for key in absent])
             return {row["user_id"] for row in rows}
@@ -487,21 +471,20 @@ class PostgresTable(PostgresEngine):
         async def erase(connection: Any) -> bool:
             while True:
                 async with connection.transaction():
-                    if self._fence == "side_table":
+                    epoch = None
+                    if self.fenced:
                         await connection.execute(self._sql(sql.ENSURE), key)
-                    row = await connection.fetchrow(self._sql(sql.LOCK), key, owner) if self.fenced else None
-                    if row is not None or not self.fenced:
+                        epoch = await connection.fetchval(self._sql(sql.LOCK), key, owner)
+                    if epoch is not None or not self.fenced:
                         # after the lock, by a statement of its own: it sees what was committed while the lock waited
                         was_there: bool = await connection.execute(self._sql(sql.DELETE), key) != "DELETE 0"
                         if await connection.fetchval(self._sql(sql.IS_THERE), key):
                             raise StoreError(
                                 f"the row of user {quote(user_id)} cannot be deleted: a trigger holds it back"
                             )
-                        if row is None:
-                            return was_there
-                        bury = sql.BURY_INSIDE if self._fence == "columns" else sql.BURY_BESIDE
-                        await connection.execute(self._sql(bury), key, row["epoch"] + 1)
-                        return was_there and not (self._fence == "columns" and row["absent"])
+                        if epoch is not None:
+                            await connection.execute(self._sql(sql.BURY), key, epoch + 1)
+                        return was_there
                 holders = await connection.fetch(self._sql(sql.HOLDERS), [key])
                 if not holders:
                     return False
