@@ -70,6 +70,12 @@ IS_SOUND = f"""({IS_FENCE_SOUND} AND CASE WHEN kept.body IS NULL THEN kept.versi
 MAY_BE_CLAIMED = f"({IS_SOUND} AND kept.epoch <= {LAST_CLAIMED} AND kept.version <= {LAST_CLAIMED})"
 FIELDS = "kept.epoch, kept.owner, kept.released, kept.version, kept.schema, kept.body::text, kept.saved_at, kept.erased"
 
+# The planner is not to see what else is asked of a row that was found by its key. It takes the rows of an owner for none,
+# because a server has another owner id at each start, and PostgreSQL has no statistics of that one yet; then it reads
+# the whole table for every batch, and compares each of its rows with each of the batch. In a CASE that names the batch
+# the conditions belong to the join.
+BY_KEY = "CASE WHEN batch.user_id IS NOT NULL THEN "
+
 # A new row gets an epoch above all that were ever given, the clock in microseconds: the row of a user may have been
 # deleted. FOR SHARE reads the leases as they are now; without it a statement that has waited for a row would see them
 # as they were when it began.
@@ -90,25 +96,25 @@ SAVE = """WITH saved AS (
             body = batch.body::json, saved_at = batch.saved_at
         FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::text[], $5::float8[])
             AS batch (user_id, epoch, version, body, saved_at)
-        WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.owner = $6
-            AND kept.version < batch.version AND kept.version >= 0 AND NOT kept.released AND NOT kept.erased
+        WHERE kept.user_id = batch.user_id AND {by_key}(kept.epoch = batch.epoch AND kept.owner = $6
+            AND kept.version < batch.version AND kept.version >= 0 AND NOT kept.released AND NOT kept.erased) END
         RETURNING kept.user_id)
     SELECT CASE WHEN count(*) < cardinality($1) THEN coalesce(array_agg(user_id), ARRAY[]::text[]) END FROM saved"""
 LOOK = "SELECT user_id, epoch, owner, version, erased, released FROM {users} WHERE user_id = ANY ($1::text[])"
 RELEASE = """UPDATE {users} AS kept SET released = true
     FROM unnest($1::text[], $2::bigint[]) AS batch (user_id, epoch)
-    WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.owner = $3
-        AND NOT kept.released AND NOT kept.erased AND {is_fence_sound}
+    WHERE kept.user_id = batch.user_id AND {by_key}(kept.epoch = batch.epoch AND kept.owner = $3
+        AND NOT kept.released AND NOT kept.erased AND {is_fence_sound}) END
     RETURNING kept.user_id, kept.body IS NULL AS unsaved"""
 RELEASE_REPEATED = """UPDATE {users} AS kept SET released = true
     FROM unnest($1::text[], $2::bigint[], $3::bigint[]) AS batch (user_id, epoch, version)
-    WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.version = batch.version
-        AND kept.owner = $4 AND NOT kept.released AND NOT kept.erased AND {is_fence_sound}"""
+    WHERE kept.user_id = batch.user_id AND {by_key}(kept.epoch = batch.epoch AND kept.version = batch.version
+        AND kept.owner = $4 AND NOT kept.released AND NOT kept.erased AND {is_fence_sound}) END"""
 # Not after an erasure (then saved_at is set): a server that had the user would find the row missing, and save the user
 # again.
 DELETE_UNSAVED = """DELETE FROM {users} AS kept USING unnest($1::text[], $2::bigint[]) AS batch (user_id, epoch)
-    WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.released AND kept.body IS NULL
-        AND NOT kept.erased AND kept.version = 0 AND kept.saved_at IS NULL"""
+    WHERE kept.user_id = batch.user_id AND {by_key}(kept.epoch = batch.epoch AND kept.released AND kept.body IS NULL
+        AND NOT kept.erased AND kept.version = 0 AND kept.saved_at IS NULL) END"""
 # In a damaged row the owner and the epoch may be unusable; the erasure then needs no owner, and takes a new epoch.
 ERASE = f"""UPDATE {{users}} AS kept SET epoch = CASE WHEN epoch BETWEEN 1 AND {LAST_CLAIMED - 1} THEN epoch + 1
             ELSE (extract(epoch FROM clock_timestamp()) * 1000000)::bigint END,
@@ -170,6 +176,7 @@ class PostgresStore(PostgresEngine):
         super().__init__(dsn, pool, schema, create, timeout, lease)
         self._users = self._names["users"] = f"{quoted(schema)}.cagey_sessions"
         self._names |= {"is_sound": IS_SOUND, "is_fence_sound": IS_FENCE_SOUND, "may_be_claimed": MAY_BE_CLAIMED}
+        self._names["by_key"] = BY_KEY
 
     def ddl(self) -> list[str]:
         """Return the statements that create what `open` creates, in order, for your own migrations."""
