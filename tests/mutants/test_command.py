@@ -99,7 +99,7 @@ def test_a_fault_that_cannot_be_tried_fails_the_run_and_says_why(suite, fault, w
 
 
 def test_a_core_that_cannot_be_built_fails_the_run_and_says_what_the_build_says(suite):
-    line = "# The sessions: found by key and by user, from `create` to `forget`.\n"
+    line = "# The table of all sessions: by key and by user, from `create` to `forget`.\n"
     status, said = tried(Fault("no Cython", "core/table.pxi", line, "cdef no such thing\n"), Path(sys.executable))
     assert status == 1
     assert "COULD NOT BE TRIED: no Cython: it cannot be built" in said
