@@ -41,7 +41,18 @@ from .driver import asyncpg
 from .pooler import SHARED_STATEMENTS, Unattached, is_pooled, refuse_shared_statements
 from .settings import settings_fault
 
-__all__ = ["DOUBT", "NODES", "SCHEMA", "PostgresEngine", "asyncpg", "check_name", "is_of_call", "quoted", "verdict_on"]
+__all__ = [
+    "BY_KEY",
+    "DOUBT",
+    "NODES",
+    "SCHEMA",
+    "PostgresEngine",
+    "asyncpg",
+    "check_name",
+    "is_of_call",
+    "quoted",
+    "verdict_on",
+]
 
 T = TypeVar("T")
 
@@ -57,6 +68,12 @@ ANY_NUMBER = 1 << 30
 """The limit of connections if the program gave a pool: that has a limit of its own."""
 ATTEMPTS = 5
 """How often a statement is tried that PostgreSQL rolls back and says may be repeated."""
+
+# The planner is not to see what else is asked of a row that was found by its key. It takes the rows of an owner for
+# none, because a server has another owner id at each start, and PostgreSQL has no statistics of that one yet; then it
+# reads the whole table for every batch, and compares each of its rows with each of the batch. In a CASE that names the
+# batch the conditions belong to the join.
+BY_KEY = "CASE WHEN batch.user_id IS NOT NULL THEN "
 
 SCHEMA = "CREATE SCHEMA IF NOT EXISTS {schema}"
 NODES = """CREATE TABLE IF NOT EXISTS {nodes} (

@@ -16,7 +16,7 @@ from __future__ import annotations
 from ..contract import MAX_NUMBER
 from ..rows import LAST_CLAIMED
 from .catalog import OwnTable, own_names
-from .engine import quoted
+from .engine import BY_KEY, quoted
 
 __all__ = [
     "BURY",
@@ -80,8 +80,8 @@ CLOCK = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 # were when it began.
 IS_FREE = """(kept.released OR kept.owner = {who} OR EXISTS (SELECT FROM {nodes} AS nodes
         WHERE nodes.owner = kept.owner AND nodes.doubted AND nodes.alive_until < clock_timestamp() FOR SHARE))"""
-HOLDS = """kept.epoch = batch.epoch AND kept.owner = batch.owner AND kept.version < batch.version
-        AND kept.version >= 0 AND NOT kept.released AND NOT kept.erased"""
+HOLDS = """{by_key}(kept.epoch = batch.epoch AND kept.owner = batch.owner AND kept.version < batch.version
+        AND kept.version >= 0 AND NOT kept.released AND NOT kept.erased) END"""
 # The checks of `PostgresTable._kept`, in SQL, for a row that is to be changed.
 IS_FENCE_SOUND = f"""(kept.epoch BETWEEN 1 AND {MAX_NUMBER - 1} AND kept.version BETWEEN 0 AND {MAX_NUMBER - 1}
         AND kept.released IS NOT NULL AND kept.erased IS NOT NULL AND kept.absent IS NOT NULL
@@ -104,7 +104,7 @@ READ = "SELECT own.{key} AS user_id, {reads} FROM {table} AS own WHERE own.{key}
 SETTLE = """UPDATE {fence} AS kept
     SET absent = batch.absent, version = CASE WHEN batch.is_new THEN 0 ELSE kept.version END
     FROM unnest($1::{keys}, $2::bigint[], $3::boolean[], $4::boolean[]) AS batch (user_id, epoch, absent, is_new)
-    WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.owner = $5"""
+    WHERE kept.user_id = batch.user_id AND {by_key}(kept.epoch = batch.epoch AND kept.owner = $5) END"""
 HOLDERS = """SELECT user_id, CASE WHEN released THEN '' ELSE owner END AS holder, epoch, {may_be_claimed} AS is_sound
     FROM {fence} AS kept WHERE user_id = ANY ($1::{keys})"""
 FENCE = "SELECT epoch, owner, released, version, schema, saved_at, erased, absent FROM {fence} WHERE user_id = $1"
@@ -136,18 +136,18 @@ LOOK = """SELECT kept.user_id, kept.epoch, kept.owner, kept.version, kept.erased
     FROM {fence} AS kept LEFT JOIN {table} AS own ON own.{key} = kept.user_id WHERE kept.user_id = ANY ($1::{keys})"""
 RELEASE = """UPDATE {fence} AS kept SET released = true
     FROM unnest($1::{keys}, $2::bigint[]) AS batch (user_id, epoch)
-    WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.owner = $3
-        AND NOT kept.released AND NOT kept.erased AND {is_fence_sound}
+    WHERE kept.user_id = batch.user_id AND {by_key}(kept.epoch = batch.epoch AND kept.owner = $3
+        AND NOT kept.released AND NOT kept.erased AND {is_fence_sound}) END
     RETURNING kept.user_id, kept.absent"""
 RELEASE_REPEATED = """UPDATE {fence} AS kept SET released = true
     FROM unnest($1::{keys}, $2::bigint[], $3::text[], $4::bigint[]) AS batch (user_id, epoch, owner, version)
-    WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.owner = batch.owner
-        AND kept.version = batch.version AND NOT kept.released AND NOT kept.erased AND {is_fence_sound}"""
+    WHERE kept.user_id = batch.user_id AND {by_key}(kept.epoch = batch.epoch AND kept.owner = batch.owner
+        AND kept.version = batch.version AND NOT kept.released AND NOT kept.erased AND {is_fence_sound}) END"""
 # Not after an erasure (then saved_at is set): a server that had the user would find the row missing, and save the user
 # again.
 DELETE_UNSAVED = """DELETE FROM {fence} AS kept USING unnest($1::{keys}, $2::bigint[]) AS batch (user_id, epoch)
-    WHERE kept.user_id = batch.user_id AND kept.epoch = batch.epoch AND kept.released AND kept.absent
-        AND NOT kept.erased AND kept.version = 0 AND kept.saved_at IS NULL"""
+    WHERE kept.user_id = batch.user_id AND {by_key}(kept.epoch = batch.epoch AND kept.released AND kept.absent
+        AND NOT kept.erased AND kept.version = 0 AND kept.saved_at IS NULL) END"""
 
 ENSURE = """INSERT INTO {fence} (user_id, epoch, owner, released, version, schema, erased, absent)
     SELECT {key}, {clock}, '', true, 0, 0, false, false FROM {table} WHERE {key} = $1 ON CONFLICT DO NOTHING"""
@@ -200,8 +200,8 @@ def _literal(text: str) -> str:
 
 def fence_names(own: OwnTable, side: str, nodes: str, *, fenced: bool) -> dict[str, str]:
     """What to put into statements for the names in braces: into those with a fence, or into those without one."""
-    names = own_names(own, 8 if fenced else 2) | {"fence": side, "nodes": nodes, "clock": CLOCK}
-    names |= {"holds": HOLDS, "moves": MOVES, "batch": BATCH.format(**names)}
+    names = own_names(own, 8 if fenced else 2) | {"fence": side, "nodes": nodes, "clock": CLOCK, "by_key": BY_KEY}
+    names |= {"holds": HOLDS.format(**names), "moves": MOVES, "batch": BATCH.format(**names)}
     names |= {"is_fence_sound": IS_FENCE_SOUND, "may_be_claimed": MAY_BE_CLAIMED}
     names |= {"is_free_for_new": IS_FREE.format(who="excluded.owner", **names)}
     names |= {"is_free_for_2": IS_FREE.format(who="$2", **names)}

@@ -21,7 +21,7 @@ from ...options import Duration
 from ...wording import quote
 from ..contract import MAX_NUMBER, Answers, Claim, Outcome, Record, Verdict, latest_of, text_of
 from ..rows import LAST_CLAIMED, StoredRow, key_of, user_id_of
-from .engine import DOUBT, NODES, SCHEMA, PostgresEngine, asyncpg, quoted, verdict_on
+from .engine import BY_KEY, DOUBT, NODES, SCHEMA, PostgresEngine, asyncpg, quoted, verdict_on
 
 __all__ = ["PostgresStore"]
 
@@ -69,12 +69,6 @@ IS_SOUND = f"""({IS_FENCE_SOUND} AND CASE WHEN kept.body IS NULL THEN kept.versi
         AND kept.saved_at > '-Infinity' AND kept.saved_at < 'Infinity' END) IS TRUE"""
 MAY_BE_CLAIMED = f"({IS_SOUND} AND kept.epoch <= {LAST_CLAIMED} AND kept.version <= {LAST_CLAIMED})"
 FIELDS = "kept.epoch, kept.owner, kept.released, kept.version, kept.schema, kept.body::text, kept.saved_at, kept.erased"
-
-# The planner is not to see what else is asked of a row that was found by its key. It takes the rows of an owner for none,
-# because a server has another owner id at each start, and PostgreSQL has no statistics of that one yet; then it reads
-# the whole table for every batch, and compares each of its rows with each of the batch. In a CASE that names the batch
-# the conditions belong to the join.
-BY_KEY = "CASE WHEN batch.user_id IS NOT NULL THEN "
 
 # A new row gets an epoch above all that were ever given, the clock in microseconds: the row of a user may have been
 # deleted. FOR SHARE reads the leases as they are now; without it a statement that has waited for a row would see them
