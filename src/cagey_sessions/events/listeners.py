@@ -52,23 +52,23 @@ class _Registration:
 class Listeners:
     """The listeners of one manager or one session, by event."""
 
-    __slots__ = ("_by_name", "_hear", "_known", "_sanitizer")
+    __slots__ = ("_by_name", "_known", "_on_heard", "_sanitizer")
 
     def __init__(
         self,
         known: tuple[str, ...],
         sanitizer: Sanitizer | None = None,
-        hear: Callable[[str, bool], None] = lambda name, heard: None,
+        on_heard: Callable[[str, bool], None] = lambda name, heard: None,
     ) -> None:
         self._known = known
         self._sanitizer = sanitizer
-        self._hear = hear  # is told when an event gets its first listener, and when it has lost its last
+        self._on_heard = on_heard  # is told when an event gets its first listener, and when it has lost its last
         self._by_name: dict[str, list[_Registration]] = {}
 
     @classmethod
-    def of_manager(cls, sanitizer: Sanitizer | None, hear: Callable[[str, bool], None]) -> Listeners:
+    def of_manager(cls, sanitizer: Sanitizer | None, on_heard: Callable[[str, bool], None]) -> Listeners:
         """No listeners yet, for the events of a manager."""
-        return cls(MANAGER_EVENTS, sanitizer, hear)
+        return cls(MANAGER_EVENTS, sanitizer, on_heard)
 
     @classmethod
     def of_session(cls, sanitizer: Sanitizer | None = None) -> Listeners:
@@ -81,7 +81,7 @@ class Listeners:
         if not callable(function):
             raise InvalidListenerError(f"a listener is a function or another callable, not {quote(function)}")
         self._by_name.setdefault(name, []).append(_Registration(function, once))
-        self._hear(name, True)
+        self._on_heard(name, True)
 
     def remove(self, name: str, function: Listener) -> None:
         """Take back one registration of a listener, the oldest; nothing happens if there is none. O(listeners)."""
@@ -101,7 +101,7 @@ class Listeners:
             for registration in registrations:
                 registration.removed = True
         for name in self._by_name:
-            self._hear(name, False)
+            self._on_heard(name, False)
         self._by_name.clear()
 
     async def call(
@@ -150,7 +150,7 @@ class Listeners:
             registrations.remove(registration)
             if not registrations:
                 del self._by_name[name]
-                self._hear(name, False)
+                self._on_heard(name, False)
 
 
 def _is_same(one: object, other: object) -> bool:
@@ -178,9 +178,9 @@ async def _finish_in_thread(future: concurrent.futures.Future[object]) -> None:
 
     def wake(_: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(see_done)
+            loop.call_soon_threadsafe(finish)
 
-    def see_done() -> None:
+    def finish() -> None:
         if not done.done():
             done.set_result(None)
 

@@ -43,8 +43,8 @@ CLAIMS_IN_A_CALL = 64
 CLAIM_CALLS = 4
 """At a time. Where each user is claimed by a call of its own, there are as many calls as one would have users."""
 CLAIMED_AT_A_TIME = CLAIMS_IN_A_CALL * CLAIM_CALLS
-LOOKS_AT_DOUBTFUL = (SECOND, 5 * SECOND, 30 * SECOND)
-"""How long after a claim that had no answer somebody looks whether it came to anything."""
+CHECKS_OF_DOUBTFUL = (SECOND, 5 * SECOND, 30 * SECOND)
+"""How long after a claim that had no answer somebody checks whether it came to anything."""
 ENDED_REMEMBERED = 10_000
 """Of how many sessions that are over it is seen whether an engine that has lost something still has them as ours."""
 
@@ -74,7 +74,7 @@ class Claims:
         """Users who may be claimed once more by us than their sessions know."""
         self._doubtful: dict[int | str, list[int]] = {}
         """Users whose claims had no answer, and when to look after them."""
-        self._looker: asyncio.Task[None] | None = None
+        self._checker: asyncio.Task[None] | None = None
         self._ended: deque[int | str] = deque(maxlen=ENDED_REMEMBERED)
         """Users whose sessions are over; the engine may lose that they were released."""
         self._draining = False
@@ -94,7 +94,7 @@ class Claims:
         try:
             check_claim(claim)
         except CorruptRecordError:
-            self.let_go(user_id, claim.epoch)
+            self.release_later(user_id, claim.epoch)
             raise
         return claim
 
@@ -104,7 +104,7 @@ class Claims:
         if len(self._claimers) < (CLAIMS_IN_A_CALL if self._link.store.independent else CLAIM_CALLS):
             task = self._loop.spawn(self._claim_all(), "claims", Context())
             self._claimers.add(task)
-            task.add_done_callback(self._see_claimer_gone)
+            task.add_done_callback(self._on_claimer_done)
 
         try:
             if not await self._loop.wait(future, until - self._clock.now()):
@@ -119,7 +119,7 @@ class Claims:
             if self._wanted.get(user_id) is future:
                 del self._wanted[user_id]  # nobody waits any more, and nothing has been asked
 
-    def _see_claimer_gone(self, task: asyncio.Task[None]) -> None:
+    def _on_claimer_done(self, task: asyncio.Task[None]) -> None:
         self._claimers.discard(task)
         if task.cancelled():
             for future in self._wanted.values():
@@ -187,7 +187,7 @@ class Claims:
                 self.disown(claim)  # whoever wanted it has been cancelled
         return None
 
-    def _see_late(self, task: asyncio.Task[Answers]) -> None:
+    def _on_late_answer(self, task: asyncio.Task[Answers]) -> None:
         """A claim was given up on, and has been granted after all."""
         if task.cancelled() or task.exception() is not None or self._link.closed:
             return
@@ -201,39 +201,39 @@ class Claims:
     def doubt(self, user_ids: Iterable[int | str], call: asyncio.Task[Answers]) -> None:
         """A claim of these users had no answer, and may be granted all the same: see that nobody is kept by nobody."""
         if not call.done():
-            call.add_done_callback(self._see_late)
+            call.add_done_callback(self._on_late_answer)
         if self._link.store.shared:
-            self._look_after(user_ids)
+            self._check_later(user_ids)
 
-    def _look_after(self, user_ids: Iterable[int | str]) -> None:
+    def _check_later(self, user_ids: Iterable[int | str]) -> None:
         now = self._clock.now()
         for user_id in user_ids:
-            self._doubtful[user_id] = [now + delay for delay in LOOKS_AT_DOUBTFUL]
-        if self._looker is None or self._looker.done():
-            self._looker = self._loop.spawn(self._look_at_doubtful(), "doubtful claims", Context())
+            self._doubtful[user_id] = [now + delay for delay in CHECKS_OF_DOUBTFUL]
+        if self._checker is None or self._checker.done():
+            self._checker = self._loop.spawn(self._check_doubtful(), "doubtful claims", Context())
 
-    async def _look_at_doubtful(self) -> None:
+    async def _check_doubtful(self) -> None:
         """Look after users several times, for a request may arrive long after its connection was closed."""
         while self._doubtful and not self._link.closed:
-            await self._loop.sleep(LOOKS_AT_DOUBTFUL[0])
-            for user_id, looks in list(self._doubtful.items()):
+            await self._loop.sleep(CHECKS_OF_DOUBTFUL[0])
+            for user_id, checks in list(self._doubtful.items()):
                 if not self._link.may_call() or self._draining:
                     break
                 if self.turns.is_taken(user_id):
                     continue  # a load, or the replay, will claim them
-                if looks[0] <= self._clock.now():
+                if checks[0] <= self._clock.now():
                     with suppress(Exception):
-                        await self._look_at(user_id)
-                        looks.pop(0)
-                if not looks and self._doubtful.get(user_id) is looks:
+                        await self._release_if_unwanted(user_id)
+                        checks.pop(0)
+                if not checks and self._doubtful.get(user_id) is checks:
                     del self._doubtful[user_id]
 
-    async def _look_at(self, user_id: int | str) -> None:
+    async def _release_if_unwanted(self, user_id: int | str) -> None:
         """Let go of a user who is ours in the store, and whom nobody here has."""
-        self._require_chance()
+        self._require_up()
         holder, epoch = await self._link.ask(self._link.store.holder, user_id)
         if holder == self._identity.owner and not self._is_wanted(user_id):
-            self.let_go(user_id, epoch)
+            self.release_later(user_id, epoch)
 
     def _is_wanted(self, user_id: int | str) -> bool:
         """Whether anybody here has a user or is about to; who has them is looked after again at the end.
@@ -252,33 +252,33 @@ class Claims:
         """The manager is being destroyed, or is not after all: meanwhile no claim without an answer is looked after."""
         self._draining = draining
 
-    def see_end(self, user_id: int | str) -> None:
+    def on_session_ended(self, user_id: int | str) -> None:
         """A session of this user is over."""
         self._ended.append(user_id)
         if user_id in self._unsure:
             self._unsure.discard(user_id)
-            self._look_after([user_id])
+            self._check_later([user_id])
 
-    def see_loss(self) -> None:
+    def on_loss(self) -> None:
         """The engine has lost what it had acknowledged, perhaps releases: then it takes users for ours who are not."""
         if self._link.store.shared:
-            self._look_after(dict.fromkeys(self._ended))
+            self._check_later(dict.fromkeys(self._ended))
 
-    def _require_chance(self) -> None:
+    def _require_up(self) -> None:
         if self._link.closed or not self._link.may_call():
             raise StoreUnavailableError(f"{self._link.name} has gone down")
 
     def disown(self, claim: Claim) -> None:
         """Nobody waits for a claim any more."""
-        self._loop.spawn(self._settle_stray(claim), "stray claim", Context())
+        self._loop.spawn(self._release_stray(claim), "stray claim", Context())
 
-    async def _settle_stray(self, claim: Claim) -> None:
+    async def _release_stray(self, claim: Claim) -> None:
         """Let go of a claim, unless a session has the user by another one meanwhile."""
         table = self._table
         async with self.turns.take(claim.user_id):
             session = table.active_session(claim.user_id)
             if session is None or table.is_lost(session):
-                self.let_go(claim.user_id, claim.epoch)
+                self.release_later(claim.user_id, claim.epoch)
             elif claim.epoch > table.epoch(session) and self._is_known(session, claim.record):
                 table.own(session, claim.epoch)  # else the fence finds out that the session is stale
 
@@ -287,7 +287,7 @@ class Claims:
             return self._table.versions(session)[1] == 0
         return self._table.is_stored(session, stored.version, self._identity.digest(stored.body))
 
-    def let_go(self, user_id: int | str, epoch: int) -> None:
+    def release_later(self, user_id: int | str, epoch: int) -> None:
         """Release a claim that no session has taken over; nobody waits for that."""
         self.releases.add(user_id, epoch)
 
@@ -295,18 +295,18 @@ class Claims:
         """Let go of a user for the session that has them; see `Releases.wait`."""
         await self.releases.wait(user_id, epoch)
 
-    async def settle(self, until: int) -> None:
+    async def wait_until_idle(self, until: int) -> None:
         """Wait until nobody is at work on a user any more, at most until then; the end."""
-        if self._looker is not None:
-            self._looker.cancel()
+        if self._checker is not None:
+            self._checker.cancel()
         while (self.turns or not self.releases.is_idle) and self._clock.now() < until:
             await self._loop.sleep(SECOND // 200)
 
     def close(self) -> None:
         """The store is closed: nobody is let go of or looked after any more."""
         self.releases.close()
-        if self._looker is not None:
-            self._looker.cancel()
+        if self._checker is not None:
+            self._checker.cancel()
 
 
 def _refuse(future: asyncio.Future[Claim], error: Exception) -> None:

@@ -42,7 +42,7 @@ class _Release:
         self.waiting: list[asyncio.Future[None]] = []
         """Who waits for the first answer."""
 
-    def tell(self, error: Exception | None = None) -> None:
+    def resolve(self, error: Exception | None = None) -> None:
         waiting, self.waiting = self.waiting, []
         for future in waiting:
             if future.done():
@@ -112,7 +112,7 @@ class Releases:
         for task in self._workers:
             task.cancel()
         for release in self._queue.values():
-            release.tell()
+            release.resolve()
         self._queue.clear()
 
     def _put(self, user_id: int | str, release: _Release) -> None:
@@ -126,7 +126,7 @@ class Releases:
         """Have users in the queue again after so many nanoseconds."""
         if self._link.closed:
             for release in some.values():
-                release.tell()
+                release.resolve()
             return
 
         def again() -> None:
@@ -142,9 +142,9 @@ class Releases:
         if self._queue and len(self._workers) < RELEASE_CALLS and not self._link.closed:
             task = self._loop.spawn(self._work(), "release", Context())
             self._workers.add(task)
-            task.add_done_callback(self._see_worker_gone)
+            task.add_done_callback(self._on_worker_done)
 
-    def _see_worker_gone(self, task: asyncio.Task[None]) -> None:
+    def _on_worker_done(self, task: asyncio.Task[None]) -> None:
         self._workers.discard(task)
         if task.cancelled():  # by somebody else, perhaps before its first step; the loop may be about to be shut down
             self._put_off({}, LONGEST_RETRY)
@@ -157,7 +157,7 @@ class Releases:
                 if link.down and (not link.may_call() or self._table.has_due()):  # saves come first
                     waiting, self._queue = dict(self._queue), OrderedDict()
                     for release in waiting.values():
-                        release.tell()
+                        release.resolve()
                     self._put_off(waiting, LONGEST_RETRY)
                     return
                 some = dict(islice(self._queue.items(), RELEASES_IN_A_CALL))
@@ -180,23 +180,23 @@ class Releases:
         parts = [list(left)]
         try:
             while parts:
-                part = [user_id for user_id in parts.pop() if not self._is_over(user_id, left)]
+                part = [user_id for user_id in parts.pop() if not self._is_kept(user_id, left)]
                 try:
-                    answers = await self._ask(part, left)
+                    answers = await self._call_store(part, left)
                 except Exception as error:
                     if len(part) > 1 and not isinstance(error, StoreUnavailableError):
                         parts += [part[len(part) // 2 :], part[: len(part) // 2]]
                         continue
                     for user_id in part:
-                        self._see_failure(user_id, left, error)
+                        self._on_failure(user_id, left, error)
                     continue
                 for user_id, is_released in zip(part, answers, strict=True):
-                    left[user_id].tell()
+                    left[user_id].resolve()
                     if is_released or not self._link.store.shared:
                         del left[user_id]
                 for user_id in part:
                     if user_id in left:
-                        await self._look_at(user_id, left)
+                        await self._check_holder(user_id, left)
             delay = min(FIRST_RETRY << min((each.rounds for each in left.values()), default=0), LONGEST_RETRY)
         finally:
             if left:
@@ -204,42 +204,42 @@ class Releases:
                     release.rounds = min(release.rounds + 1, MOST_ATTEMPTS)
                 self._put_off(left, delay)
 
-    def _is_over(self, user_id: int | str, left: dict[int | str, _Release]) -> bool:
+    def _is_kept(self, user_id: int | str, left: dict[int | str, _Release]) -> bool:
         """Whether a session has a user by this claim, or by a later one, and goes on having them."""
         table = self._table
         session = table.active_session(user_id)
         if session is None or table.is_ending(session) or table.epoch(session) < left[user_id].epoch:
             return False
-        left.pop(user_id).tell()
+        left.pop(user_id).resolve()
         return True
 
-    async def _ask(self, part: list[int | str], left: dict[int | str, _Release]) -> list[bool]:
+    async def _call_store(self, part: list[int | str], left: dict[int | str, _Release]) -> list[bool]:
         if not part:
             return []
         link = self._link
-        self._require_chance()
+        self._require_up()
         pairs = [(user_id, left[user_id].epoch) for user_id in part]
         answers = await link.start(part, link.store.release_many, pairs, self._identity.owner).answer()
         if not isinstance(answers, list) or len(answers) != len(pairs):
             raise StoreContractError(f"{link.name} did not answer for each user whether they were released")
         return answers
 
-    def _see_failure(self, user_id: int | str, left: dict[int | str, _Release], error: Exception) -> None:
+    def _on_failure(self, user_id: int | str, left: dict[int | str, _Release], error: Exception) -> None:
         release = left[user_id]
-        release.tell(error)
+        release.resolve(error)
         release.attempts += not isinstance(error, StoreUnavailableError)
         if release.attempts == MOST_ATTEMPTS:
             del left[user_id]
             self._tell(f"user {quote(user_id)} stays with this process until it ends", error)
 
-    async def _look_at(self, user_id: int | str, left: dict[int | str, _Release]) -> None:
+    async def _check_holder(self, user_id: int | str, left: dict[int | str, _Release]) -> None:
         """The store did not let go of a user: see whether they are ours there by a later claim, and nobody's here."""
         release, table = left[user_id], self._table
         try:
-            self._require_chance()
+            self._require_up()
             holder, epoch = await self._link.ask(self._link.store.holder, user_id)
         except Exception as error:
-            self._see_failure(user_id, left, error)
+            self._on_failure(user_id, left, error)
             return
         session = table.active_session(user_id)
         if holder == self._identity.owner:
@@ -250,6 +250,6 @@ class Releases:
                 return
         del left[user_id]
 
-    def _require_chance(self) -> None:
+    def _require_up(self) -> None:
         if self._link.closed or not self._link.may_call():
             raise StoreUnavailableError(f"{self._link.name} has gone down")

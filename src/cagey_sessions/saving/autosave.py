@@ -125,7 +125,7 @@ class Autosave:
         self.employ()
         return await saves.join(session, save, until or saves.caller_deadline())
 
-    async def settle(self, session: SessionCore, until: int | None, outcome: SaveOutcome = None) -> SaveOutcome:
+    async def wait_settled(self, session: SessionCore, until: int | None, outcome: SaveOutcome = None) -> SaveOutcome:
         """Wait until no save of a session is under way or asked for, or patience ends.
 
         Returns the outcome of the last one waited for, or the one given if there was none.
@@ -152,9 +152,9 @@ class Autosave:
         """See `Saves.caller_deadline`."""
         return self._saves.caller_deadline()
 
-    def forget(self, session: SessionCore) -> None:
-        """A session is past its last save; see `Saves.forget`."""
-        self._saves.forget(session)
+    def refuse_asked(self, session: SessionCore) -> None:
+        """A session is past its last save; see `Saves.refuse_asked`."""
+        self._saves.refuse_asked(session)
 
     def stop(self, session: SessionCore, error: Exception) -> None:
         """Begin no save of a session any more: it has lost its user. The error is kept for whoever asks for one."""
@@ -166,7 +166,7 @@ class Autosave:
         """Why no save of a session begins any more, if so."""
         return self._stopped.get(session)
 
-    def end(self, session: SessionCore) -> None:
+    def forget(self, session: SessionCore) -> None:
         """The handle of a session is dead: nothing is kept of it."""
         self._stopped.pop(session, None)
 
@@ -312,9 +312,9 @@ class Autosave:
     def _watch(self) -> None:
         """Look once an interval, while there is anything to do, whether it gets done."""
         if self._watch_timer is None and not self._closed and self._loop.is_usable:
-            self._watch_timer = self._clock.call_later(self._overdue_after, self._look, self._context)
+            self._watch_timer = self._clock.call_later(self._overdue_after, self._check_progress, self._context)
 
-    def _look(self) -> None:
+    def _check_progress(self) -> None:
         self._watch_timer = None
         count, oldest = self.overdue()
         if count:
@@ -337,7 +337,7 @@ class Autosave:
             if not await self._saver.serve(worker):
                 break
         # here, and not when the task is seen to be done: whoever asks in between must find the slot free
-        self._workers.release(worker)
+        self._workers.finish(worker)
 
     # For savers
 
@@ -390,7 +390,7 @@ class Autosave:
         deadline = self._table.due_after(session, taken_at, self._interval_ticks) if self._interval else None
         owned = self._table.acknowledge(session, version, taken_at, deadline)
         save.resolve(receipt)
-        self._tell_of_end(session, owned, None)
+        self._after_settled(session, owned, None)
 
     def note_duration(self, save: Save) -> None:
         """A listener has taken until now."""
@@ -409,7 +409,7 @@ class Autosave:
                 self._on_settled(session, error)
             return
         save.resolve(error)
-        self._tell_of_end(session, owned, error)
+        self._after_settled(session, owned, error)
         if report and not heard:
             self._reports.error(error, session)
 
@@ -434,7 +434,7 @@ class Autosave:
             self._table.ask(session)  # nothing is tried by the clock now: be among the first when it is
         self.arm()
 
-    def _tell_of_end(self, session: SessionCore, owned: bool, error: Exception | None) -> None:
+    def _after_settled(self, session: SessionCore, owned: bool, error: Exception | None) -> None:
         if owned and self._table.is_ending(session):
             self._on_settled(session, error)
         self.arm()

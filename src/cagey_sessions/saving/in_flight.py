@@ -81,7 +81,7 @@ class Saves:
         save.started = started
         return save
 
-    def forget(self, session: SessionCore) -> None:
+    def refuse_asked(self, session: SessionCore) -> None:
         """A session is past its last save: whoever has asked for another hears of it."""
         save = self.asked.pop(session, None)
         if save is not None:

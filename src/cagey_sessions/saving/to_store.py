@@ -101,7 +101,7 @@ class StoreSaver(Saver):
         results = self._results = Results(autosave, table, link, identity, self._reports, self._on_lost)
         reclaiming = Reclaiming(table, link, identity, self._claims, results)
         self._writer = Writer(autosave, link, self._clock, results, reclaiming, identity)
-        link.watch(self._see_link)
+        link.watch(self._on_link_change)
 
     def begin(self) -> None:
         """The process is known."""
@@ -150,7 +150,7 @@ class StoreSaver(Saver):
     def forget(self, session: SessionCore) -> None:
         self._results.forget(session)
         if session.user_id is not None:
-            self._claims.see_end(session.user_id)
+            self._claims.on_session_ended(session.user_id)
 
     @property
     def fenced(self) -> int:  # type: ignore[override]
@@ -168,7 +168,7 @@ class StoreSaver(Saver):
         if self._doubt_timer is not None:
             self._doubt_timer.cancel()
             self._doubt_timer = None
-        await self._claims.settle(until)
+        await self._claims.wait_until_idle(until)
         await self._link.close()
         self._claims.close()
 
@@ -183,25 +183,25 @@ class StoreSaver(Saver):
     def may_start(self) -> bool:
         return self._link.may_call()
 
-    def _see_link(self) -> None:
+    def _on_link_change(self) -> None:
         """A call may begin again; the store may have been down before, or its engine have lost something."""
         if self._losses != self._link.losses:
             self._losses = self._link.losses
-            self._claims.see_loss()
-            self._see_loss()
+            self._claims.on_loss()
+            self._doubt_all()
         if self._returns != self._link.returns:
             self._returns = self._link.returns
             self._pacing.begin()
         self._autosave.kick()
 
-    def _see_loss(self, place: int = 0) -> None:
+    def _doubt_all(self, place: int = 0) -> None:
         """What was acknowledged may be gone: within one interval everybody is written again."""
         following = self._table.doubt(place, ROWS_DOUBTED_AT_ONCE)
         if self._doubt_timer is not None:
             self._doubt_timer.cancel()  # of an earlier loss: this walk passes there, too
         self._doubt_timer = None
         if following:
-            self._doubt_timer = self._clock.call_later(0, partial(self._see_loss, following), Context())
+            self._doubt_timer = self._clock.call_later(0, partial(self._doubt_all, following), Context())
 
     def serves_periodic(self) -> bool:
         """After an outage everybody is due at once; they are let through at a steady rate, oldest first."""

@@ -16,12 +16,12 @@ __all__ = ["Worker", "WorkerPool"]
 class Worker:
     """A task that saves, and what is still to be accounted for when it ends."""
 
-    __slots__ = ("_pool", "released", "started")
+    __slots__ = ("_pool", "finished", "started")
 
     def __init__(self, pool: WorkerPool) -> None:
         self._pool = pool
         self.started: bool = False
-        self.released: bool = False
+        self.finished: bool = False
 
     def start(self) -> None:
         """It has taken what it could; what is left is for another."""
@@ -48,12 +48,12 @@ class WorkerPool:
         task = loop.spawn(self._work(worker), "autosave", context.copy())
         task.add_done_callback(lambda _: self._dismiss(worker))
 
-    def release(self, worker: Worker) -> None:
+    def finish(self, worker: Worker) -> None:
         """It does no more; its place is free."""
         worker.start()
-        self.free += not worker.released
-        worker.released = True
+        self.free += not worker.finished
+        worker.finished = True
 
     def _dismiss(self, worker: Worker) -> None:
         """The task is done, perhaps because somebody cancelled it, perhaps before its first step."""
-        self.release(worker)
+        self.finish(worker)

@@ -99,7 +99,7 @@ class _Attempt:
         self._server = server
         self._endings = endings
         self._spilling = spilling
-        self.drain: Drain = Drain(persist, server.clock.now(), on_change=self._look)
+        self.drain: Drain = Drain(persist, server.clock.now(), on_change=self._on_change)
         self.outcome: asyncio.Future[DrainReport] = asyncio.get_running_loop().create_future()
         self._spill_is_written = False
         self._task: asyncio.Task[None] | None = None
@@ -117,9 +117,9 @@ class _Attempt:
         server.saver.drain(True)
         # in a context of its own: a listener that calls for the end of everybody is not waited for by it
         self._task = server.loop.spawn(self._run(deadline), "drain", Context())
-        self._task.add_done_callback(self._see_stopped)
+        self._task.add_done_callback(self._on_stopped)
 
-    def _look(self) -> None:
+    def _on_change(self) -> None:
         """A session has ended, or is parked."""
         self._room.set()
         if self._quiet is not None and not self._quiet.done():
@@ -157,7 +157,7 @@ class _Attempt:
         server.close()
         self.outcome.set_result(self.report())
 
-    def _see_stopped(self, _: object) -> None:
+    def _on_stopped(self, _: object) -> None:
         """If we were stopped by somebody else, perhaps before our first step, another call may begin anew."""
         if self.outcome.done():
             return
@@ -171,23 +171,23 @@ class _Attempt:
     async def _wait_quiet(self, limit: int) -> bool:
         """Wait until everybody has ended, but no longer than `limit`: whether they have."""
         self._quiet = asyncio.get_running_loop().create_future()
-        self._look()
+        self._on_change()
         return await self._server.loop.wait(self._quiet, limit)
 
     def _start_sweep(self) -> None:
         earlier, self._sweep = self._sweep, self._server.loop.spawn(self._end_everybody(), "drain", Context())
         if earlier is not None:
             earlier.cancel()
-        self._sweep.add_done_callback(self._see_swept)
+        self._sweep.add_done_callback(self._on_swept)
 
-    def _see_swept(self, sweep: asyncio.Task[None]) -> None:
+    def _on_swept(self, sweep: asyncio.Task[None]) -> None:
         if sweep is not self._sweep:
             return
         if sweep.cancelled() or sweep.exception() is not None:
             if self._task is not None:
                 self._task.cancel()  # without a sweep nobody is met any more
         else:
-            self._look()
+            self._on_change()
 
     async def _end_everybody(self) -> None:
         """Start the end of each session, oldest save first, as there is room, and go on with those that are parked."""

@@ -262,8 +262,8 @@ class Endings:
             return False
         self._table.begin_end(session)
         self._table.forget(session)
-        self._autosave.forget(session)
-        self._let_go(session, reason)
+        self._autosave.refuse_asked(session)
+        self._close_handle(session, reason)
         return True
 
     def begin_end(self, session: SessionCore, persist: bool, reason: EndReason, *, parked: bool = False) -> Ending:
@@ -290,9 +290,9 @@ class Endings:
         self._table.set_final(session, False)
         self.at_work += 1
         task = ending.task = self._server.loop.spawn(self._end(session, ending), "end of session")
-        task.add_done_callback(lambda _: self._see_stopped(session, ending))
+        task.add_done_callback(lambda _: self._on_task_done(session, ending))
 
-    def _see_stopped(self, session: SessionCore, ending: Ending) -> None:
+    def _on_task_done(self, session: SessionCore, ending: Ending) -> None:
         """If the task was stopped by somebody else, perhaps before its first step, whoever waits hears of it."""
         if self.under_way.get(session) is not ending or ending.parked or ending.task is None or not ending.task.done():
             return
@@ -342,7 +342,7 @@ class Endings:
 
     # What saving reports
 
-    def see_settled(self, session: SessionCore, error: Exception | None) -> None:
+    def on_settled(self, session: SessionCore, error: Exception | None) -> None:
         """A save of a session that is being ended has come to its end."""
         ending = self.under_way.get(session)
         if ending is None:
@@ -355,7 +355,7 @@ class Endings:
             if ending.parked and self.drain is not None and isinstance(error, UnsavableError):
                 self.resume(session, ending)  # waiting would not help
 
-    def see_lost(self, session: SessionCore, error: FencedError | UserErasedError) -> None:
+    def on_lost(self, session: SessionCore, error: FencedError | UserErasedError) -> None:
         """A session has lost its user: end it without another save."""
         if self._table.state(session) == "gone":
             return
@@ -382,7 +382,7 @@ class Endings:
                 return  # ended by force meanwhile
             ending.move(Stage.SETTLING)
         until = self._autosave.caller_deadline()
-        outcome = await self._autosave.settle(session, until)
+        outcome = await self._autosave.wait_settled(session, until)
         if self.under_way.get(session) is not ending:
             return
         ending.move(Stage.SAVING)
@@ -422,7 +422,7 @@ class Endings:
         finally:
             self.announcing -= 1
             self.at_work += 1
-            self._look()
+            self._on_change()
 
     async def _release(self, session: SessionCore) -> None:
         """Let go of a user whom no save lets go of."""
@@ -444,7 +444,7 @@ class Endings:
                 return None
             if self._gave_up():
                 return ending.last_error or self._autosave.gave_up
-            outcome = await self._autosave.settle(session, until, await self._autosave.save(session, until))
+            outcome = await self._autosave.wait_settled(session, until, await self._autosave.save(session, until))
             if isinstance(outcome, Exception):
                 return outcome
         self._reports.say(
@@ -463,7 +463,7 @@ class Endings:
         self.at_work -= 1
         ending.move(Stage.PARKED)
         self._table.set_final(session, True)
-        failed = self._tell_of_parking(session, ending, error)
+        failed = self._parking_error(session, ending, error)
         if ending.waiting:
             ending.errors = []
             ending.attempt.set_result(failed)
@@ -472,9 +472,9 @@ class Endings:
             if self.drain is None:  # it reports in the end who was not saved, all at once
                 self._reports.error(failed, session)
             drop_tracebacks(error)  # what waits for the store is to be small
-        self._look()
+        self._on_change()
 
-    def _tell_of_parking(self, session: SessionCore, ending: Ending, error: Exception) -> Exception:
+    def _parking_error(self, session: SessionCore, ending: Ending, error: Exception) -> Exception:
         """What a caller hears of a last save that failed."""
         note = "the session is hidden and keeps its user; its last save is tried again until it succeeds"
         if not self._saver.is_store:
@@ -498,14 +498,14 @@ class Endings:
         if not ending.parked:
             ending.move(Stage.GONE)
         self._table.forget(session)
-        self._autosave.forget(session)
+        self._autosave.refuse_asked(session)
 
     def finish(self, session: SessionCore, ending: Ending) -> None:
         """The session has had its last event."""
         del self.under_way[session]
         self.at_work -= not ending.parked
         ending.move(Stage.ENDED)
-        self._let_go(session, ending.reason)
+        self._close_handle(session, ending.reason)
         error: Exception | None = listener_error("destroy", ending.errors) if ending.errors else None
         if ending.reason is EndReason.UNSAVED and ending.last_error is not None and not self._saver.is_store:
             error = ListenerError(
@@ -522,16 +522,16 @@ class Endings:
             self._reports.error(error, session)  # what the store had to say has been reported when it said it
         if ending.errors and self.drain is not None:
             self._note_errors(session, self.drain, listener_error("destroy", ending.errors))
-        self._look()
+        self._on_change()
 
-    def _let_go(self, session: SessionCore, reason: EndReason) -> None:
+    def _close_handle(self, session: SessionCore, reason: EndReason) -> None:
         """The very end: the handle is dead from here on."""
         if session._listeners is not None:
             session._listeners.clear()
         if self._server.sanitizer is not None:
             self._server.sanitizer.ended(session)
         self._saver.forget(session)
-        self._autosave.end(session)
+        self._autosave.forget(session)
         session._end(reason)
         waiting = self.waited_for.pop(session, None)
         if waiting is not None and not waiting.done():
@@ -570,7 +570,7 @@ class Endings:
 
     # The end of everybody
 
-    def _look(self) -> None:
+    def _on_change(self) -> None:
         if self.drain is not None:
             self.drain.on_change()
 

@@ -136,7 +136,7 @@ class Loading:
         claim = await claims.claim(user_id)
         try:
             self._spilling.begin()
-            claim = await self._spilling.see(claim)
+            claim = await self._spilling.replay_one(claim)
             if claim.record is not None:
                 data = self.decode(claim.record)
                 version = max(claim.record.version, 1)
@@ -149,7 +149,7 @@ class Loading:
             stored = 0 if claim.record is None else digest(claim.record.body)
             return Loaded(user_id, claim.epoch, version, digest(self._dump(claim, data)), stored, data, losses)
         except BaseException:
-            claims.let_go(user_id, claim.epoch)
+            claims.release_later(user_id, claim.epoch)
             raise
 
     def own(self, session: SessionCore, loaded: Loaded) -> None:

@@ -53,7 +53,7 @@ class Logins:
                 try:
                     self._identify(session, loaded)
                 except BaseException:
-                    loading.claims.let_go(loaded.user_id, loaded.epoch)
+                    loading.claims.release_later(loaded.user_id, loaded.epoch)
                     raise
         finally:
             self._identifying.discard(session)
@@ -83,7 +83,7 @@ class Logins:
                         await self._endings.end(session, False)
                     raise
             except BaseException:
-                loading.claims.let_go(loaded.user_id, loaded.epoch)
+                loading.claims.release_later(loaded.user_id, loaded.epoch)
                 raise
         self._untaken.add(session)
         try:

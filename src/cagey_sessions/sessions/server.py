@@ -69,8 +69,8 @@ class Server:
         self.sanitizer: Sanitizer | None = None
         if options.debug:
             self.sanitizer = Sanitizer(self.table, encoding, self._report)
-            self._hear("destroy", False)
-        self.listeners: Listeners = Listeners.of_manager(self.sanitizer, self._hear)
+            self._on_heard("destroy", False)
+        self.listeners: Listeners = Listeners.of_manager(self.sanitizer, self._on_heard)
         self.reports: Reports = Reports(options.log, self.listeners, self.loop.spawn)
         self.link: StoreLink | None = None
         self.claims: Claims | None = None
@@ -121,7 +121,7 @@ class Server:
         self._spill_turn = asyncio.Lock()
         self.closed: bool = False
 
-    def _hear(self, event: str, heard: bool) -> None:
+    def _on_heard(self, event: str, heard: bool) -> None:
         """Tell the core whether anybody listens to an event; the sanitizer does to the end of each session."""
         self.table.hear(event, heard or (self.sanitizer is not None and event in ("before_destroy", "destroy")))
 

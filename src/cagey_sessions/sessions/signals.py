@@ -35,8 +35,8 @@ class _Handler:
         self.waiting: list[Callable[[int], object]] = []
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        for tell in tuple(self.waiting):
-            tell(number)
+        for notify in tuple(self.waiting):
+            notify(number)
         if _is_hosts_own(self.found):
             self.found(number, frame)
 
@@ -57,8 +57,8 @@ def _require_main_thread(is_main: bool) -> None:
 
 
 @contextmanager
-def _told_of_signals(tell: Callable[[int], object]) -> Iterator[None]:
-    """Within this block `tell` is called with the number of each signal, between any two steps of the program."""
+def _calling_on_signals(notify: Callable[[int], object]) -> Iterator[None]:
+    """Within this block `notify` is called with the number of each signal, between any two steps of the program."""
     installed: list[tuple[signal.Signals, _Handler]] = []
     try:
         for number in SIGNALS:
@@ -71,12 +71,12 @@ def _told_of_signals(tell: Callable[[int], object]) -> Iterator[None]:
                     signal.signal(number, handler)
                 except ValueError:  # as it is in a sub-interpreter
                     _require_main_thread(False)
-            handler.waiting.append(tell)
+            handler.waiting.append(notify)
             installed.append((number, handler))
         yield
     finally:
         for number, ours in installed:
-            ours.waiting.remove(tell)
+            ours.waiting.remove(notify)
             is_there = signal.getsignal(number) is ours
             if is_there and not ours.waiting:
                 signal.signal(number, ours.found)
@@ -90,7 +90,7 @@ async def run_until_signal(
     _require_main_thread(threading.current_thread() is threading.main_thread())
     loop = server.enter()
 
-    def see(number: int) -> None:
+    def on_signal(number: int) -> None:
         name = signal.Signals(number).name
         if endings.end_wanted.is_set():
             server.reports.say(
@@ -100,11 +100,11 @@ async def run_until_signal(
             server.reports.say("info", "%s: the manager is being destroyed", name)
             endings.end_wanted.set()
 
-    def tell(number: int) -> None:
+    def notify(number: int) -> None:
         with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(see, number)
+            loop.call_soon_threadsafe(on_signal, number)
 
-    with _told_of_signals(tell):
+    with _calling_on_signals(notify):
         await endings.end_wanted.wait()
         users = server.table.counters.identified
         errors: tuple[Exception, ...] = ()

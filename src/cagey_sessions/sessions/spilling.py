@@ -159,7 +159,7 @@ class Spilling:
             plans = await self._apply_spill(claims, release=True)
             for plan in plans:
                 if plan.write is None or plan.error is not None:  # else the write has let go of them
-                    self._claims.let_go(plan.claim.user_id, plan.claim.epoch)
+                    self._claims.release_later(plan.claim.user_id, plan.claim.epoch)
         return not self._link.down
 
     async def _apply_spill(self, claims: list[Claim], *, release: bool) -> list[Plan]:
@@ -208,10 +208,10 @@ class Spilling:
                 plan.error = error
             return isinstance(error, StoreUnavailableError)
         for plan, verdict in zip(plans, verdicts, strict=True):
-            self._see_spilled(plan, verdict)
+            self._on_verdict(plan, verdict)
         return True
 
-    def _see_spilled(self, plan: Plan, verdict: Verdict) -> None:
+    def _on_verdict(self, plan: Plan, verdict: Verdict) -> None:
         spill, user_id = self._server.spill, plan.claim.user_id
         assert spill is not None
         plan.error = None
@@ -238,7 +238,7 @@ class Spilling:
         except SnapshotError as error:
             self._server.reports.error(error, None)
 
-    async def see(self, claim: Claim) -> Claim:
+    async def replay_one(self, claim: Claim) -> Claim:
         """Save what was spilled of a user who logs in, so that they see it. Raises if the store does not take it."""
         spill = self._server.spill
         if spill is None or claim.user_id not in spill.pending:

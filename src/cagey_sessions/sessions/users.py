@@ -89,7 +89,7 @@ class Users:
                 session = server.table.hold(user_id, loaded.data)
                 self._loading.own(session, loaded)
             except BaseException:
-                self._loading.claims.let_go(user_id, loaded.epoch)
+                self._loading.claims.release_later(user_id, loaded.epoch)
                 raise
             try:
                 frame.confine()
@@ -142,5 +142,5 @@ class Users:
 
     async def _end_erased(self, user_id: int | str) -> None:
         while (session := self._server.table.active_session(user_id)) is not None:
-            self._endings.see_lost(session, UserErasedError(f"user {quote(user_id)} was erased", user_id=user_id))
+            self._endings.on_lost(session, UserErasedError(f"user {quote(user_id)} was erased", user_id=user_id))
             await self._endings.wait_ended(session)
