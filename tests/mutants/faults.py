@@ -701,7 +701,7 @@ FAULTS = [
     Fault(
         "a snapshot takes its place though it was cancelled before",
         "sessions/snapshot.py",
-        "        await in_thread(new.finish)  # cancelled here, too, the old file stays\n"
+        "        await in_thread(new.finish)  # synced to the disk, but not in place: if this is cancelled the old file stays\n"
         "        await in_thread(new.commit)\n",
         "        await in_thread(lambda: (new.finish(), new.commit()))\n",
         ("tests/sessions/test_snapshot.py",),
