@@ -1,7 +1,8 @@
-"""All that the library does with asyncio itself: its own tasks, waiting until a time, and its share of each turn.
+"""All that the library does with asyncio itself: tasks, waiting until a time, and its share of each turn of the loop.
 
-Time is that of the manager's clock, so that tests can move it. Tasks are made without the loop's task factory, which
-may run them at once (eager tasks), and in a context of their own where they do not belong to the caller.
+Time is that of the manager's clock, so that tests can move it. Tasks are made without the loop's task factory, because
+an eager one would run their first step at once, in the middle of the caller's. Work that does not belong to one caller
+is given a context of its own, so that it does not see the caller's context variables.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["Loop", "leave"]
 T = TypeVar("T")
 
 SLICE = SECOND // 2000
-"""For how many nanoseconds the library may hold the event loop before others get a turn."""
+"""How many nanoseconds in a turn the library may use before other callbacks get their turn."""
 
 
 class Loop:
@@ -36,7 +37,7 @@ class Loop:
         self._slice_ends = 0
         self._is_overrun = False
         self.overruns: int = 0
-        """How many turns took more than twice the time that the library may take."""
+        """How many turns took more than twice the time that the library may use."""
 
     @property
     def is_usable(self) -> bool:
@@ -44,7 +45,7 @@ class Loop:
         return self.running is not None and not self.running.is_closed()
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Work on this loop from now on."""
+        """Use this loop from now on."""
         self.running = loop
 
     def call_soon(self, callback: Callable[[], object], context: Context) -> None:
@@ -55,7 +56,7 @@ class Loop:
     # Tasks
 
     def spawn(self, work: Coroutine[Any, Any, T], name: str, context: Context | None = None) -> asyncio.Task[T]:
-        """Start a task, and keep it from being collected until it is done."""
+        """Start a task, and keep a reference to it until it is done: asyncio itself keeps only a weak one."""
         task = asyncio.Task(work, loop=self.running, name=f"cagey-sessions {name}", context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -64,7 +65,10 @@ class Loop:
     # Waiting
 
     async def wait(self, future: asyncio.Future[Any], limit: int | None) -> bool:
-        """Wait until a future is done, or `limit` nanoseconds have passed; cancels nothing. Whether it is done."""
+        """Wait until a future is done or `limit` nanoseconds have passed, and return whether it is done.
+
+        Neither the end of the time nor a cancellation of this call cancels the future.
+        """
         if future.done():
             return True
         assert self.running is not None
@@ -78,6 +82,7 @@ class Loop:
         future.add_done_callback(wake)
         try:
             await done
+        # not `asyncio.wait_for`: that cancels the future, and measures by the time of the loop
         finally:
             future.remove_done_callback(wake)
             if timer is not None:
@@ -85,20 +90,22 @@ class Loop:
         return future.done()
 
     async def sleep(self, delay: int) -> None:
-        """Wait for so many nanoseconds of the clock."""
+        """Wait for `delay` nanoseconds of the clock."""
         assert self.running is not None
         await self.wait(self.running.create_future(), delay)
 
     # Turns
 
     async def take_turn(self) -> None:
-        """Return in a turn of the loop that has time left for the library's work."""
+        """Wait for a turn of the loop in which the library still has time left."""
         while self.is_turn_over():  # noqa: ASYNC110 - there is no event: other callbacks are to have their turn
             await asyncio.sleep(0)
 
     def is_turn_over(self) -> bool:
-        """Whether the library has had its share of this turn of the loop. The first question of a turn is answered
-        no."""
+        """Whether the library has used up its share of this turn of the loop.
+
+        The first call in a turn starts the measurement, so its answer is always no.
+        """
         now = self._clock.now()
         if self._slice_ends == 0:
             self._slice_ends = now + SLICE
@@ -116,10 +123,10 @@ class Loop:
 
 
 def leave(tasks: set[asyncio.Task[None]]) -> None:
-    """Take the current task out of a set of workers when it ends.
+    """Take the current task out of a set of workers. A worker calls this as its last step.
 
-    Not in a callback of the task: whoever looks between its last step and that callback must find its place free.
+    A callback of the task would run one turn later, and code that counts the workers in between would start none.
     """
-    with suppress(RuntimeError):  # no loop runs when a task that was forgotten is thrown away
+    with suppress(RuntimeError):  # a pending task that is collected as garbage is closed while no loop runs
         if (task := asyncio.current_task()) is not None:
             tasks.discard(task)

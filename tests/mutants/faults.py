@@ -384,7 +384,7 @@ FAULTS = [
     Fault(
         "destroy does not wait for the save under way",
         "sessions/ending.py",
-        "        outcome = await self._autosave.settle(session, until)\n        if",
+        "        outcome = await self._autosave.wait_settled(session, until)\n        if",
         "        outcome = None\n        if",
         ENDING,
     ),
@@ -477,7 +477,7 @@ FAULTS = [
     Fault(
         "a load that fails keeps the claim",
         "sessions/loading.py",
-        "        except BaseException:\n            claims.let_go(user_id, claim.epoch)\n            raise\n\n    def own(",
+        "        except BaseException:\n            claims.release_later(user_id, claim.epoch)\n            raise\n\n    def own(",
         "        except BaseException:\n            raise\n\n    def own(",
         USERS,
     ),
@@ -586,7 +586,7 @@ FAULTS = [
     Fault(
         "a claim that had no answer is forgotten",
         "ownership/claims.py",
-        "        if self._link.store.shared:\n            self._look_after(user_ids)\n",
+        "        if self._link.store.shared:\n            self._check_later(user_ids)\n",
         "",
         USERS,
     ),
@@ -701,7 +701,7 @@ FAULTS = [
     Fault(
         "a snapshot takes its place though it was cancelled before",
         "sessions/snapshot.py",
-        "        await in_thread(new.finish)  # cancelled here, too, the old file stays\n"
+        "        await in_thread(new.finish)  # synced to the disk, but not in place: if this is cancelled the old file stays\n"
         "        await in_thread(new.commit)\n",
         "        await in_thread(lambda: (new.finish(), new.commit()))\n",
         ("tests/sessions/test_snapshot.py",),
@@ -767,7 +767,7 @@ FAULTS = [
     Fault(
         "latch not released: a worker that ends is still counted",
         "saving/workers.py",
-        "        self.free += not worker.released\n",
+        "        self.free += not worker.finished\n",
         "",
         SAVING,
     ),

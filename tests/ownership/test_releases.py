@@ -174,7 +174,7 @@ async def test_a_store_that_does_not_answer_for_each_user_is_said(clock, store, 
     await manager.open("bob", default={})
     store.release_many = answer_wrongly
     for user_id in ("ann", "bob"):
-        inside(manager).claims.let_go(user_id, 99)  # later than their sessions know
+        inside(manager).claims.release_later(user_id, 99)  # later than their sessions know
     await clock.advance("1m")
     said = [record.message for record in caplog.records if "did not answer for each user" in record.message]
     assert len(said) == (2 if answer is None else 0), "alone each of them has an answer"
@@ -204,7 +204,7 @@ async def test_only_the_newest_claim_of_a_user_is_released(clock, store, manager
     owner = inside(manager).owner
     epochs = [(await store.claim_many(["ann"], owner))[0].epoch for _ in range(5)]
     for epoch in (epochs[1], epochs[4], epochs[0], epochs[3]):
-        inside(manager).claims.let_go("ann", epoch)
+        inside(manager).claims.release_later("ann", epoch)
     await turns()
     assert store.release_calls == [[("ann", epochs[4])]]
     assert store.owner_of("ann") == ""
@@ -215,7 +215,7 @@ async def test_a_user_with_a_session_by_a_later_claim_is_not_released_and_the_st
     session = await manager.open("ann", default={})
     calls = store.calls
     for epoch in range(inside(manager).table.epoch(session) + 1):
-        inside(manager).claims.let_go("ann", epoch)
+        inside(manager).claims.release_later("ann", epoch)
         await turns()
     assert store.calls == calls
     assert (await session.persist_now()).changed
@@ -254,12 +254,12 @@ async def test_a_user_queued_as_the_queue_runs_empty_is_released(clock, store, m
     epochs = {claim.user_id: claim.epoch for claim in await store.claim_many(users, owner)}
     store.gate = asyncio.Event()
     for user in users[1:]:
-        inside(manager).claims.let_go(user, epochs[user])
+        inside(manager).claims.release_later(user, epochs[user])
     await turns()
 
     async def come_later() -> None:
         await turns(turn)
-        inside(manager).claims.let_go(0, epochs[0])
+        inside(manager).claims.release_later(0, epochs[0])
 
     late = asyncio.ensure_future(come_later())
     store.gate.set()

@@ -150,7 +150,7 @@ async def test_a_release_that_never_returns_does_not_keep_the_store_down(clock, 
     task = asyncio.ensure_future(session.persist_now())
     await turns()
     assert not manager.statistics().store_up
-    inside(manager).claims.let_go(9, 1)  # as after a cancelled login
+    inside(manager).claims.release_later(9, 1)  # as after a cancelled login
     await clock.advance("5s")
     assert (await task).changed, "saves come before releases"
     assert store.stored(1) == {"n": 1}

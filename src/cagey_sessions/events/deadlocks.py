@@ -1,10 +1,14 @@
-"""Who waits for whom. What lives here: frames, which tell that code runs inside something that others wait for, and the
-graph of those waits. What must not: the waiting itself.
+"""Deadlock detection: a listener may await a save or an end that is itself waiting for that listener.
 
-A save waits for its listeners; an end waits for the listeners of its two events and for every save of its session; the
-turn with a user passes to the next call when the code that has it is done. Code inside one of them that waits for
-a save, an end or a turn may close a circle, over any number of sessions and users; `would_deadlock`, asked before the
-wait, finds that out. Cost: one look at each wait under way, and none outside such code.
+A save waits for its listeners. An end waits for the listeners of its two events, and for every save of its session. The
+turn with a user passes on only when the call that has it is done. Code that runs inside one of these and waits for a
+save, an end or a turn may therefore close a circle, over any number of sessions and users. This module records who
+waits for whom, and `would_deadlock`, which is called before each such wait, says whether the wait would close a circle;
+the caller then refuses it. The waiting itself is done elsewhere.
+
+Cost: outside such code nothing; inside, one step for each wait that is under way.
+
+See also `listeners`, which calls the listeners, and `ownership.turns`.
 """
 
 from __future__ import annotations
@@ -30,11 +34,11 @@ class Kind(Enum):
     END = auto()
     """The end of a session, which waits for its saves, too."""
     TURN = auto()
-    """The turn with a user."""
+    """The turn with a user, which one call of this process has at a time."""
 
 
 class Wait(NamedTuple):
-    """A save or an end of a session, or the turn with a user: something that can be waited for."""
+    """Something that can be waited for: a save or the end of a session, or the turn with a user."""
 
     subject: object
     kind: Kind
@@ -44,24 +48,28 @@ OnWaiting = Callable[[int], None]
 
 
 class Frame:
-    """The listeners of one emit, or a block that has a turn: under way."""
+    """Code that something waits for while it runs: the listeners of one emit, or a block that has a turn."""
 
     __slots__ = ("host", "on_waiting", "task", "wait", "waiting")
 
     def __init__(self, wait: Wait, host: object, on_waiting: OnWaiting | None) -> None:
         self.wait: Wait | None = wait
         self.host: object = host
+        """The table of a manager, which stands for it; None for a turn."""
         self.on_waiting = on_waiting
         self.task: asyncio.Task[Any] | None = None
-        """The only task that is inside, if so."""
+        """The only task whose code is inside; None if tasks that are started inside count as inside, too."""
         self.waiting: int = 0
 
     def confine(self) -> None:
-        """From now on the tasks that are started inside are outside: this is a block of the program's, in its task."""
+        """Count only the current task as inside from now on.
+
+        The frame is around a block of the program's own, which waits for none of the tasks that it starts.
+        """
         self.task = current_task()
 
     def is_around(self, task: asyncio.Task[Any] | None) -> bool:
-        """Whether code that runs in that task is inside."""
+        """Whether code that runs in `task` is inside."""
         return self.wait is not None and (self.task is None or self.task is task)
 
     def begin_waiting(self) -> None:
@@ -75,9 +83,9 @@ class Frame:
             self.on_waiting(-1)
 
     def close(self) -> None:
-        """The listeners have returned; tasks they have left behind wait for themselves."""
+        """The listeners have returned. Tasks that they have started are waited for by nothing any more."""
         if self.waiting and self.on_waiting is not None:
-            self.on_waiting(-1)
+            self.on_waiting(-1)  # a task that was left behind still waits, but no longer for the sake of a listener
         self.wait = self.host = self.on_waiting = None
 
 
@@ -87,25 +95,26 @@ _waits: dict[Wait, Counter[Wait]] = {}
 
 @contextmanager
 def listening(wait: Wait, host: object, on_waiting: OnWaiting | None = None) -> Iterator[Frame]:
-    """Within this block code runs that `wait` waits for.
+    """Everything that runs in this block is something that `wait` waits for.
 
-    Tasks that such code starts inherit the frame, for it may well wait for them; once the block is left the frame is
-    empty, and what is still running counts as outside. While anything inside waits for something here, `on_waiting` is
-    told so, once with 1 and then with -1.
+    Tasks that such code starts inherit the frame, because the code may wait for them. When the block is left the frame
+    is emptied, so whatever still runs counts as outside. `on_waiting` is called with 1 when code inside begins to wait
+    for something, and with -1 when no code inside waits any more.
     """
     frame = Frame(wait, host, on_waiting)
+    # a task that was left behind still has frames that were closed since
     outer = tuple(other for other in _frames.get() if other.wait is not None)
     token = _frames.set((*outer, frame))
     try:
         yield frame
     finally:
         frame.close()
-        with suppress(ValueError):  # a task that is thrown away is closed in another context
+        with suppress(ValueError):  # a task that is collected as garbage is closed in another context
             _frames.reset(token)
 
 
 def _inside() -> list[Wait]:
-    """What waits for the code that runs here."""
+    """All that waits for the code that runs here."""
     return [frame.wait for frame in _around() if frame.wait is not None]
 
 
@@ -118,7 +127,10 @@ def _around() -> list[Frame]:
 
 
 def would_deadlock(target: Wait) -> bool:
-    """Whether waiting for `target` here would, over however many steps, be waiting for oneself. O(waits under way)."""
+    """Whether code that runs here and waits for `target` would, over any number of steps, wait for itself.
+
+    O(waits under way).
+    """
     inside = set(_inside())
     if not inside:
         return False
@@ -132,17 +144,18 @@ def would_deadlock(target: Wait) -> bool:
             seen.add(wait)
             ahead += _waits.get(wait, ())
             if wait.kind is Kind.END:
+                # an end waits for every save of its session, also for one that begins only later
                 ahead.append(Wait(wait.subject, Kind.SAVE))
     return False
 
 
 @contextmanager
 def waiting_for(target: Wait) -> Iterator[None]:
-    """Within this block all that this code runs inside of waits for `target`."""
+    """In this block, everything that waits for the code that runs here also waits for `target`."""
     frames = _around()
     inside = [frame.wait for frame in frames if frame.wait is not None]
     for wait in inside:
-        _waits.setdefault(wait, Counter())[target] += 1
+        _waits.setdefault(wait, Counter())[target] += 1  # several tasks inside may wait for the same
     for frame in frames:
         frame.begin_waiting()
     try:
@@ -160,12 +173,12 @@ def waiting_for(target: Wait) -> Iterator[None]:
 
 
 def within_host(host: object) -> bool:
-    """Whether this code runs inside a listener that a save or an end within `host` waits for."""
+    """Whether this code runs inside a listener that a save or an end of a session of `host` waits for."""
     return any(frame.host is host for frame in _frames.get())
 
 
 def saves_inside(host: object) -> int:
-    """Inside how many listeners this code runs that saves within `host` wait for."""
+    """The number of listeners around this code that saves of sessions of `host` wait for."""
     return sum(
         frame.host is host and frame.wait is not None and frame.wait.kind is Kind.SAVE for frame in _frames.get()
     )

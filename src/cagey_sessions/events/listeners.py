@@ -1,8 +1,11 @@
-"""Events and their listeners. What lives here: the names, registration, emitting. What must not: any
-knowledge of what an event is for.
+"""Listeners: the names of the events, registration, and calling the listeners of an event.
 
-One emit takes the listeners as they stand, one at a time in the order they were registered, each awaited before the
-next. One that is removed meanwhile is skipped; one that is added waits for the next emit; a raising one stops no other.
+An emit takes the listeners as they are registered at that moment and calls them in the order of their registration;
+each is awaited before the next is called. A listener that is removed meanwhile is skipped. One that is added meanwhile
+is called by the next emit. A listener that raises stops none of the others: what they raise is collected, and the
+caller of `call` decides what it means. What an event is for is not known here.
+
+See also `deadlocks`, for listeners that wait for what waits for them.
 """
 
 from __future__ import annotations
@@ -52,27 +55,27 @@ class _Registration:
 class Listeners:
     """The listeners of one manager or one session, by event."""
 
-    __slots__ = ("_by_name", "_hear", "_known", "_sanitizer")
+    __slots__ = ("_by_name", "_known", "_on_heard", "_sanitizer")
 
     def __init__(
         self,
         known: tuple[str, ...],
         sanitizer: Sanitizer | None = None,
-        hear: Callable[[str, bool], None] = lambda name, heard: None,
+        on_heard: Callable[[str, bool], None] = lambda name, heard: None,
     ) -> None:
         self._known = known
         self._sanitizer = sanitizer
-        self._hear = hear  # is told when an event gets its first listener, and when it has lost its last
+        self._on_heard = on_heard  # called when an event gets its first listener, and when it loses its last one
         self._by_name: dict[str, list[_Registration]] = {}
 
     @classmethod
-    def of_manager(cls, sanitizer: Sanitizer | None, hear: Callable[[str, bool], None]) -> Listeners:
-        """No listeners yet, for the events of a manager."""
-        return cls(MANAGER_EVENTS, sanitizer, hear)
+    def of_manager(cls, sanitizer: Sanitizer | None, on_heard: Callable[[str, bool], None]) -> Listeners:
+        """An empty set of listeners for the events of a manager."""
+        return cls(MANAGER_EVENTS, sanitizer, on_heard)
 
     @classmethod
     def of_session(cls, sanitizer: Sanitizer | None = None) -> Listeners:
-        """No listeners yet, for the events of a session."""
+        """An empty set of listeners for the events of a session."""
         return cls(SESSION_EVENTS, sanitizer)
 
     def add(self, name: str, function: Listener, *, once: bool) -> None:
@@ -81,10 +84,10 @@ class Listeners:
         if not callable(function):
             raise InvalidListenerError(f"a listener is a function or another callable, not {quote(function)}")
         self._by_name.setdefault(name, []).append(_Registration(function, once))
-        self._hear(name, True)
+        self._on_heard(name, True)
 
     def remove(self, name: str, function: Listener) -> None:
-        """Take back one registration of a listener, the oldest; nothing happens if there is none. O(listeners)."""
+        """Remove the oldest registration of a listener; does nothing if there is none. O(listeners)."""
         known_event(name, self._known)
         for registration in self._by_name.get(name, ()):
             if _is_same(registration.function, function):
@@ -92,32 +95,34 @@ class Listeners:
                 return
 
     def has(self, name: str) -> bool:
-        """Whether anybody listens. O(1)."""
+        """Whether the event has a listener. O(1)."""
         return name in self._by_name
 
     def clear(self) -> None:
-        """Remove everybody, also from emits under way."""
+        """Remove all listeners; emits that are under way skip those that they have not called yet."""
         for registrations in self._by_name.values():
             for registration in registrations:
                 registration.removed = True
         for name in self._by_name:
-            self._hear(name, False)
+            self._on_heard(name, False)
         self._by_name.clear()
 
     async def call(
         self, name: str, args: tuple[object, ...], errors: list[Exception], about: SessionCore | None = None
     ) -> int:
-        """Call the listeners of an event and collect what they raise, a note of the listener's name on each.
+        """Call the listeners of an event, and append what they raise to `errors`, with the listener's name as a note.
 
-        Once the session it is `about` has ended, nobody else is called. Returns how many were passed over.
+        If the session that it is `about` ends meanwhile, the remaining listeners are not called. Returns how many
+        listeners were passed over.
         """
         passed_over = 0
         task = current_task()
-        for registration in tuple(self._by_name.get(name, ())):
+        for registration in tuple(self._by_name.get(name, ())):  # a copy: listeners may add and remove listeners
             if registration.removed or (about is not None and not about.alive):
                 passed_over += 1
                 continue
             if registration.once:
+                # before the call: the listener may emit the same event again
                 self._discard(name, registration)
             try:
                 if self._sanitizer is None:
@@ -127,20 +132,24 @@ class Listeners:
                 if result is not None:
                     await _finish(result)
             except BaseException as error:
+                # a cancellation of this very task goes on; whatever else is raised is the fault of this listener alone
                 if is_for_this_task(error, task):
                     raise
                 errors.append(_with_name(as_exception(error), name, registration))
         return passed_over
 
     async def emit(self, name: str, session: SessionCore, *args: object, errors: list[Exception]) -> None:
-        """Emit on the manager these are of, with the session first, then on the session itself, unless it has ended."""
+        """Call the listeners of the manager, with the session as first argument, and then those of the session itself.
+
+        `self` has the listeners of the manager. The session's are not called if it has ended meanwhile.
+        """
         if self.has(name):
             await self.call(name, (session, *args), errors, session)
         if session._listeners is not None:
             await session._listeners.call(name, args, errors, session)
 
     def is_heard(self, name: str, session: SessionCore) -> bool:
-        """Whether anybody would hear that: a listener of the manager these are of, or of the session."""
+        """Whether the manager, whose listeners `self` has, or the session has a listener of this event."""
         return self.has(name) or (session._listeners is not None and session._listeners.has(name))
 
     def _discard(self, name: str, registration: _Registration) -> None:
@@ -150,19 +159,19 @@ class Listeners:
             registrations.remove(registration)
             if not registrations:
                 del self._by_name[name]
-                self._hear(name, False)
+                self._on_heard(name, False)
 
 
 def _is_same(one: object, other: object) -> bool:
-    """Whether two listeners are one: a method of an object is another object each time, and equal."""
+    """Whether two listeners are the same: each access to a method makes a new object, which equals the others."""
     try:
         return one is other or bool(one == other)
-    except Exception:  # equality of somebody's own may raise anything
+    except Exception:  # `__eq__` of the program's own class may raise anything
         return False
 
 
 async def _finish(result: object) -> None:
-    """Wait for what a listener returned, if there is anything to wait for."""
+    """Wait for what a listener has returned, if it is something to wait for."""
     if inspect.isawaitable(result):
         await result
     elif isinstance(result, concurrent.futures.Future):
@@ -172,15 +181,18 @@ async def _finish(result: object) -> None:
 
 
 async def _finish_in_thread(future: concurrent.futures.Future[object]) -> None:
-    """Wait for a future of a thread, and raise what it holds. asyncio's own way to wait hangs on a `StopIteration`."""
+    """Wait for a future of a thread, and raise the exception in it, if there is one.
+
+    `asyncio.wrap_future` would hang if that is a `StopIteration`, which an asyncio future refuses to hold.
+    """
     loop = asyncio.get_running_loop()
-    done = loop.create_future()
+    done = loop.create_future()  # only says that the thread is done: it holds no outcome
 
     def wake(_: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(see_done)
+            loop.call_soon_threadsafe(finish)
 
-    def see_done() -> None:
+    def finish() -> None:
         if not done.done():
             done.set_result(None)
 
@@ -188,7 +200,7 @@ async def _finish_in_thread(future: concurrent.futures.Future[object]) -> None:
     try:
         await done
     except asyncio.CancelledError:
-        future.cancel()
+        future.cancel()  # it has an effect if the thread has not begun yet
         raise
     if future.cancelled():
         raise asyncio.CancelledError
@@ -201,16 +213,16 @@ MOST_NAMED = 10
 
 def _with_name(error: Exception, name: str, registration: _Registration) -> Exception:
     note = f"{RAISED_BY}{name_of(registration.function)} of event {name!r}"
-    with contextlib.suppress(Exception):  # its class may have ideas of its own about attributes
+    with contextlib.suppress(Exception):  # the exception's class may not allow attributes, or raise from them
         notes: list[str] = vars(error).setdefault("__notes__", [])
         if note in notes:
-            notes.remove(note)  # an exception may be raised over and over: whoever raised it last comes last
+            notes.remove(note)  # the exception was raised before: the latest listener's note has to come last
         notes.append(note)
     return error
 
 
 def listener_error(name: str, errors: list[Exception]) -> ListenerError:
-    """One group of what listeners raised, at an event or since an earlier one: the message names them."""
+    """One `ListenerError` for all that the listeners of an event raised; its message names the listeners."""
     named = list(dict.fromkeys(raiser for error in errors for raiser in _raisers(error, errors)))
     shown = ", ".join(named[:MOST_NAMED]) + (", ..." if len(named) > MOST_NAMED else "")
     if len(errors) == 1:
@@ -219,7 +231,10 @@ def listener_error(name: str, errors: list[Exception]) -> ListenerError:
 
 
 def _raisers(error: Exception, errors: list[Exception]) -> list[str]:
-    """The listeners that raised an exception, as many as it is among the errors; its notes may tell of earlier ones."""
+    """The names of the listeners that raised `error`, one for each time it is among `errors`.
+
+    The notes of an exception object that was raised in earlier emits, too, name earlier listeners first.
+    """
     times = sum(other is error for other in errors)
     with contextlib.suppress(Exception):
         notes = [note for note in vars(error)["__notes__"] if note.startswith(RAISED_BY)]

@@ -1,8 +1,8 @@
-"""Errors that no caller waits for. What lives here: where they are told, in the log and to listeners, and how much of
-them. What must not: what becomes of a session that an error is about.
+"""Errors that no caller waits for: they go to the log, and to the listeners of ``error`` and ``unsavable``.
 
-The log gets what our own errors say. Of an exception of somebody else's it gets the type and the places it has passed,
-file, line and function; never its text, which may quote user data.
+The log gets the whole text of our own errors. Of a foreign exception it gets the type and the places that it has passed
+(file, line, function), but never the text, which may quote user data. What becomes of the session that an error is
+about is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ __all__ = ["Reports", "drop_tracebacks", "fresh", "say"]
 LONGEST_QUEUE = 1000
 MOST_CAUSES = 10
 MOST_FRAMES = 20
-"""Of an exception in the log, those nearest to where it was raised."""
+"""How many frames of an exception are logged, those nearest to where it was raised."""
 LONGEST_WAY = 1000
-"""How many frames are looked at: an exception that is raised again and again gets longer each time."""
+"""How many frames are walked to find those: an exception object that is raised again and again gets ever more."""
 
 
 class Reports:
-    """What one manager has to tell; `spawn` starts a task of the manager's."""
+    """The log and the error events of one manager. `spawn` starts a task of the manager's."""
 
     def __init__(
         self, log: Any, listeners: Listeners, spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
@@ -48,26 +48,27 @@ class Reports:
         say(self._log, level, message, *args)
 
     def tell(self, what: str, error: Exception) -> None:
-        """Log an error that no caller waits for: what it is about, what it is, and where it comes from."""
+        """Log an error that no caller waits for: what it is about, what it is, and where it was raised."""
         self.say("error", "%s: %s%s", what, _summary(error), _origins(error))
 
     def error(self, error: Exception, session: SessionCore | None) -> None:
-        """Log an error that no caller waits for and hand it to the listeners of ``error``."""
+        """Log an error that no caller waits for, and emit ``error`` with it."""
         who = "" if session is None else f"user {quote(session.user_id)}: "
         self.say("error", "%s%s%s", who, _summary(error), _origins(error))
         self._announce("error", error, session)
 
     def unsavable(self, error: UnsavableError, session: SessionCore) -> None:
-        """Log that data cannot be saved as it is and tell the listeners of ``unsavable``."""
+        """Log that data cannot be saved as it is, and emit ``unsavable``."""
         self.say("error", "%s%s", error, _origins(error))
         self._announce("unsavable", session, error)
 
     def close(self) -> None:
-        """From now on tell the log alone."""
+        """Emit no event from now on; errors still go to the log."""
         self._closed = True
 
     def _announce(self, name: str, *args: object) -> None:
-        """Have a task emit an event that nobody waits for."""
+        """Emit an event in a task, which no caller waits for. Past `LONGEST_QUEUE` waiting events it is left out."""
+        # listeners that hang must not let the queue grow; the log has every error
         if self._closed or not self._listeners.has(name) or len(self._queue) >= LONGEST_QUEUE:
             return
         self._queue.append((name, args))
@@ -80,24 +81,28 @@ class Reports:
             name, args = self._queue.popleft()
             await self._listeners.call(name, args, errors)
             for error in errors:
+                # not another ``error`` event: its listeners might raise again, and so on for ever
                 self.tell(listener_error(name, [error]).message, error)
 
 
 def say(log: Any, level: str, message: str, *args: object) -> None:
-    """Log, and let no logger that fails stop a save.
+    """Write to the log; an exception of the program's logger is swallowed, because it must not stop a save.
 
-    The text is put together here: not every logger does that with ``%``, and all take one text as it is.
+    The text is put together here, because loggers differ in how they insert arguments, and all take a finished text.
     """
     try:
         getattr(log, level)(message % args)
     except END_OF_PROCESS:
         raise
     except BaseException:
-        return  # there is nowhere else to say it
+        return  # there is no other place to report it
 
 
 def fresh(error: Exception) -> Exception:
-    """A copy of a group that several callers may raise, so that their tracebacks do not pile up on one object."""
+    """An error that can be raised to one of several callers without the tracebacks of the others.
+
+    A `ListenerError` is copied. Of any other error the traceback is removed.
+    """
     if isinstance(error, ListenerError):
         copy = error.derive(error.exceptions)
         for note in getattr(error, "__notes__", ()):
@@ -107,14 +112,14 @@ def fresh(error: Exception) -> Exception:
 
 
 def drop_tracebacks(error: BaseException) -> None:
-    """Let go of the frames an error and its parts have passed, and of all that those hold."""
+    """Remove the tracebacks of an error and its parts, because they keep every local variable of their frames alive."""
     error.__traceback__ = None
     for part in getattr(error, "exceptions", ()):
         drop_tracebacks(part)
 
 
 def _summary(error: BaseException) -> str:
-    """One line for the log: the types of what was raised, without the texts, which may quote data."""
+    """One line for the log. Foreign exceptions are named by their types only, because their texts may quote data."""
     if not isinstance(error, CageySessionsError):
         return type(error).__name__
     if isinstance(error, BaseExceptionGroup):
@@ -123,7 +128,7 @@ def _summary(error: BaseException) -> str:
 
 
 def _origins(error: BaseException) -> str:
-    """Where the exceptions of others that an error is made of, or comes from, were raised: lines for the log."""
+    """Lines for the log that say where the foreign exceptions in an error, or among its causes, were raised."""
     lines: list[str] = []
     for other in _others(error, MOST_CAUSES):
         frames = deque(islice(walk_tb(other.__traceback__), LONGEST_WAY), MOST_FRAMES)
@@ -135,12 +140,12 @@ def _origins(error: BaseException) -> str:
 
 
 def _others(error: BaseException, most: int) -> Iterator[BaseException]:
-    """The exceptions of others among an error, its parts and its causes; of so many at the most."""
+    """The foreign exceptions among an error, its parts and its causes; looks at `most` exceptions altogether."""
     seen: set[int] = set()
     waiting = deque([error])
     while waiting and len(seen) < most:
         each = waiting.popleft()
-        if id(each) in seen:
+        if id(each) in seen:  # causes may form a circle
             continue
         seen.add(id(each))
         if not isinstance(each, CageySessionsError):

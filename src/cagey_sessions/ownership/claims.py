@@ -1,9 +1,13 @@
-"""Claims of users in the store. What lives here: whose turn it is with a user in this process, asking the store for
-many users in a call, and looking after claims that had no answer. What must not: data, why a user is wanted, or how one
-is released.
+"""Claims of users in the store: many users in one call, and a later check of claims that had no answer.
 
-A claim whose answer never came may have been granted all the same, even later. Then somebody looks after it, for a user
-who is kept by nobody is kept from everybody: the other servers wait until this process is dead.
+Callers that want a user put a future into `_wanted`. Up to `CLAIM_CALLS` tasks take what is wanted by then and claim it
+in one call of the store; if that fails and may be the fault of one user, each user is claimed alone.
+
+If a claim has no answer by its deadline but is granted all the same, the store believes that we own the user although
+no session here has them, and no other server can claim them until this process ends. So such users are *doubtful*: they
+are checked a few times, and released if they are ours in the store and no session here wants them.
+
+See also `turns`, for calls of this process that want the same user, and `releases`.
 """
 
 from __future__ import annotations
@@ -41,16 +45,16 @@ T = TypeVar("T")
 
 CLAIMS_IN_A_CALL = 64
 CLAIM_CALLS = 4
-"""At a time. Where each user is claimed by a call of its own, there are as many calls as one would have users."""
+"""How many claim calls run at a time; where each user takes a call of its own, `CLAIMS_IN_A_CALL` of them."""
 CLAIMED_AT_A_TIME = CLAIMS_IN_A_CALL * CLAIM_CALLS
-LOOKS_AT_DOUBTFUL = (SECOND, 5 * SECOND, 30 * SECOND)
-"""How long after a claim that had no answer somebody looks whether it came to anything."""
+CHECKS_OF_DOUBTFUL = (SECOND, 5 * SECOND, 30 * SECOND)
+"""How long after a claim that had no answer the user is checked."""
 ENDED_REMEMBERED = 10_000
-"""Of how many sessions that are over it is seen whether an engine that has lost something still has them as ours."""
+"""How many users of ended sessions are checked when an engine has lost acknowledged data, perhaps a release."""
 
 
 class Claims:
-    """The claims of one manager, and the turns and releases that go with them."""
+    """The claims of one manager, with its turns and its releases. `tell` logs an error that no caller waits for."""
 
     def __init__(
         self,
@@ -69,21 +73,21 @@ class Claims:
         self.turns: Turns = Turns(loop, clock)
         self.releases: Releases = Releases(link, loop, clock, table, identity, tell, self._is_wanted)
         self._wanted: dict[int | str, asyncio.Future[Claim]] = {}
+        """Users that a caller waits for, as long as no call has asked for them. A user is here once, by their turn."""
         self._claimers: set[asyncio.Task[None]] = set()
         self._unsure: set[int | str] = set()
-        """Users who may be claimed once more by us than their sessions know."""
+        """Users whose newest epoch in the store may be higher than their sessions know."""
         self._doubtful: dict[int | str, list[int]] = {}
-        """Users whose claims had no answer, and when to look after them."""
-        self._looker: asyncio.Task[None] | None = None
+        """Users whose claims had no answer, and the times at which they are still to be checked."""
+        self._checker: asyncio.Task[None] | None = None
         self._ended: deque[int | str] = deque(maxlen=ENDED_REMEMBERED)
-        """Users whose sessions are over; the engine may lose that they were released."""
+        """Users whose sessions have ended; the engine may lose their releases."""
         self._draining = False
 
     async def claim(self, user_id: int | str) -> Claim:
-        """Claim one user, in one call of the store with whoever asks at the same time.
+        """Claim one user; claims that are made at the same time share a call of the store.
 
-        Raises `OwnedElsewhereError` and `CorruptRecordError`, and `StoreUnavailableError` after as long as callers are
-        made to wait.
+        Raises `OwnedElsewhereError`, `CorruptRecordError`, and `StoreUnavailableError` after `save_timeout`.
         """
         await self._link.outlast(user_id)
         claim = await self._link.persistently(lambda until: self._wait_for_claim(user_id, until))
@@ -94,7 +98,7 @@ class Claims:
         try:
             check_claim(claim)
         except CorruptRecordError:
-            self.let_go(user_id, claim.epoch)
+            self.release_later(user_id, claim.epoch)
             raise
         return claim
 
@@ -104,30 +108,31 @@ class Claims:
         if len(self._claimers) < (CLAIMS_IN_A_CALL if self._link.store.independent else CLAIM_CALLS):
             task = self._loop.spawn(self._claim_all(), "claims", Context())
             self._claimers.add(task)
-            task.add_done_callback(self._see_claimer_gone)
+            task.add_done_callback(self._on_claimer_done)
 
         try:
             if not await self._loop.wait(future, until - self._clock.now()):
                 raise StoreUnavailableError(f"{self._link.name} has not answered to the claim of this user")
             return future.result()
         except asyncio.CancelledError:
+            # if the future cannot be cancelled it has got its answer, and nobody but us knows of the claim
             if not future.cancel() and future.exception() is None and future.result().granted:
                 self.disown(future.result())  # the answer and the cancellation came in the same turn of the loop
             raise
         finally:
             future.cancel()
             if self._wanted.get(user_id) is future:
-                del self._wanted[user_id]  # nobody waits any more, and nothing has been asked
+                del self._wanted[user_id]  # no call has asked for the user yet, so there is nothing to undo
 
-    def _see_claimer_gone(self, task: asyncio.Task[None]) -> None:
+    def _on_claimer_done(self, task: asyncio.Task[None]) -> None:
         self._claimers.discard(task)
-        if task.cancelled():
+        if task.cancelled():  # perhaps before its first step, so that it could not refuse them itself
             for future in self._wanted.values():
                 _refuse(future, _cancelled(self._link.name))
             self._wanted.clear()
 
     async def _claim_all(self) -> None:
-        """Claim whoever is wanted, until nobody is."""
+        """Claim users until none is wanted any more."""
         try:
             while self._wanted:
                 await self._claim_next()
@@ -135,9 +140,9 @@ class Claims:
             leave(self._claimers)
 
     async def _claim_next(self) -> None:
-        """Claim those who have waited longest, in one call; each alone if it fails and it may be the fault of one."""
+        """Claim those who have waited longest in one call; each alone if the call fails and may fail because of one."""
         await self._link.admission()
-        if not self._link.may_call():  # the store is to be closed
+        if not self._link.may_call():  # `admission` returns without it only when the store is about to be closed
             for future in self._wanted.values():
                 _refuse(future, StoreUnavailableError(f"{self._link.name} is down"))
             self._wanted.clear()
@@ -184,11 +189,11 @@ class Claims:
             elif not future.done():
                 future.set_result(claim)
             elif claim.granted:
-                self.disown(claim)  # whoever wanted it has been cancelled
+                self.disown(claim)  # its caller has been cancelled, or has timed out
         return None
 
-    def _see_late(self, task: asyncio.Task[Answers]) -> None:
-        """A claim was given up on, and has been granted after all."""
+    def _on_late_answer(self, task: asyncio.Task[Answers]) -> None:
+        """A claim call that had been given up has an answer after all."""
         if task.cancelled() or task.exception() is not None or self._link.closed:
             return
         for claim in task.result():
@@ -199,48 +204,54 @@ class Claims:
                 self.disown(claim)
 
     def doubt(self, user_ids: Iterable[int | str], call: asyncio.Task[Answers]) -> None:
-        """A claim of these users had no answer, and may be granted all the same: see that nobody is kept by nobody."""
-        if not call.done():
-            call.add_done_callback(self._see_late)
-        if self._link.store.shared:
-            self._look_after(user_ids)
+        """The claim of these users had no answer. It may still be granted; then it is released unless it is wanted.
 
-    def _look_after(self, user_ids: Iterable[int | str]) -> None:
+        Where the store is shared they are checked as well, because the call may be carried out and never be answered.
+        """
+        if not call.done():
+            call.add_done_callback(self._on_late_answer)
+        if self._link.store.shared:
+            self._check_later(user_ids)
+
+    def _check_later(self, user_ids: Iterable[int | str]) -> None:
         now = self._clock.now()
         for user_id in user_ids:
-            self._doubtful[user_id] = [now + delay for delay in LOOKS_AT_DOUBTFUL]
-        if self._looker is None or self._looker.done():
-            self._looker = self._loop.spawn(self._look_at_doubtful(), "doubtful claims", Context())
+            self._doubtful[user_id] = [now + delay for delay in CHECKS_OF_DOUBTFUL]
+        if self._checker is None or self._checker.done():
+            self._checker = self._loop.spawn(self._check_doubtful(), "doubtful claims", Context())
 
-    async def _look_at_doubtful(self) -> None:
-        """Look after users several times, for a request may arrive long after its connection was closed."""
+    async def _check_doubtful(self) -> None:
+        """Check doubtful users several times: a store may carry out a call long after its connection was closed."""
         while self._doubtful and not self._link.closed:
-            await self._loop.sleep(LOOKS_AT_DOUBTFUL[0])
-            for user_id, looks in list(self._doubtful.items()):
+            await self._loop.sleep(CHECKS_OF_DOUBTFUL[0])
+            for user_id, checks in list(self._doubtful.items()):
                 if not self._link.may_call() or self._draining:
                     break
                 if self.turns.is_taken(user_id):
-                    continue  # a load, or the replay, will claim them
-                if looks[0] <= self._clock.now():
-                    with suppress(Exception):
-                        await self._look_at(user_id)
-                        looks.pop(0)
-                if not looks and self._doubtful.get(user_id) is looks:
+                    continue  # that call claims the user itself, and so learns the newest epoch
+                if checks[0] <= self._clock.now():
+                    with suppress(Exception):  # the check stays in the list, and is repeated
+                        await self._release_if_unwanted(user_id)
+                        checks.pop(0)
+                # compared by identity: while the store was asked the user may have become doubtful anew
+                if not checks and self._doubtful.get(user_id) is checks:
                     del self._doubtful[user_id]
 
-    async def _look_at(self, user_id: int | str) -> None:
-        """Let go of a user who is ours in the store, and whom nobody here has."""
-        self._require_chance()
+    async def _release_if_unwanted(self, user_id: int | str) -> None:
+        """Release a user who is ours in the store although no session here has or wants them."""
+        self._require_up()
         holder, epoch = await self._link.ask(self._link.store.holder, user_id)
         if holder == self._identity.owner and not self._is_wanted(user_id):
-            self.let_go(user_id, epoch)
+            self.release_later(user_id, epoch)
 
     def _is_wanted(self, user_id: int | str) -> bool:
-        """Whether anybody here has a user or is about to; who has them is looked after again at the end.
+        """Whether a session here has a user, or a call is about to give them to one.
 
-        Who is spilled and pending is in a file, and here only when they log in.
+        If a session has them, the user is checked once more when it ends, because the store may have granted us a later
+        epoch than the session's. A user whose data waits in the spill file is not wanted until they log in.
 
-        What was read before this was asked may be released without a lock: every claim from now on raises the epoch.
+        No lock is needed between this answer and the release: each claim from now on raises the epoch, and a release
+        under the older one does nothing.
         """
         session = self._table.active_session(user_id)
         if session is not None and not self._table.is_lost(session):
@@ -249,64 +260,66 @@ class Claims:
         return self.turns.is_taken(user_id)
 
     def drain(self, draining: bool) -> None:
-        """The manager is being destroyed, or is not after all: meanwhile no claim without an answer is looked after."""
+        """Check no doubtful claims while the manager is being destroyed; check them again if that was called off."""
         self._draining = draining
 
-    def see_end(self, user_id: int | str) -> None:
-        """A session of this user is over."""
+    def on_session_ended(self, user_id: int | str) -> None:
+        """The session of this user has ended."""
         self._ended.append(user_id)
         if user_id in self._unsure:
             self._unsure.discard(user_id)
-            self._look_after([user_id])
+            self._check_later([user_id])
 
-    def see_loss(self) -> None:
-        """The engine has lost what it had acknowledged, perhaps releases: then it takes users for ours who are not."""
+    def on_loss(self) -> None:
+        """The engine has lost acknowledged data. If that was a release, the store believes that we own that user."""
         if self._link.store.shared:
-            self._look_after(dict.fromkeys(self._ended))
+            self._check_later(dict.fromkeys(self._ended))
 
-    def _require_chance(self) -> None:
+    def _require_up(self) -> None:
         if self._link.closed or not self._link.may_call():
             raise StoreUnavailableError(f"{self._link.name} has gone down")
 
     def disown(self, claim: Claim) -> None:
-        """Nobody waits for a claim any more."""
-        self._loop.spawn(self._settle_stray(claim), "stray claim", Context())
+        """Release a granted claim that no caller waits for any more."""
+        self._loop.spawn(self._release_stray(claim), "stray claim", Context())
 
-    async def _settle_stray(self, claim: Claim) -> None:
-        """Let go of a claim, unless a session has the user by another one meanwhile."""
+    async def _release_stray(self, claim: Claim) -> None:
+        """Release a claim, unless a session has the user by now; then the session goes on under the claim's epoch."""
         table = self._table
         async with self.turns.take(claim.user_id):
             session = table.active_session(claim.user_id)
             if session is None or table.is_lost(session):
-                self.let_go(claim.user_id, claim.epoch)
+                self.release_later(claim.user_id, claim.epoch)
             elif claim.epoch > table.epoch(session) and self._is_known(session, claim.record):
-                table.own(session, claim.epoch)  # else the fence finds out that the session is stale
+                # otherwise somebody else has written since, and the fence stops the session's next save
+                table.own(session, claim.epoch)
 
     def _is_known(self, session: SessionCore, stored: Record | None) -> bool:
+        # only if what the store has is what this session last saved may its epoch be raised
         if stored is None:
             return self._table.versions(session)[1] == 0
         return self._table.is_stored(session, stored.version, self._identity.digest(stored.body))
 
-    def let_go(self, user_id: int | str, epoch: int) -> None:
-        """Release a claim that no session has taken over; nobody waits for that."""
+    def release_later(self, user_id: int | str, epoch: int) -> None:
+        """Release a user whom no session has; the caller does not wait for the store."""
         self.releases.add(user_id, epoch)
 
     async def release(self, user_id: int | str, epoch: int) -> None:
-        """Let go of a user for the session that has them; see `Releases.wait`."""
+        """Release the user of an ending session, and wait for the first answer; see `Releases.wait`."""
         await self.releases.wait(user_id, epoch)
 
-    async def settle(self, until: int) -> None:
-        """Wait until nobody is at work on a user any more, at most until then; the end."""
-        if self._looker is not None:
-            self._looker.cancel()
+    async def wait_until_idle(self, until: int) -> None:
+        """Wait until no call has a turn and all releases are done, at the latest until `until`. Checks end here."""
+        if self._checker is not None:
+            self._checker.cancel()
         while (self.turns or not self.releases.is_idle) and self._clock.now() < until:
-            await self._loop.sleep(SECOND // 200)
+            await self._loop.sleep(SECOND // 200)  # polled: this runs once, at the end of a manager
 
     def close(self) -> None:
-        """The store is closed: nobody is let go of or looked after any more."""
+        """The store is closed: release and check no user any more."""
         self.releases.close()
-        if self._looker is not None:
-            self._looker.cancel()
+        if self._checker is not None:
+            self._checker.cancel()
 
 
 def _refuse(future: asyncio.Future[Claim], error: Exception) -> None:
@@ -315,5 +328,5 @@ def _refuse(future: asyncio.Future[Claim], error: Exception) -> None:
 
 
 def _cancelled(name: str) -> StoreUnavailableError:
-    """Whoever waits for a claim has not been cancelled, and asks again."""
+    """What a caller of a claim gets if the task that claims was cancelled: the caller itself was not, and retries."""
     return StoreUnavailableError(f"a claim in {name} was cancelled from outside")

@@ -1,8 +1,12 @@
-"""Letting go of users. What lives here: the queue of those whom no save releases in the store, and what is tried again.
-What must not: the last save, which releases in the same write, or claims (`claims.py`).
+"""Releases of users that no save has released: a queue, calls for many users at once, and retries.
 
-Whoever comes while calls are under way goes with the next one, together with all others who have come by then. A user
-is in the queue once, under the newest epoch known of their claims: under an older one the store releases nothing.
+A release that is added while calls are under way is sent with the next call, with all others that were added by then. A
+user is in the queue once, under the newest epoch that is known of their claims, because the store ignores a release
+under an older one. Releases come after saves: while the store is down, and saves are due, they are put off.
+
+The last save of a session usually releases the user in the same write, and does not come here.
+
+See also `claims`.
 """
 
 from __future__ import annotations
@@ -25,11 +29,13 @@ __all__ = ["MOST_ATTEMPTS", "RELEASES_IN_A_CALL", "RELEASE_CALLS", "Releases"]
 
 RELEASES_IN_A_CALL = 200
 RELEASE_CALLS = 4
+"""How many calls run at a time."""
 MOST_ATTEMPTS = 8
+"""How often a release may fail, for another reason than an outage, until it is given up and reported."""
 
 
 class _Release:
-    """A user who is to be let go of."""
+    """A user who is to be released."""
 
     __slots__ = ("attempts", "epoch", "rounds", "waiting")
 
@@ -38,11 +44,12 @@ class _Release:
         self.attempts: int = 0
         """How often it has failed for another reason than an outage."""
         self.rounds: int = 0
-        """How often it was put off."""
+        """How often it was put off; the delay doubles each time."""
         self.waiting: list[asyncio.Future[None]] = []
-        """Who waits for the first answer."""
+        """The callers that wait for the first answer."""
 
-    def tell(self, error: Exception | None = None) -> None:
+    def resolve(self, error: Exception | None = None) -> None:
+        """Answer the callers; a retry later has none."""
         waiting, self.waiting = self.waiting, []
         for future in waiting:
             if future.done():
@@ -54,7 +61,7 @@ class _Release:
 
 
 class Releases:
-    """The releases of one manager. `is_wanted` tells whether anybody here has a user, or is about to."""
+    """The releases of one manager. `is_wanted` says whether a session here has a user or is about to get them."""
 
     def __init__(
         self,
@@ -77,24 +84,24 @@ class Releases:
         self._workers: set[asyncio.Task[None]] = set()
         self._under_way = 0
         self._timers: set[TimerHandle] = set()
-        """Of those who were put off."""
+        """Of releases that were put off."""
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody is left to let go of."""
+        """Whether nothing is left to release."""
         return not (self._queue or self._under_way or self._timers)
 
     def add(self, user_id: int | str, epoch: int) -> None:
-        """Let go of a user, and go on trying while this process lives."""
+        """Release a user, and repeat that until it is done or this process ends."""
         if not self._link.closed:
             self._put(user_id, _Release(epoch))
             self._hire()
 
     async def wait(self, user_id: int | str, epoch: int) -> None:
-        """As `add`, and wait for the first answer, but not for a store that is down. Raises what the attempt raised.
+        """As `add`, and wait for the first answer. Returns without one if the store is down. Raises what failed.
 
-        Where the row has another epoch by now, that may be by a claim of ours that was given up on and came in late:
-        nobody waits until that is known.
+        If the row has another epoch by now, a claim of ours that was given up may have been granted late. Nobody waits
+        until that is found out.
         """
         if not self._link.closed:
             release = _Release(epoch)
@@ -105,28 +112,29 @@ class Releases:
             await answer
 
     def close(self) -> None:
-        """The store is closed: nobody is let go of any more."""
+        """The store is closed: release nobody any more."""
         for timer in self._timers:
             timer.cancel()
         self._timers.clear()
         for task in self._workers:
             task.cancel()
         for release in self._queue.values():
-            release.tell()
+            release.resolve()
         self._queue.clear()
 
     def _put(self, user_id: int | str, release: _Release) -> None:
         other = self._queue.setdefault(user_id, release)
         if other is not release:
+            # both callers get the answer of the newer one: what the store says of the older epoch means nothing
             older, newer = sorted((other, release), key=lambda each: each.epoch)
             newer.waiting += older.waiting
             self._queue[user_id] = newer
 
     def _put_off(self, some: dict[int | str, _Release], delay: int) -> None:
-        """Have users in the queue again after so many nanoseconds."""
+        """Put releases into the queue again after `delay` nanoseconds."""
         if self._link.closed:
             for release in some.values():
-                release.tell()
+                release.resolve()
             return
 
         def again() -> None:
@@ -142,22 +150,24 @@ class Releases:
         if self._queue and len(self._workers) < RELEASE_CALLS and not self._link.closed:
             task = self._loop.spawn(self._work(), "release", Context())
             self._workers.add(task)
-            task.add_done_callback(self._see_worker_gone)
+            task.add_done_callback(self._on_worker_done)
 
-    def _see_worker_gone(self, task: asyncio.Task[None]) -> None:
+    def _on_worker_done(self, task: asyncio.Task[None]) -> None:
         self._workers.discard(task)
-        if task.cancelled():  # by somebody else, perhaps before its first step; the loop may be about to be shut down
+        # somebody else did that, perhaps before its first step, or the loop is about to be shut down: a task begun
+        # now would be cancelled, too
+        if task.cancelled():
             self._put_off({}, LONGEST_RETRY)
 
     async def _work(self) -> None:
-        """Let go of whoever is in the queue, until it is empty."""
+        """Release everybody in the queue, until it is empty."""
         link = self._link
         try:
             while self._queue and not link.closed:
-                if link.down and (not link.may_call() or self._table.has_due()):  # saves come first
+                if link.down and (not link.may_call() or self._table.has_due()):  # saves go first
                     waiting, self._queue = dict(self._queue), OrderedDict()
                     for release in waiting.values():
-                        release.tell()
+                        release.resolve()
                     self._put_off(waiting, LONGEST_RETRY)
                     return
                 some = dict(islice(self._queue.items(), RELEASES_IN_A_CALL))
@@ -172,31 +182,32 @@ class Releases:
             leave(self._workers)
 
     async def _release(self, left: dict[int | str, _Release]) -> None:
-        """Let go of users in one call; in halves where it fails, and the cause may be one of them.
+        """Release users in one call, and in halves if it fails and the cause may be one of them.
 
-        Who is not done with stays in `left`, and comes again later.
+        Those that are not done stay in `left`, and are put off.
         """
-        delay = LONGEST_RETRY
+        delay = LONGEST_RETRY  # unless all have got an answer
         parts = [list(left)]
         try:
             while parts:
-                part = [user_id for user_id in parts.pop() if not self._is_over(user_id, left)]
+                part = [user_id for user_id in parts.pop() if not self._is_kept(user_id, left)]
                 try:
-                    answers = await self._ask(part, left)
+                    answers = await self._call_store(part, left)
                 except Exception as error:
                     if len(part) > 1 and not isinstance(error, StoreUnavailableError):
                         parts += [part[len(part) // 2 :], part[: len(part) // 2]]
                         continue
                     for user_id in part:
-                        self._see_failure(user_id, left, error)
+                        self._on_failure(user_id, left, error)
                     continue
                 for user_id, is_released in zip(part, answers, strict=True):
-                    left[user_id].tell()
+                    left[user_id].resolve()
+                    # a store of one process has no holder to check: false means that nothing was left to release
                     if is_released or not self._link.store.shared:
                         del left[user_id]
                 for user_id in part:
                     if user_id in left:
-                        await self._look_at(user_id, left)
+                        await self._check_holder(user_id, left)
             delay = min(FIRST_RETRY << min((each.rounds for each in left.values()), default=0), LONGEST_RETRY)
         finally:
             if left:
@@ -204,52 +215,52 @@ class Releases:
                     release.rounds = min(release.rounds + 1, MOST_ATTEMPTS)
                 self._put_off(left, delay)
 
-    def _is_over(self, user_id: int | str, left: dict[int | str, _Release]) -> bool:
-        """Whether a session has a user by this claim, or by a later one, and goes on having them."""
+    def _is_kept(self, user_id: int | str, left: dict[int | str, _Release]) -> bool:
+        """Whether a live session has the user, by this claim or a later one; then there is nothing to release."""
         table = self._table
         session = table.active_session(user_id)
         if session is None or table.is_ending(session) or table.epoch(session) < left[user_id].epoch:
             return False
-        left.pop(user_id).tell()
+        left.pop(user_id).resolve()
         return True
 
-    async def _ask(self, part: list[int | str], left: dict[int | str, _Release]) -> list[bool]:
+    async def _call_store(self, part: list[int | str], left: dict[int | str, _Release]) -> list[bool]:
         if not part:
             return []
         link = self._link
-        self._require_chance()
+        self._require_up()
         pairs = [(user_id, left[user_id].epoch) for user_id in part]
         answers = await link.start(part, link.store.release_many, pairs, self._identity.owner).answer()
         if not isinstance(answers, list) or len(answers) != len(pairs):
             raise StoreContractError(f"{link.name} did not answer for each user whether they were released")
         return answers
 
-    def _see_failure(self, user_id: int | str, left: dict[int | str, _Release], error: Exception) -> None:
+    def _on_failure(self, user_id: int | str, left: dict[int | str, _Release], error: Exception) -> None:
         release = left[user_id]
-        release.tell(error)
+        release.resolve(error)
         release.attempts += not isinstance(error, StoreUnavailableError)
         if release.attempts == MOST_ATTEMPTS:
             del left[user_id]
             self._tell(f"user {quote(user_id)} stays with this process until it ends", error)
 
-    async def _look_at(self, user_id: int | str, left: dict[int | str, _Release]) -> None:
-        """The store did not let go of a user: see whether they are ours there by a later claim, and nobody's here."""
+    async def _check_holder(self, user_id: int | str, left: dict[int | str, _Release]) -> None:
+        """The store has not released a user: if a later claim of ours holds them, release that unless it is wanted."""
         release, table = left[user_id], self._table
         try:
-            self._require_chance()
+            self._require_up()
             holder, epoch = await self._link.ask(self._link.store.holder, user_id)
         except Exception as error:
-            self._see_failure(user_id, left, error)
+            self._on_failure(user_id, left, error)
             return
         session = table.active_session(user_id)
         if holder == self._identity.owner:
             if session is not None and table.is_ending(session) and table.epoch(session) == release.epoch:
-                return  # it is about to be over
+                return  # the session has yet to end: try again later
             if not self._is_wanted(user_id):
-                release.epoch = epoch
+                release.epoch = epoch  # the next attempt releases the later claim
                 return
         del left[user_id]
 
-    def _require_chance(self) -> None:
+    def _require_up(self) -> None:
         if self._link.closed or not self._link.may_call():
             raise StoreUnavailableError(f"{self._link.name} has gone down")

@@ -1,7 +1,9 @@
-"""The turn with a user: calls of this process that load, edit, erase or release the same user go one after the other.
+"""Turns: calls of this process that load, edit, erase or release the same user go one after the other.
 
-A turn is a lock for one user that is fair, bounded by a deadline, and known to deadlock detection: code that runs
-inside the call that has the turn is refused when it waits for the same turn.
+A turn is a lock for one user. It is fair, a caller waits for it until a deadline, and deadlock detection knows it: code
+that runs inside the call that has the turn, and waits for the same turn, is refused.
+
+See also `claims`, for the same among servers, and `events.deadlocks`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ __all__ = ["Turns"]
 
 
 class _Turn:
-    """The turn with one user: one call has it, others wait in the order in which they came."""
+    """The turn with one user: one call has it, and the others wait in the order in which they came."""
 
     __slots__ = ("calls", "is_taken", "waiting")
 
@@ -32,7 +34,7 @@ class _Turn:
         self.waiting: deque[asyncio.Future[None]] = deque()
 
     def give(self) -> None:
-        """The call that has the turn is done: the next one that still waits has it."""
+        """Give the turn to the next call that still waits. It stays taken, so no call that comes later can slip in."""
         while self.waiting:
             called = self.waiting.popleft()
             if not called.done():
@@ -59,12 +61,13 @@ class Turns:
 
     @asynccontextmanager
     async def take(self, user_id: int | str, until: int | None = None) -> AsyncIterator[Frame]:
-        """Within this block no other call of this process loads, edits or erases the same user.
+        """In this block no other call of this process loads, edits or erases the same user.
 
-        Waits for the turn until then, in nanoseconds of the clock, or without end. Raises `WouldDeadlockError` where
-        the call that has the turn waits for this very code, over however many steps, and `StoreUnavailableError`.
+        Waits for the turn until `until`, in nanoseconds of the clock, or for ever if that is None. Raises
+        `WouldDeadlockError` if the call that has the turn waits, over any number of steps, for the code that calls
+        this; and `StoreUnavailableError` at `until`.
         """
-        turn = self._turns.setdefault(user_id, _Turn())
+        turn = self._turns.setdefault(user_id, _Turn())  # users that no call is at work on have none
         target = Wait(turn, Kind.TURN)
         if would_deadlock(target):
             raise WouldDeadlockError(
@@ -79,7 +82,7 @@ class Turns:
                 with listening(target, None) as frame:
                     yield frame
             finally:
-                turn.give()
+                turn.give()  # also when a caller was cancelled: the next call must not wait for ever
         finally:
             turn.calls -= 1
             if not turn.calls:
@@ -97,6 +100,7 @@ class Turns:
                     f"another call is at work on user {quote(user_id)} and has not come to its end; try again later"
                 )
         except BaseException:
+            # if it cannot be cancelled the turn was given to us at the same time: pass it on, or nobody gets it again
             if not called.cancel():
-                turn.give()  # the turn came at the same time as the cancellation
+                turn.give()
             raise

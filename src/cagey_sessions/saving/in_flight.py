@@ -1,7 +1,9 @@
-"""Saves that are under way, or that a caller waits for: who waits for which, and until when.
+"""Saves that are under way, or that a caller waits for: who waits for which save, and until when.
 
-A caller waits until its own deadline. If attempts fail meanwhile the next one counts, so at the deadline the caller is
-told that the save has not succeeded yet; the session stays due.
+A caller waits until its own deadline. An attempt that fails before then is followed by the next one, and its callers
+wait on; at its deadline a caller is told that the save has not succeeded yet. The session stays due.
+
+See also `autosave`, which begins and settles the saves.
 """
 
 from __future__ import annotations
@@ -19,47 +21,48 @@ from ..records import Receipt
 __all__ = ["Save", "SaveOutcome", "Saves"]
 
 SaveOutcome = Exception | Receipt | None
-"""Of a save: what went wrong, or the receipt of the store, or None where a listener has saved."""
+"""The outcome of a save: the error, or the store's receipt, or None if listeners have saved."""
 
 GRACE = SECOND // 20
-"""A caller hears so much later than a call of the store that began with it: by then the store counts as down."""
+"""A caller waits so much longer than one call of the store, so that the store counts as down when it is answered."""
 
 
 class Save:
-    """A save that is asked for or under way, and who waits for it."""
+    """A save that is asked for or under way, and the callers that wait for it."""
 
     __slots__ = ("error", "is_resolved", "is_retried", "outcome", "started", "waiters")
 
     def __init__(self, *, is_retried: bool = False) -> None:
         self.is_retried: bool = is_retried
-        """A failed attempt is not its end yet."""
+        """Whether its callers wait for the next attempt when one has failed."""
         self.is_resolved: bool = False
         self.outcome: SaveOutcome = None
-        """As far as whoever waits will hear of it, even if the save is still under way."""
+        """What callers are told. It may be known before the save is over: a call that hangs is given up for them."""
         self.started: int = 0
         self.waiters: dict[asyncio.Future[SaveOutcome], None] = {}
-        """A future for each caller that waits."""
+        """One future for each caller that waits, in the order in which they came."""
         self.error: Exception | None = None
-        """Of the last attempt."""
+        """The error of the last attempt, which becomes the cause of what a caller gets at its deadline."""
 
     @property
     def has_waiters(self) -> bool:
-        """Whether any caller still waits; one that was cancelled just now does not."""
+        """Whether a caller still waits. One that was cancelled in this turn of the loop does not."""
         return any(not future.done() for future in self.waiters)
 
     def resolve(self, outcome: SaveOutcome) -> None:
+        """Answer all callers. Only the first call has an effect."""
         if not self.is_resolved:
             self.is_resolved, self.outcome = True, outcome
             waiters, self.waiters = self.waiters, {}
             for future in waiters:
-                if not future.done():
+                if not future.done():  # a caller may have been cancelled in this turn of the loop
                     future.set_result(outcome)
 
 
 class Saves:
-    """The saves of one manager. Of a session there is at most one asked for, and at most one under way.
+    """The saves of one manager. A session has at most one that is asked for, and at most one under way.
 
-    A caller waits for `timeout` nanoseconds while attempts fail; None if the first failure is the answer.
+    A caller waits for `timeout` nanoseconds while attempts fail; None if it gets the first failure.
     """
 
     def __init__(self, clock: Clock, timeout: int | None) -> None:
@@ -69,38 +72,38 @@ class Saves:
         self._timeout = timeout
 
     def ask(self, session: SessionCore) -> Save:
-        """The next save of a session; callers that come before it starts share it."""
+        """The next save of a session. Callers that come before it starts share it."""
         save = self.asked.get(session)
         if save is None:
             save = self.asked[session] = Save(is_retried=self._timeout is not None)
         return save
 
     def enter(self, session: SessionCore, started: int) -> Save:
-        """A save that is under way already is looked at alone from now on."""
+        """Give a save that is under way in a batch a `Save` of its own, so that callers can wait for it."""
         save = self.under_way[session] = Save()
         save.started = started
         return save
 
-    def forget(self, session: SessionCore) -> None:
-        """A session is past its last save: whoever has asked for another hears of it."""
+    def refuse_asked(self, session: SessionCore) -> None:
+        """A session is past its last save: callers that have asked for another one get `SessionEndedError`."""
         save = self.asked.pop(session, None)
         if save is not None:
             save.resolve(SessionEndedError(f"the session has ended, or is past its last save ({session!r})"))
 
     def resolve_all(self, error: Exception) -> None:
-        """Let nobody wait any longer."""
+        """Answer all callers with an error."""
         for save in (*self.under_way.values(), *self.asked.values()):
             save.resolve(error)
         self.asked.clear()
 
     def caller_deadline(self) -> int | None:
-        """Until when a caller who comes now waits while attempts fail; None if the first failure is the answer."""
+        """Until when a caller that comes now waits while attempts fail; None if it gets the first failure."""
         if self._timeout is None:
             return None
         return self._clock.now() + self._timeout + GRACE
 
     async def join(self, session: SessionCore, save: Save, until: int | None) -> SaveOutcome:
-        """Another caller waits for a save: its outcome, or at its deadline the lack of one."""
+        """Wait for a save: its outcome, or an error at `until`."""
         if save.is_resolved:
             return save.outcome
         future: asyncio.Future[SaveOutcome] = asyncio.get_running_loop().create_future()
@@ -109,6 +112,7 @@ class Saves:
         if until is not None:
             time_out = partial(self._time_out, session, future)
             timer = self._clock.call_later(max(0, until - self._clock.now()), time_out, Context())
+            # a timer for each caller: with one for a save, a caller that joined late would be given up too early
         try:
             return await future
         finally:
@@ -117,8 +121,9 @@ class Saves:
                 timer.cancel()
 
     def _leave(self, session: SessionCore, future: asyncio.Future[SaveOutcome]) -> Save | None:
-        """A caller waits no longer: the save that it waited for, if that is still to come to its end."""
+        """A caller waits no longer. Returns the save that it waited for, unless that has been resolved."""
         for saves in (self.asked, self.under_way):
+            # looked up anew: since the caller came its save may have been replaced by a later one that it waits for now
             save = saves.get(session)
             if save is not None and future in save.waiters:
                 del save.waiters[future]
@@ -126,13 +131,13 @@ class Saves:
         return None
 
     def _time_out(self, session: SessionCore, future: asyncio.Future[SaveOutcome]) -> None:
-        """A caller has waited long enough. A save that nobody is left to wait for is resolved; the session stays
-        due."""
+        """A caller's deadline has passed. A save without any other caller is resolved; the session stays due."""
         save = self._leave(session, future)
         outcome = _timed_out(self._timeout or 0, None if save is None else save.error)
         if not future.done():
             future.set_result(outcome)
         if save is not None and not save.has_waiters:
+            # when the store is back the save is made as an ordinary one, and nothing is kept for it until then
             save.resolve(outcome)
             if self.asked.get(session) is save:
                 del self.asked[session]

@@ -1,5 +1,7 @@
-"""How fast to go on after an outage. What lives here: the rate of saves while many have waited, and when the next may
-come. What must not: who is saved, or how.
+"""`Pacing`: how fast periodic saves go on after an outage, when every session is due at once.
+
+It is a token bucket whose rate is a little higher than that of normal operation. Which sessions are saved, and how, is
+decided elsewhere.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ from ..options import SECOND
 __all__ = ["Pacing"]
 
 RATE = 1.25
-"""After an outage periodic saves come at this multiple of users / interval: above 1 the backlog melts, and what is
-saved together in this interval comes nearly together in the next, where it must not be more than the store is made for;
-from one interval to the next everybody comes nearer to their own place again."""
+"""After an outage periodic saves run at this multiple of users / interval. Above 1 the backlog shrinks. Not far above
+1, because sessions that are saved together now are due together an interval later, and the store is not made for that;
+from one interval to the next they drift back to their own places."""
 STEP = SECOND // 100
+"""How long a worker waits for the next tokens."""
 
 
 class Pacing:
-    """A token bucket for periodic saves, from an outage until nobody is left of those who had to wait."""
+    """A token bucket for periodic saves, from the end of an outage until no session is left that had to wait."""
 
     def __init__(self, clock: Clock, table: SessionTable, interval: int | None, kick: Callable[[], None]) -> None:
         self._clock = clock
@@ -34,32 +37,33 @@ class Pacing:
         self.is_active: bool = False
 
     def begin(self) -> None:
-        """An outage is over: everybody is due at once."""
+        """An outage is over, and all sessions are due."""
         self.is_active = self._interval is not None
         self._tokens = 1.0
         self._grown_at = self._clock.now()
 
     def end(self) -> None:
-        """Nobody is left of those who had to wait."""
+        """No session is left that had to wait."""
         self.is_active = False
 
     def allows(self) -> bool:
-        """Whether another may be saved now; if not, `kick` is called when it is time to ask again."""
+        """Whether another session may be saved now; if not, `kick` is called when it is time to try again."""
         self._grow()
         if self._tokens >= 1:
             return True
-        if self._timer is None:
+        if self._timer is None:  # one timer for all workers that are refused
             self._timer = self._clock.call_later(STEP, self._step, Context())
         return False
 
     def spend(self) -> None:
-        """One is saved."""
+        """A session is saved."""
         self._tokens -= 1
 
     def _grow(self) -> None:
         assert self._interval is not None
         now = self._clock.now()
         rate = self._table.counters.identified * RATE / self._interval
+        # tokens for two steps at most: a loop that stood still must not let a burst through
         self._tokens = min(self._tokens + (now - self._grown_at) * rate, max(1.0, 2 * STEP * rate))
         self._grown_at = now
 

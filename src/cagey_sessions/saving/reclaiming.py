@@ -1,6 +1,10 @@
-"""Claiming users again whose rows are gone, or fenced off, while their sessions live. What lives here: whether a
-session may go on from what the store has. What must not: the first claim of a user (`claims.py`), or the write that
-follows.
+"""`Reclaiming`: claims users again whose rows the store has lost or fenced, and decides whether a session may go on.
+
+A store answers "not yours" for several reasons. Another server may have taken the user over; then the session has lost
+them. Or the row was lost, or a claim of ours was granted after we had given it up; then the session goes on, under a
+new epoch, if what is stored is what it has saved itself.
+
+See also `ownership.claims`, for the first claim of a user, and `writing`, for the write that follows.
 """
 
 from __future__ import annotations
@@ -18,11 +22,11 @@ from .verdicts import Results
 __all__ = ["Reclaiming"]
 
 MOST_REFUSALS = 8
-"""How many saves in a row may fail because an engine has lost our claim, and so the release before it."""
+"""How many saves in a row may fail because an engine has lost our claim, and with it the previous owner's release."""
 
 
 class Reclaiming:
-    """Claims for one owner."""
+    """Claims users again for one owner."""
 
     def __init__(
         self,
@@ -39,12 +43,12 @@ class Reclaiming:
         self._results = results
 
     async def reclaim(self, rows: list[Row]) -> list[Row]:
-        """Claim the users of these rows: those that may be written now. The others are settled."""
+        """Claim the users of these rows again. Returns the rows that may be written now; the others are settled."""
         results = self._results
         for row in list(rows):
             row.claims += 1
             if self._is_lost(row):
-                # by the same owner the claim would be granted, at the expense of a session that has the user by now
+                # the store would grant the claim, as we are its owner, and fence the newer session that has the user
                 results.fence(row)
                 rows.remove(row)
         if not rows:
@@ -57,7 +61,7 @@ class Reclaiming:
         try:
             answers = claims_of(self._link.store, await call.answer(), user_ids)
         except BaseException as error:
-            self._claims.doubt(user_ids, call.task)
+            self._claims.doubt(user_ids, call.task)  # it may be granted after all
             if not isinstance(error, Exception):
                 raise
             results.fail_all(rows, error)
@@ -73,7 +77,7 @@ class Reclaiming:
                 results.fence(row)
             elif self._is_lost(row) or not self._is_ours(row, claim):
                 results.fence(row)
-                self._claims.disown(claim)
+                self._claims.disown(claim)  # we own the user now, although this session may not go on
             else:
                 self._table.own(row.session, claim.epoch)
                 row.record = row.record._replace(epoch=claim.epoch)
@@ -82,23 +86,23 @@ class Reclaiming:
         return owned
 
     def _has_lost_ours(self, row: Row, claim: Claim) -> bool:
-        """Whether who has a user had them before us, in an engine that has lost our claim: they let go of them soon."""
+        """Whether the previous owner holds the user because the engine has lost our claim. They release them soon."""
         return 0 < claim.epoch < self._table.epoch(row.session) and self._results.failures(row) < MOST_REFUSALS
 
     def _is_lost(self, row: Row) -> bool:
-        """Whether a session is over, or has no user any more, while its save is under way."""
+        """Whether a session has ended, or has lost its user, while its save is under way."""
         return self._table.is_lost(row.session)
 
     def _is_ours(self, row: Row, claim: Claim) -> bool:
-        """Whether what is stored is what this session has saved, or may have, so that it may go on from there."""
+        """Whether what is stored is what this session has saved, or may have saved, so that it may go on from there."""
         assert row.record is not None
         stored = claim.record
         _, acknowledged = self._table.versions(row.session)
         if row.was_fenced and claim.epoch <= self._table.epoch(row.session):
-            # epochs never fall, but in an engine that has lost what came after: what it has now is older than ours
+            # epochs never fall unless an engine has lost its newest writes: then what is stored has to be older, too
             return stored is None or stored.version <= acknowledged
         if stored is None:
-            return not (row.was_fenced and acknowledged)  # else it was erased, and is new
+            return not (row.was_fenced and acknowledged)  # otherwise the user was erased, and claimed by somebody since
         found = stored.version, self._identity.digest(stored.body)
         return (
             found == (row.version, self._identity.digest(row.record.body))

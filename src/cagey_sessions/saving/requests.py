@@ -1,4 +1,4 @@
-"""Saves that the program asks for: of one session, or of all.
+"""Saves that the program asks for: of one session (`Session.persist_now`), or of all.
 
 See also `autosave`, which makes them, and `in_flight`, which says how long a caller waits.
 """
@@ -23,11 +23,11 @@ from .saver import Saver
 __all__ = ["Requests"]
 
 MOST_ASKED = 1000
-"""How many saves of everybody are asked for at a time, where a store takes them in batches."""
+"""How many saves `save_all` waits for at a time, where a store takes them in batches."""
 
 
 class Requests:
-    """The saves that the program asks one manager for."""
+    """The saves that the program asks of one manager."""
 
     def __init__(self, table: SessionTable, clock: Clock, autosave: Autosave, saver: Saver, max_in_flight: int) -> None:
         self._table = table
@@ -47,7 +47,7 @@ class Requests:
         self._saver.require()
         outcome = await self._wait(session)
         if isinstance(outcome, Exception):
-            raise fresh(outcome)
+            raise fresh(outcome)  # several callers may share this save, and its error
         return outcome
 
     async def _wait(self, session: SessionCore) -> SaveOutcome:
@@ -67,15 +67,17 @@ class Requests:
         failures: list[tuple[int | str, Exception]] = []
         total = 0
         until = self._clock.now() + (self._saver.timeout or 0)
-        # a save under way may have missed the latest changes, and its acknowledgement hides its session from the walk
+        # A save under way may have been encoded before the latest changes. When it is acknowledged its session moves
+        # to the end of the walk and may be missed there, so these sessions come first.
         under_way = dict.fromkeys(self._autosave.in_flight())
 
         async def save_some(walk: Iterator[SessionCore]) -> None:
             nonlocal total
             for session in walk:
                 if session.user_id is None or self._table.is_ending(session):
-                    continue
+                    continue  # an ending session has a last save of its own
                 total += 1
+                # after the time of one caller: while the store is down each further session would wait as long again
                 if self._clock.now() >= until and (outage := self._saver.outage()) is not None:
                     failures.append((session.user_id, outage))
                     continue
@@ -89,6 +91,7 @@ class Requests:
         with self._table.oldest_first() as oldest_first:
             others = (session for session in oldest_first if session not in under_way)
             walk = chain(list(under_way), others)
+            # all tasks share one walk: the next session is asked for when the save of an earlier one is over
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(self._most, self._table.counters.identified)):
                     group.create_task(save_some(walk))

@@ -4,10 +4,11 @@ The stages of a row, and what moves it:
 
     OPEN       its bytes are fixed; it is to be written, or is being written
     UNOWNED    the store says that the user is not ours: it is claimed again, and then open, or else settled
-    ORPHANED   its worker was thrown away, but its call is still out; when that returns, the row is open again
-    SETTLED    acknowledged, failed, refused or lost; whoever waits has been told
+    ORPHANED   its worker was cancelled, but its call is still out; when that returns, the row is open again
+    SETTLED    acknowledged, failed, refused or lost; its callers have been answered
 
-Only `verdicts` settles a row, and only once.
+Only `verdicts` settles a row, and only once. The one exception is a row of a session that has lost its user, which
+`to_store` settles before anything is sent.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ class Row:
     save: Save
     record: Record | None = None
     changed: bool = True
-    """Whether the bytes are other than those that the store has."""
+    """Whether the bytes differ from those that the store has acknowledged."""
     was_fenced: bool = False
-    """Whether the store has refused it under our epoch."""
+    """Whether the store has refused it as fenced under our epoch."""
     claims: int = 0
     """How often the user was claimed again for it."""
     stage: Stage = Stage.OPEN
@@ -63,7 +64,7 @@ class Row:
 
     @property
     def is_pending(self) -> bool:
-        """Whether it is still for its worker to settle."""
+        """Whether it has yet to be settled by its worker."""
         return self.stage is Stage.OPEN or self.stage is Stage.UNOWNED
 
     def move(self, stage: Stage) -> None:

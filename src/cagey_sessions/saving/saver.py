@@ -1,9 +1,9 @@
 # ruff: noqa: B027 - an empty method is what a saver does for which there is nothing to do
-"""What a saver is: `to_store` and `to_listeners` are the two that there are.
+"""`Saver`, the interface of what performs the saves: `to_store.StoreSaver` or `to_listeners.ListenerSaver`.
 
-Saving asks a saver to perform saves. Sessions ask it what differs with a store and without: what is refused, whether
-the data of an ending session is saved, and whether its user has to be released. What only a store has does nothing
-here.
+`saving` has a saver perform saves. `sessions` asks it what differs between the two: whether data is refused, whether
+the data of an ending session is saved, and whether its user has to be released. The methods that only a store needs do
+nothing here.
 """
 
 from __future__ import annotations
@@ -28,78 +28,78 @@ class Saver(ABC):
     is_store: bool
     """Whether saves go to a store; if not, listeners make them."""
     one_at_a_time: bool
-    """Whether a worker takes all there is before another is needed."""
+    """Whether one worker takes all that is due before another one is of use."""
     timeout: int | None
-    """For how many nanoseconds a caller waits while attempts fail; None if the first failure is the answer."""
+    """How many nanoseconds a caller waits while attempts fail; None if it gets the first failure."""
     unchanged: int = 0
-    """How many saves found the data as it was stored already."""
+    """How many saves have found that the store has the data already."""
     fenced: int = 0
-    """How many sessions have lost their users to others."""
+    """How many sessions have lost their users to other servers."""
     unsavable: Collection[SessionCore] = ()
     """Sessions whose data cannot be saved as it is."""
 
     @abstractmethod
     def bind(self, autosave: Autosave) -> None:
-        """Save for this one from now on."""
+        """Perform the saves of `autosave` from now on."""
 
     def begin(self) -> None:
-        """The event loop and the process are known."""
+        """Called at the first awaited call of the manager, when its event loop and its process are known."""
 
     @abstractmethod
     async def serve(self, worker: Worker) -> bool:
-        """Take a load of work and save it: False if there was none.
+        """Take some sessions and save them. False if there were none.
 
-        Between `Worker.start`, called as soon as all is taken, and the end every session taken is settled.
+        Calls `Worker.start` as soon as all are taken. When it returns or raises, every session that it took is settled.
         """
 
     # What may be done now
 
     @abstractmethod
     def can_save(self) -> bool:
-        """Whether anybody would perform a save."""
+        """Whether saves can be performed at all."""
 
     def require(self) -> None:
-        """Raise `NothingSavesError` unless anybody would perform a save."""
+        """Raise `NothingSavesError` if saves cannot be performed."""
 
     def may_start(self) -> bool:
-        """Whether a worker may begin now; if not, `Autosave.employ` is called when it may."""
+        """Whether a worker may begin now. If not, the saver calls `Autosave.kick` when it may."""
         return True
 
     @abstractmethod
     def serves_periodic(self) -> bool:
-        """Whether those may be taken now whose time has come."""
+        """Whether sessions may be taken now that only the timer wants saved."""
 
     def outage(self) -> Exception | None:
-        """Why no save can be made at the moment, if so."""
+        """Why no save can be made at the moment; None if saves can be made."""
         return None
 
     # The last save of a session
 
     def refusal(self, session: SessionCore) -> UnsavableError | None:
-        """Why the data of a session cannot be saved as it is, as far as can be told without saving it."""
+        """Why the data of a session cannot be saved as it is, as far as can be told without a save; None if it can."""
         return None
 
     @abstractmethod
     def is_saved(self, session: SessionCore) -> bool:
-        """Whether the data of a session that is being ended is known to be saved as it is now. O(size)."""
+        """Whether the data of an ending session is known to be saved as it is now. O(size of the data)."""
 
     def forget_unseen(self, session: SessionCore) -> None:
-        """Do not count a save of data whose changes since cannot be seen."""
+        """Drop the record of a save of data whose later changes cannot be detected."""
 
     def has_to_release(self, session: SessionCore) -> bool:
-        """Whether other processes wait for this one to let go of the user."""
+        """Whether the user has to be released so that other processes can have them."""
         return False
 
     async def release(self, session: SessionCore) -> None:
-        """Let go of a user whom no save has let go of. Raises what the first attempt raised."""
+        """Release a user whom no save has released. Raises what the first attempt raised."""
 
     def forget(self, session: SessionCore) -> None:
-        """A session has ended: nothing is kept of it."""
+        """A session has ended: drop what is kept of it."""
 
-    # The end of everybody
+    # The end of a manager
 
     def drain(self, draining: bool) -> None:
-        """The manager is being destroyed, or is not after all."""
+        """The manager is being destroyed; with False, that was called off."""
 
     async def close(self, until: int) -> None:
-        """Stop, and close the store; what is under way is waited for until then, in nanoseconds of the clock."""
+        """Stop, and close the store. Waits for what is under way at most until `until`, in nanoseconds of the clock."""

@@ -1,7 +1,10 @@
-"""Saves by the program itself: one session at a time is handed to the listeners of ``persist_user_data``.
+"""`ListenerSaver`: the program saves, in listeners of ``persist_user_data``, one session at a time.
 
-For a session that is being ended the data is kept as it was when the listeners were called, as bytes: the end asks
-whether it has changed since. Of data that is not plain JSON nothing can be kept to compare.
+The end of a session has to know whether the data has changed since its last save. So for a session that is being ended
+the data is encoded when the listeners are called, and the bytes are kept. Of data that is not plain JSON there are no
+bytes to compare; such a save counts, unless `forget_unseen` is called.
+
+See also `to_store`.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ __all__ = ["ListenerSaver"]
 
 
 class ListenerSaver(Saver):
-    """Has the program save, one session at a time."""
+    """Has listeners save, one session at a time."""
 
     is_store = False
     one_at_a_time = False
@@ -35,7 +38,7 @@ class ListenerSaver(Saver):
         self._encoding = encoding
         self._sanitizer = sanitizer
         self._saved: dict[SessionCore, bytes | None] = {}
-        """Sessions that were saved while they were being ended: the data, or None where changes cannot be seen."""
+        """The data of sessions that were saved while being ended; None if changes of it cannot be detected."""
         self._autosave: Autosave
 
     def bind(self, autosave: Autosave) -> None:
@@ -55,7 +58,7 @@ class ListenerSaver(Saver):
         return self.can_save()
 
     def is_saved(self, session: SessionCore) -> bool:
-        """Whether a session was saved since its end began, and its data has not changed since."""
+        """Whether a session was saved since its end began, and its data has not changed since then."""
         if session not in self._saved:
             return False
         saved = self._saved[session]
@@ -78,6 +81,7 @@ class ListenerSaver(Saver):
         is_ending = self._table.is_ending(session)
         data = self._encoding.try_dump(session.user_data) if is_ending else None
         self._saved.pop(session, None)
+        # the error unless the listeners return: the `finally` below runs also when this task is cancelled or closed
         error: Exception | None = ListenerCancelledError("the event loop was shut down during the save")
         try:
             with listening(Wait(session, Kind.SAVE), self._table, autosave.free_slots):
@@ -90,7 +94,7 @@ class ListenerSaver(Saver):
             error = raised
         finally:
             if error is None:
-                if is_ending and self._table.state(session) != "gone":
+                if is_ending and self._table.state(session) != "gone":  # else nothing would drop it any more
                     self._saved[session] = data
                 autosave.note_duration(save)
                 autosave.acknowledge(session, version, save, None)
@@ -103,7 +107,7 @@ class ListenerSaver(Saver):
         if self._sanitizer is not None:
             self._sanitizer.saving(session)
         errors: list[Exception] = []
-        if await self._listeners.call("persist_user_data", (session,), errors):
+        if await self._listeners.call("persist_user_data", (session,), errors):  # some were passed over
             errors.append(ListenerCancelledError("a listener was removed while the save was under way"))
         if errors:
             raise listener_error("persist_user_data", errors)

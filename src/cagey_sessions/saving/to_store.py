@@ -1,9 +1,14 @@
-"""Saving to a store. What lives here: which saves go together, and the bytes of each. What must not: when a session is
-due, the calls of the store, or what it says.
+"""`StoreSaver`: which sessions are saved together in one call of a store, and the bytes of each.
 
 The bytes of a session are fixed in one synchronous step: `before_save`, the encoder, the digest, the version. If the
-digest is that of the version last acknowledged there is nothing to write. From there on only bytes, user id and version
-are in flight, in batches of at most `MOST_ROWS` rows and about `MOST_BYTES`.
+digest is that of the version last acknowledged there is nothing to write. From then on only bytes, user id and version
+are under way, in calls of at most `MOST_ROWS` rows and about `MOST_BYTES`.
+
+Most sessions are saved through the core, in batches (`_serve_batch`). A session goes alone (`_serve_each`) if a caller
+has asked for its save, if it is being ended, or if its last save failed; all do after an outage, and where
+`before_save` or `debug` has something to do for each.
+
+See also `autosave`, for when a session is due; `writing`, for the calls; `verdicts`, for the answers.
 """
 
 from __future__ import annotations
@@ -41,10 +46,12 @@ from .writing import MOST_ROWS, Hanging, Writer
 __all__ = ["MOST_BYTES", "MOST_ROWS", "StoreSaver"]
 
 MOST_BYTES = 1024 * 1024
+"""About how much is sent in one call; the last session may exceed it."""
 ROWS_AT_ONCE = 64
 BYTES_AT_ONCE = 64 * 1024
-"""After about so much of a batch it is seen whether the loop is to have its turn."""
+"""After so many sessions or bytes of a batch it is seen whether this turn of the loop is over."""
 ROWS_DOUBTED_AT_ONCE = 4096
+"""How many rows of the table are walked in one step after an engine has lost something."""
 
 
 class StoreSaver(Saver):
@@ -85,9 +92,10 @@ class StoreSaver(Saver):
         self._reports = reports
         self._on_lost = on_lost
         self._losses = self._returns = 0
-        """Of the link, as far as they have been seen to."""
+        """How many losses and returns of the link have been dealt with."""
         self._batches: SaveBatches | None = None
-        self._batch_is_next = False  # else whoever is asked for
+        self._batch_is_next = False
+        """Whether the next load of work is a batch, and not sessions that are saved alone."""
         self._doubt_timer: TimerHandle | None = None
         self._autosave: Autosave
         self._pacing: Pacing
@@ -101,14 +109,14 @@ class StoreSaver(Saver):
         results = self._results = Results(autosave, table, link, identity, self._reports, self._on_lost)
         reclaiming = Reclaiming(table, link, identity, self._claims, results)
         self._writer = Writer(autosave, link, self._clock, results, reclaiming, identity)
-        link.watch(self._see_link)
+        link.watch(self._on_link_change)
 
     def begin(self) -> None:
-        """The process is known."""
+        """The process, and with it the owner and the key of the digests, is known: plan the batches."""
         self._batches = self._plan_batches()
 
     def _plan_batches(self) -> SaveBatches | None:
-        """How most saves are made; None where there is more to each of them than its bytes."""
+        """The batches of the core; None if something has to be called for each save, or no save is periodic."""
         if self._interval is None or self._before_save is not None or self._sanitizer is not None:
             return None
         return SaveBatches(
@@ -124,13 +132,13 @@ class StoreSaver(Saver):
         )
 
     def known_stored(self, session: SessionCore) -> frozenset[tuple[int, int]]:
-        """All that the store may have of a user by the work of this session: versions, with digests of the bodies."""
+        """All that the store may have of a user from this session's saves: versions, with the digests of the bodies."""
         known = set(self._results.unknown.get(session, ()))
         version, digest = self._table.stored(session)
         if version:
             known.add((version, digest))
         if self._batches is not None:
-            fixed = self._batches.fixed(session)  # it may be under way in a batch
+            fixed = self._batches.fixed(session)  # it is under way in a batch if its version is not the stored one
             if fixed[0] != version:
                 known.add(fixed)
         return frozenset(known)
@@ -150,7 +158,7 @@ class StoreSaver(Saver):
     def forget(self, session: SessionCore) -> None:
         self._results.forget(session)
         if session.user_id is not None:
-            self._claims.see_end(session.user_id)
+            self._claims.on_session_ended(session.user_id)
 
     @property
     def fenced(self) -> int:  # type: ignore[override]
@@ -168,8 +176,9 @@ class StoreSaver(Saver):
         if self._doubt_timer is not None:
             self._doubt_timer.cancel()
             self._doubt_timer = None
-        await self._claims.settle(until)
+        await self._claims.wait_until_idle(until)
         await self._link.close()
+        # before this the last saves and the releases have to be over; after it nothing may be called
         self._claims.close()
 
     # What may be done now
@@ -183,28 +192,31 @@ class StoreSaver(Saver):
     def may_start(self) -> bool:
         return self._link.may_call()
 
-    def _see_link(self) -> None:
-        """A call may begin again; the store may have been down before, or its engine have lost something."""
+    def _on_link_change(self) -> None:
+        """Called by the link when a call may begin again: the store may have been down, or have lost something."""
         if self._losses != self._link.losses:
             self._losses = self._link.losses
-            self._claims.see_loss()
-            self._see_loss()
+            self._claims.on_loss()
+            self._doubt_all()
         if self._returns != self._link.returns:
             self._returns = self._link.returns
             self._pacing.begin()
         self._autosave.kick()
 
-    def _see_loss(self, place: int = 0) -> None:
-        """What was acknowledged may be gone: within one interval everybody is written again."""
+    def _doubt_all(self, place: int = 0) -> None:
+        """Acknowledged data may be lost: count all sessions as changed, so that all are written within an interval.
+
+        Walks the table from `place` on, in steps.
+        """
         following = self._table.doubt(place, ROWS_DOUBTED_AT_ONCE)
         if self._doubt_timer is not None:
-            self._doubt_timer.cancel()  # of an earlier loss: this walk passes there, too
+            self._doubt_timer.cancel()  # the walk for an earlier loss: this one passes the rest of the table, too
         self._doubt_timer = None
         if following:
-            self._doubt_timer = self._clock.call_later(0, partial(self._see_loss, following), Context())
+            self._doubt_timer = self._clock.call_later(0, partial(self._doubt_all, following), Context())
 
     def serves_periodic(self) -> bool:
-        """After an outage everybody is due at once; they are let through at a steady rate, oldest first."""
+        """Whether periodic saves may begin; after an outage, when all are due, they do so at a steady rate."""
         return not self._pacing.is_active or self._pacing.allows()
 
     # Batches
@@ -213,7 +225,7 @@ class StoreSaver(Saver):
         batches = self._batches
         if batches is None or self._pacing.is_active or self._link.down or not self._autosave.serves_periodic():
             return await self._serve_each(worker)
-        # the two kinds take turns, so that neither starves
+        # batches and sessions alone take turns, so that neither kind starves the other
         takes_batch = batches.has_due() and (self._batch_is_next or not self._table.has_due(False))
         self._batch_is_next = not takes_batch
         if takes_batch:
@@ -221,13 +233,14 @@ class StoreSaver(Saver):
         return await self._serve_each(worker, periodic=not batches.has_due())
 
     async def _serve_batch(self, batch: SaveBatch, worker: Worker) -> bool:
-        """Save those whose time has come and who are nothing special, in a batch; the others as `_serve_each` does."""
+        """Save due sessions in one batch of the core. Those that the core leaves out of it get rows of their own."""
         autosave, writer = self._autosave, self._writer
         rows: list[Row] = []
         hanging: list[Hanging] = []
         taken = 0
 
         def rest() -> list[Row]:
+            # what the core still holds of the batch becomes rows, which `writer` and `results` can handle one by one
             handed = [self._handed_over(batch, *each) for each in autosave.end_batch(batch)]
             rows.extend(handed)
             return handed
@@ -240,6 +253,7 @@ class StoreSaver(Saver):
                     batch, min(ROWS_AT_ONCE, MOST_ROWS - taken), min(BYTES_AT_ONCE, MOST_BYTES - batch.size)
                 )
                 for taken_alone in autosave.take_left_out(batch):
+                    # the core could not encode these, or a caller has asked for them meanwhile: they go on as usual
                     row = Row(*taken_alone)
                     rows.append(row)
                     self._fix(row)
@@ -253,7 +267,7 @@ class StoreSaver(Saver):
             others = [row for row in rows if row.is_pending]
             if len(batch) and not writer.trouble(hanging):
                 error = await writer.call(batch.records, rest, hanging, batch)
-                if error is not None:
+                if error is not None:  # the call has failed for all of them: go on in halves
                     await writer.write(rest(), hanging, tried=error)
             await writer.write([*rest(), *others], hanging)
             await writer.finish(rows, hanging)
@@ -262,6 +276,8 @@ class StoreSaver(Saver):
             raise
         finally:
             self.unchanged += batch.unchanged
+            # Reached also when this task was cancelled. Every session that was taken has to be settled here, or it
+            # would stay under way for ever.
             rows += (Row(*each) for each in autosave.take_left_out(batch))
             rest()
             self._fail_unsettled(rows)
@@ -272,12 +288,12 @@ class StoreSaver(Saver):
     ) -> Row:
         row = Row(session, version, save)
         row.record = batch.records[place]
-        if self._table.state(session) != "gone":
+        if self._table.state(session) != "gone":  # nothing would drop it any more
             self._results.unknown.setdefault(session, set()).add((version, digest))
         return row
 
     async def _serve_each(self, worker: Worker, *, periodic: bool = True) -> bool:
-        """Save whoever is due, each looked at alone; without `periodic`, those who are asked for."""
+        """Save due sessions, each with a row of its own; without `periodic`, only those for which a save was asked."""
         autosave, writer = self._autosave, self._writer
         rows: list[Row] = []
         try:
@@ -287,7 +303,7 @@ class StoreSaver(Saver):
                 return False
             autosave.employ()
             open_rows = [row for row in rows if row.is_pending]
-            # what failed before never shares a batch with what did not
+            # a row that failed before may be the reason for it, and never shares a call with rows that have not
             failed_before = [row for row in open_rows if self._results.failures(row)]
             clean = [row for row in open_rows if row not in failed_before] if failed_before else open_rows
             hanging: list[Hanging] = []
@@ -307,10 +323,10 @@ class StoreSaver(Saver):
                 self._results.fail(row, ListenerCancelledError("the event loop was shut down during the save"))
 
     async def _fill(self, rows: list[Row], *, periodic: bool) -> None:
-        """Take sessions and fix their bytes, until the batch is full or nobody is left."""
+        """Take sessions and fix their bytes, until the call is full or none is left."""
         pacing = self._pacing
         size = 0
-        most = 1 if self._link.down else MOST_ROWS
+        most = 1 if self._link.down else MOST_ROWS  # this call shows whether the store is back
         while len(rows) < most and size < MOST_BYTES:
             if rows and self._loop.is_turn_over():
                 await self._loop.take_turn()
@@ -321,12 +337,13 @@ class StoreSaver(Saver):
                 break
             row = Row(*taken)
             rows.append(row)
+            # a session that a caller waits for, or that is being ended, takes no token
             if pacing.is_active and not row.save.has_waiters and not self._table.is_ending(row.session):
                 pacing.spend()
             size += self._fix(row)
 
     def _fix(self, row: Row) -> int:
-        """Fix the bytes of a session; settle it here if there is nothing to send. Returns the size of what is."""
+        """Fix the bytes of a session, or settle it if there is nothing to send. Returns how many bytes there are."""
         session = row.session
         user_id = session.user_id
         assert user_id is not None
@@ -340,18 +357,20 @@ class StoreSaver(Saver):
             self._results.refuse(row, error.with_traceback(None))
             return 0
         fingerprint = self._identity.digest(body)
+        # the store has refused these very bytes: sending them again would get the same answer
         refused = self._results.refused.get(session)
         if refused is not None and refused[0] == fingerprint:
             self._results.refuse(row, refused[1])
             return 0
         is_ending = self._table.is_ending(session)
+        # the last save of a session releases the user in the same write
         release = is_ending and self._link.store.shared and self._table.is_final(session)
         try:
             version = self._table.fix(session, fingerprint)
         except UnsavableError as error:  # no version is left
             self._results.refuse(row, error.with_traceback(None))
             return 0
-        row.changed = version > 0
+        row.changed = version > 0  # 0: the store has acknowledged these bytes
         if self._sanitizer is not None:
             by_timer = self._is_marked_only and not row.save.is_retried and not is_ending
             self._sanitizer.saving(session, found_changed=by_timer and row.changed)
@@ -362,6 +381,7 @@ class StoreSaver(Saver):
             self._results.acknowledge(row, time.time())
             return 0
         if is_ending:
+            # whatever an earlier save did, the user counts as released only when this one is acknowledged
             self._table.set_released(session, False)
         row.record = Record(
             user_id,
@@ -373,6 +393,7 @@ class StoreSaver(Saver):
             time.time(),
             release,
         )
+        # until it is acknowledged the store may or may not have it, whatever becomes of the call
         self._results.unknown.setdefault(session, set()).add((row.version, fingerprint))
         return len(body)
 
@@ -380,7 +401,8 @@ class StoreSaver(Saver):
         """The data of a session as it is to be stored now. Raises `UnsavableError`."""
         assert session.user_id is not None
         try:
-            if self._before_save is not None and not self._table.is_silent(session):  # it has no live state
+            # a silent session holds what an edit has loaded: there is no live state of the program to copy
+            if self._before_save is not None and not self._table.is_silent(session):
                 self._copy_live_state(self._before_save, session)
             return self.encoding.dump(session.user_data)
         except END_OF_PROCESS:
@@ -392,7 +414,7 @@ class StoreSaver(Saver):
         result = before_save(session)
         if inspect.isawaitable(result):
             if inspect.iscoroutine(result):
-                result.close()
+                result.close()  # else Python warns that it was never awaited
             raise EncodingError("before_save returned something to await; it has to be done when it returns")
 
     def is_saved(self, session: SessionCore) -> bool:
@@ -403,7 +425,7 @@ class StoreSaver(Saver):
             return False
 
     def refusal(self, session: SessionCore) -> UnsavableError | None:
-        """Why the data of a session cannot be saved as it is, as far as can be told without the store."""
+        """Why the data of a session cannot be saved as it is, as far as that can be told without the store; or None."""
         try:
             body = self.body(session)
         except UnsavableError as error:

@@ -1,5 +1,9 @@
-"""How saves to a store come to their end. What lives here: rows, what each verdict means for them, and what is kept of
-a session until the store has acknowledged it. What must not: calls of the store, or the bytes of a row.
+"""`Results`: what the store's answers mean for the rows, and what is kept of a session until a save is acknowledged.
+
+Each verdict settles its row (acknowledged, failed, refused, lost) or leaves it to be claimed again (`reclaiming`). The
+same methods settle rows for which there was no answer.
+
+See also `row`, for the stages of a row, and `writing`, which makes the calls.
 """
 
 from __future__ import annotations
@@ -29,15 +33,15 @@ from .row import Row, Stage
 __all__ = ["Lost", "Results"]
 
 MOST_CLAIMS = 2
-"""How often a user is claimed again for one save."""
+"""How often a user is claimed again for one save; after that the save has failed, and is tried again later."""
 
 
 Lost = Callable[[SessionCore, FencedError | UserErasedError], None]
-"""Is told that a session has lost its user: the store takes nothing more of it."""
+"""Called when a session has lost its user: the store takes no save of it any more."""
 
 
 class Results:
-    """Settles rows: tells autosave and the host what became of each."""
+    """Settles rows: tells autosave, the log and the sessions what has become of each."""
 
     def __init__(
         self,
@@ -56,22 +60,25 @@ class Results:
         self._on_lost = on_lost
         self.fenced: int = 0
         self.unsavable: dict[SessionCore, tuple[str, str | None]] = {}
-        """Sessions whose data cannot be saved as it is, with the fault that was last told, and where it is."""
+        """Sessions whose data cannot be saved as it is, with the fault that was reported last and its path."""
         self.refused: dict[SessionCore, tuple[int, UnsavableError]] = {}
-        """What the store has refused: the digest, and why."""
+        """The data that the store has refused last: its digest, and the error."""
         self.unknown: dict[SessionCore, set[tuple[int, int]]] = {}
-        """Writes that may be stored, or be about to, by version and digest, since the last one acknowledged."""
+        """Writes since the last acknowledged one that the store has or may still get: version and digest."""
 
     def failures(self, row: Row) -> int:
-        """How often in a row the saves of its session have failed."""
-        if self._table.state(row.session) == "gone":
+        """How many saves of the row's session have failed in a row."""
+        if self._table.state(row.session) == "gone":  # ended by force while its save was under way
             return 0
         return self._table.failures(row.session)
 
     # Verdicts
 
     def settle(self, rows: list[Row], verdicts: object) -> Exception | None:
-        """Settle rows as the store has answered, but for those to be claimed again. Returns what is wrong with it."""
+        """Settle rows as the store has answered, except those that have to be claimed again.
+
+        Returns an error, and settles nothing, if the answer is not one that a store may give.
+        """
         try:
             sound = verdicts_of(self._link.store, verdicts, len(rows))
         except StoreContractError as error:
@@ -89,7 +96,7 @@ class Results:
         elif outcome is Outcome.INVALID:
             reason = detail or "it does not say why"
             invalid = UnsavableError(f"the store refuses the data of user {quote(user_id)}: {reason}", user_id=user_id)
-            if session.alive:
+            if session.alive:  # else nothing would drop it any more
                 self.refused[session] = (self._identity.digest(record.body), invalid)
             self.refuse(row, invalid)
         elif outcome is Outcome.FAILED or row.claims >= MOST_CLAIMS:
@@ -99,13 +106,15 @@ class Results:
             self.fail(row, failed)
         elif outcome is Outcome.MISSING:
             row.move(Stage.UNOWNED)
+            # reported once: this is the first attempt, or else the loss was reported with an earlier one
             if not self.failures(row) and not row.claims:
                 lost = f"the store no longer has the record of user {quote(user_id)}; it is claimed and saved again"
                 self._reports.error(LostRecordError(lost, user_id=user_id), session)
         elif outcome is Outcome.FENCED and not self._link.store.fenced:
-            self.fence(row)  # it can only know from somewhere else
+            self.fence(row)  # without a fence of its own it knows from elsewhere that somebody has taken the user over
         elif outcome is Outcome.FENCED:
-            # perhaps by ourselves: a claim whose reply came too late, or a last save after which the data has changed
+            # It may be our own doing: a claim of ours was granted after it had been given up, or a last save has
+            # released the user and its answer was lost. Claiming again tells.
             row.move(Stage.UNOWNED)
             row.was_fenced = True
         else:
@@ -116,9 +125,10 @@ class Results:
     # Ends
 
     def acknowledge(self, row: Row, saved_at: float) -> None:
-        """The store has it."""
+        """The store has the row: settle it, and drop what was kept for the case that it had not."""
         row.move(Stage.SETTLED)
         self.forget(row.session)
+        # the next save of an ending session need not release the user any more
         if row.record is not None and row.record.release and self._table.state(row.session) != "gone":
             self._table.set_released(row.session, True)
         self._autosave.acknowledge(
@@ -126,13 +136,14 @@ class Results:
         )
 
     def fail(self, row: Row, error: Exception) -> None:
-        """It is tried again."""
+        """Settle a row whose save has failed; it is tried again."""
         row.move(Stage.SETTLED)
         self._autosave.fail(row.session, row.version, row.save, error)
 
     def fail_all(self, rows: list[Row], error: Exception, *, report: bool = True) -> None:
-        """They are tried again, and it is told once."""
+        """Settle rows that have failed together; they are tried again, and reported once."""
         if not isinstance(error, CageySessionsError):
+            # an exception of a driver: its text may quote data, so it is only the cause
             raised, error = error, StoreUnavailableError(f"{self._link.name} raised {type(error).__name__}")
             error.__cause__ = raised
         if report:
@@ -142,7 +153,7 @@ class Results:
             self._autosave.fail(row.session, row.version, row.save, error, report=False)
 
     def report(self, rows: list[Row], error: Exception) -> None:
-        """Tell the host what has failed for all of them."""
+        """Report what has failed for all of these rows."""
         if len(rows) == 1:
             self._reports.error(error, rows[0].session)
             return
@@ -151,7 +162,7 @@ class Results:
         self._reports.error(failed, None)
 
     def refuse(self, row: Row, error: UnsavableError) -> None:
-        """Its data cannot be saved as it is."""
+        """Settle a row whose data cannot be saved as it is. The same fault of a session is reported once."""
         row.move(Stage.SETTLED)
         fault = str(error), error.path
         if self.unsavable.get(row.session) != fault and row.session.alive and not self._table.is_silent(row.session):
@@ -160,7 +171,7 @@ class Results:
         self._autosave.fail(row.session, row.version, row.save, error, report=False)
 
     def fence(self, row: Row) -> None:
-        """Somebody else has the user."""
+        """Settle a row whose user somebody else has taken over; the session has lost them."""
         self.fenced += 1
         message = (
             f"somebody else has taken over user {quote(row.user_id)}: "
@@ -179,12 +190,13 @@ class Results:
         row.move(Stage.SETTLED)
         self.forget(row.session)
         self._autosave.drop(row.session, row.version, row.save, error)
-        if not self._table.is_silent(row.session):  # the call that holds the user raises it
+        if not self._table.is_silent(row.session):  # else the call that holds it raises the error
             self._reports.error(error, row.session)
         self._on_lost(row.session, error)
 
     def forget(self, session: SessionCore) -> None:
-        """Nothing is wrong with the data of a session any more, or the session is gone."""
+        """Drop what is kept of a session: its data is stored, or the session has ended or lost its user."""
+        # the dicts are nearly always empty, and hashing a session for each of them is not free
         if self.unsavable:
             self.unsavable.pop(session, None)
         if self.refused:

@@ -1,5 +1,6 @@
-"""Writing rows to a store. What lives here: the calls, what is tried again in smaller ones, and calls that hang. What
-must not: whose rows these are, what is in them, or what a verdict means.
+"""`Writer`: the calls that write rows to a store, what is tried again in smaller calls, and calls that hang.
+
+See also `to_store`, which fixes the bytes; `verdicts`, which knows what an answer means; `reclaiming`.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from .verdicts import Results
 __all__ = ["MOST_ROWS", "Hanging", "Writer"]
 
 MOST_ROWS = 200
-"""Of one call."""
+"""How many rows are written by one call."""
 MOST_ALONE = 8
-"""After how many rows that fail alone, and none that does not, it is the store and not the rows."""
+"""After so many rows that failed alone, and none that was stored, the fault is taken to be the store's."""
 
 Hanging = tuple[Call[list[Verdict]], list[Row]]
-"""A call that has not returned at its deadline, and the rows that wait for it nevertheless."""
+"""A call that has not returned by its deadline, and the rows that have to wait for it nevertheless."""
 
 
 class Writer:
-    """Writes the rows of one worker after the other. Each has a list of those of its calls that hang."""
+    """Writes the rows of all workers. Each worker has a list of those of its calls that hang."""
 
     def __init__(
         self,
@@ -49,19 +50,19 @@ class Writer:
         self._reclaiming = reclaiming
         self._identity = identity
         self._alone = 0
-        """How many rows that had not failed before have failed alone since the last call that was answered."""
+        """How many rows that had not failed before have failed alone since the last call that got an answer."""
 
     async def write(
         self, rows: list[Row], hanging: list[Hanging], *, failed_before: bool = False, tried: Exception | None = None
     ) -> None:
-        """Write rows; where a call fails as a whole, in halves, until the row it fails for is alone.
+        """Write rows. If a call fails as a whole it is made again in halves, until the row that it fails for is alone.
 
-        `tried` is what a call for all of them has raised already.
+        `tried` is the error of a call that was made for all of these rows already.
         """
         fail_all = self._results.fail_all
         pending = [rows] if rows else []
         alone, any_success = 0, False
-        was_down = self._link.down  # and that has been said
+        was_down = self._link.down  # then the outage has been reported
         while pending:
             part = pending.pop()
             if tried is None and (trouble := self.trouble(hanging)):
@@ -83,7 +84,7 @@ class Writer:
                 self._alone += not (failed_before or any_success)
                 is_hopeless = not any_success and (alone if failed_before else self._alone) > MOST_ALONE
                 if isinstance(error, StoreUnavailableError) or is_hopeless:
-                    # not the fault of a row
+                    # the store fails, not the row: stop, for the other rows would fail the same way
                     if not isinstance(error, StoreUnavailableError) and not failed_before:
                         self._link.failed(self._clock.now(), error)
                     for others in pending:
@@ -91,7 +92,7 @@ class Writer:
                     return
 
     async def write_failed(self, rows: list[Row], hanging: list[Hanging]) -> None:
-        """Write rows that have failed before: the more often, the fewer at a time."""
+        """Write rows that have failed before: the more often they have, the fewer in one call."""
         self._identity.random.shuffle(rows)
         while rows:
             most = max(1, MOST_ROWS >> max(self._results.failures(row) for row in rows))
@@ -99,17 +100,17 @@ class Writer:
             await self.write(part, hanging, failed_before=True)
 
     async def finish(self, rows: list[Row], hanging: list[Hanging]) -> None:
-        """Claim again what has to be, and wait for the calls that hang."""
+        """Claim users again where that is needed, and wait for the calls that hang."""
         while unowned := [row for row in rows if row.stage is Stage.UNOWNED]:
             await self.write(await self._reclaiming.reclaim(unowned), hanging)
         for call, late in hanging:
             await self._outlive(call, late)
 
     def trouble(self, hanging: list[Hanging]) -> str:
-        """Why nothing more is sent now, if so."""
+        """Why nothing more is sent now; empty if something may be."""
         if hanging:
-            return "hangs"  # not behind a call that may never return: another worker takes them
-        return "" if self._link.may_call() else "is down"  # it has gone down since these rows were taken
+            return "hangs"  # the call may never return: the rows fail, and another worker takes them
+        return "" if self._link.may_call() else "is down"  # it may have gone down since these rows were taken
 
     async def call(
         self,
@@ -118,9 +119,9 @@ class Writer:
         hanging: list[Hanging],
         batch: SaveBatch | None = None,
     ) -> Exception | None:
-        """One call of the store; None once it has been answered and each row settled, or if it hangs.
+        """Make one call of the store. None if it was answered, and the rows settled, or if it hangs.
 
-        `rows_of` gives the rows of the records; of those of a `batch` only if they are needed.
+        `rows_of` makes rows for the records, except for those that the core has settled as a `batch` by then.
         """
         results = self._results
         call = self._link.write(records)
@@ -129,9 +130,12 @@ class Writer:
         except CallTimedOutError as error:
             rows = rows_of()
             if self._link.store.fenced:
+                # the same version may be sent again at once: written twice or late, it changes nothing that is newer
                 results.fail_all(rows, error)
                 hanging.append((call, []))
             else:
+                # a late write would land on top of the next one: the callers are answered, but the sessions stay under
+                # way, so that no other save of them begins, until the call returns
                 for row in rows:
                     row.save.resolve(error)
                 results.report(rows, error)
@@ -151,7 +155,7 @@ class Writer:
         return results.settle(rows_of(), verdicts)
 
     async def _outlive(self, call: Call[list[Verdict]], rows: list[Row]) -> None:
-        """A call hangs. It keeps its slot until it returns, and its users too where nothing fences off a late write."""
+        """Wait for a call that hangs: it keeps its slot until it returns, and without a fence its users, too."""
         try:
             await call.end()
         except asyncio.CancelledError:
@@ -160,13 +164,13 @@ class Writer:
         self._settle_late(call, rows)
 
     def _abandon(self, call: Call[list[Verdict]], rows: list[Row]) -> None:
-        """The worker is thrown away, its call is not: its users are not free before it has returned."""
+        """This worker is cancelled, but its call goes on: its rows are settled when the call returns."""
         for row in rows:
             row.move(Stage.ORPHANED)
         call.task.add_done_callback(lambda _: self._settle_late(call, rows))
 
     def _settle_late(self, call: Call[list[Verdict]], rows: list[Row]) -> None:
-        """A call has returned that its worker no longer waits for."""
+        """A call has returned whose worker does not wait for it any more."""
         error: Exception | None
         for row in rows:
             if row.stage is Stage.ORPHANED:

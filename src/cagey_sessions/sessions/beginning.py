@@ -1,6 +1,6 @@
-"""The beginning of a session: making it, ``started``, and without a store its user.
+"""The beginning of a session: making it, ``started``, and, where there is no store, giving it its user.
 
-With a store `login` gives a session its user.
+With a store a session gets its user in `login`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ class Beginnings:
         yes_or_no("replace", replace)
         self.refuse_if_closed()
         if replace and key is not None:
+            # again and again: while one session ends another may be made under the same key
             while (older := server.table.find_by_key(key)) is not None:
                 await self.replace(older)
                 self.refuse_if_closed()
-        session = server.table.create(key)
+        session = server.table.create(key)  # refuses a key that is taken
         if server.listeners.has("created"):
             errors: list[Exception] = []
             try:
@@ -57,7 +58,7 @@ class Beginnings:
         return ending
 
     async def replace(self, older: SessionCore) -> None:
-        """Save a session while it is live, and if that failed raise and leave it so; then end it."""
+        """Save a session, and then end it. If the save fails the session stays live, and the error is raised."""
         server, endings = self._server, self._endings
         if older.user_id is None or not server.saver.can_save():
             await endings.end(older, False, EndReason.REPLACED)
@@ -68,7 +69,7 @@ class Beginnings:
         except ListenerError as error:
             if not server.saver.is_store or older.alive:
                 raise
-            # it is saved and has ended, and its listeners are no concern of the newer session
+            # it is saved and has ended: what the listeners of its end raised is no reason to refuse the newer session
             server.reports.error(error, older)
 
     async def start(self, session: SessionCore) -> None:
@@ -96,13 +97,13 @@ class Beginnings:
         await self.emit_identified(session, user_id, user_data)
 
     async def emit_identified(self, session: SessionCore, user_id: int | str, user_data: object) -> None:
-        """Emit ``identified``. Raises what its listeners have raised."""
+        """Emit ``identified``. Raises `ListenerError` if listeners raise."""
         errors: list[Exception] = []
         await self._server.listeners.emit("identified", session, user_id, user_data, errors=errors)
         if errors:
             raise listener_error("identified", errors)
 
     def refuse_if_closed(self) -> None:
-        """Raise `ManagerClosedError` once the end of everybody has begun."""
+        """Raise `ManagerClosedError` if the manager is being destroyed, or has been."""
         if self._endings.drain is not None:
             raise ManagerClosedError("this manager is being destroyed, or has been: it takes nobody new")

@@ -1,9 +1,11 @@
-"""The end of everybody: all sessions of a manager are ended within a deadline, and a report says how it went.
+"""The drain: ends all sessions of a manager by a deadline, and makes the report.
 
-Sessions are ended oldest save first, each by a task of its own, up to `MOST_ENDS_AT_WORK` at a time; how many of their
-saves are under way is for `saving` to say, so a slow listener holds up only the save of its own session. When the
-deadline passes no more saves are begun, and whoever is not saved is ended unsaved; listeners that do not return even
-then are cancelled. The steps of a single end are in `ending`.
+A *sweep* starts the ends, oldest save first: each is a task, at most `MOST_ENDS_AT_WORK` at a time. How many of their
+saves are under way at a time is decided in `saving`, so a slow listener delays only the save of its own session. When
+the deadline passes no more saves begin, and a second sweep ends the remaining sessions unsaved. If listeners do not
+return even then, they are cancelled, and their sessions ended by force.
+
+See also `ending`, for the steps of one end.
 """
 
 from __future__ import annotations
@@ -27,15 +29,17 @@ from .spilling import Spilling
 __all__ = ["Draining"]
 
 AFTER_DEADLINE = SECOND
-"""How long listeners of ``destroy`` may still run when the deadline has passed."""
+"""How long listeners of ``destroy`` may still run after the deadline."""
 SECONDS_TO_SPILL = 10
+"""How long writing the spill file may take."""
 MOST_ENDS_AT_WORK = 10_000
+"""How many ends have a task at a time."""
 MOST_ENDS_ANNOUNCING = 100_000
-"""How many listeners of ``before_destroy`` may be waited for at a time."""
+"""How many more may wait for their listeners of ``before_destroy``, which may take long."""
 
 
 class Draining:
-    """The end of one manager, once it has begun."""
+    """The drains of one manager: one, unless it is called off because its tasks were cancelled."""
 
     def __init__(self, server: Server, endings: Endings, spilling: Spilling) -> None:
         self._server = server
@@ -44,20 +48,22 @@ class Draining:
         self._attempt: _Attempt | None = None
 
     async def drain(self, persist: bool, deadline: int) -> DrainReport:
-        """End all sessions within `deadline` nanoseconds; whoever calls again joins. Raises `DrainError`."""
+        """End all sessions within `deadline` nanoseconds; a later call joins. Raises `DrainError`."""
         server = self._server
         server.enter()
         until = server.clock.now() + deadline
         while True:
             current, drain = self._attempt, self._endings.drain
+            # refuse before anything has begun: afterwards there would be no way back
             if persist and server.table.counters.identified and not (drain is not None and drain.persist):
                 server.saver.require()
             if current is None or drain is None:
                 current = self._attempt = _Attempt(server, self._endings, self._spilling, persist)
                 current.begin(max(0, until - server.clock.now()))
             elif persist and not drain.persist:
-                drain.persist = True  # all the saves that are still possible
+                drain.persist = True  # an earlier call wanted no saves: make those that are still possible
                 self._endings.want_saves()
+            # a listener that an end waits for cannot wait for all ends: it gets what is known so far
             if within_host(server.table):
                 return current.report()
             try:
@@ -66,7 +72,7 @@ class Draining:
             except asyncio.CancelledError as error:
                 if not current.outcome.cancelled() or is_for_this_task(error, current_task()):
                     raise
-                # somebody has cancelled the task of this end, but not this call, which begins the end anew
+                # the drain's task was cancelled from outside, but this call was not: it begins another drain
         self._raise_unsaved(current.drain, report)
         if persist and current.drain.passed_over:
             raise ManagerClosedError(
@@ -93,13 +99,13 @@ class Draining:
 
 
 class _Attempt:
-    """The end of everybody, under way or done; another one is made if somebody cancels its tasks."""
+    """One drain, under way or done. If its tasks are cancelled from outside, the next call makes another."""
 
     def __init__(self, server: Server, endings: Endings, spilling: Spilling, persist: bool) -> None:
         self._server = server
         self._endings = endings
         self._spilling = spilling
-        self.drain: Drain = Drain(persist, server.clock.now(), on_change=self._look)
+        self.drain: Drain = Drain(persist, server.clock.now(), on_change=self._on_change)
         self.outcome: asyncio.Future[DrainReport] = asyncio.get_running_loop().create_future()
         self._spill_is_written = False
         self._task: asyncio.Task[None] | None = None
@@ -115,12 +121,13 @@ class _Attempt:
             server.sanitizer.look_at_all_ended()
         server.autosave.drain()
         server.saver.drain(True)
-        # in a context of its own: a listener that calls for the end of everybody is not waited for by it
+        # In a context of its own: a listener may call this, and the drain must not count as code inside of that
+        # listener, or its waits for ends would be taken for deadlocks.
         self._task = server.loop.spawn(self._run(deadline), "drain", Context())
-        self._task.add_done_callback(self._see_stopped)
+        self._task.add_done_callback(self._on_stopped)
 
-    def _look(self) -> None:
-        """A session has ended, or is parked."""
+    def _on_change(self) -> None:
+        """A session has ended or was parked: there may be room for another end, or all may be over."""
         self._room.set()
         if self._quiet is not None and not self._quiet.done():
             swept = self._sweep is not None and self._sweep.done()
@@ -128,10 +135,11 @@ class _Attempt:
                 self._quiet.set_result(None)
 
     def report(self) -> DrainReport:
-        """How it has gone so far."""
+        """The report as far as it is known."""
         drain = self.drain
         unsaved = drain.unsaved
         if not self._spill_is_written:
+            # a user is `spilled` only when the file is written, and not when they have been collected for it
             unsaved = [replace(user, spilled=False) for user in unsaved]
         oldest_first = sorted(unsaved, key=lambda user: -user.age)
         return DrainReport(drain.saved, tuple(oldest_first), (self._server.clock.now() - drain.started) / SECOND)
@@ -145,10 +153,10 @@ class _Attempt:
                 "error", "%d sessions had not ended when the deadline of the drain passed", len(server.table)
             )
             server.autosave.give_up(DrainDeadlineError("the save had not come to its end when the deadline passed"))
-            self._start_sweep()
+            self._start_sweep()  # parked ends begin another attempt, find that the drain gave up, and end unsaved
             await self._wait_quiet(AFTER_DEADLINE)
         await self._end_the_rest_by_force()
-        await self._write_spill()
+        await self._write_spill()  # all ends are over, so the file has everybody who is unsaved
         if server.sanitizer is not None:
             server.sanitizer.look_at_all_ended()
         await server.saver.close(server.clock.now() + AFTER_DEADLINE)
@@ -157,8 +165,8 @@ class _Attempt:
         server.close()
         self.outcome.set_result(self.report())
 
-    def _see_stopped(self, _: object) -> None:
-        """If we were stopped by somebody else, perhaps before our first step, another call may begin anew."""
+    def _on_stopped(self, _: object) -> None:
+        """If the task was cancelled from outside, perhaps before its first step, call the drain off."""
         if self.outcome.done():
             return
         if self._sweep is not None:
@@ -169,28 +177,28 @@ class _Attempt:
         self.outcome.cancel()
 
     async def _wait_quiet(self, limit: int) -> bool:
-        """Wait until everybody has ended, but no longer than `limit`: whether they have."""
+        """Wait until all sessions have ended, for at most `limit` nanoseconds. Returns whether they have."""
         self._quiet = asyncio.get_running_loop().create_future()
-        self._look()
+        self._on_change()
         return await self._server.loop.wait(self._quiet, limit)
 
     def _start_sweep(self) -> None:
         earlier, self._sweep = self._sweep, self._server.loop.spawn(self._end_everybody(), "drain", Context())
         if earlier is not None:
-            earlier.cancel()
-        self._sweep.add_done_callback(self._see_swept)
+            earlier.cancel()  # the new one starts over, with those that the earlier one has not reached
+        self._sweep.add_done_callback(self._on_swept)
 
-    def _see_swept(self, sweep: asyncio.Task[None]) -> None:
+    def _on_swept(self, sweep: asyncio.Task[None]) -> None:
         if sweep is not self._sweep:
             return
         if sweep.cancelled() or sweep.exception() is not None:
             if self._task is not None:
-                self._task.cancel()  # without a sweep nobody is met any more
+                self._task.cancel()  # the sessions that it has not reached would never end
         else:
-            self._look()
+            self._on_change()
 
     async def _end_everybody(self) -> None:
-        """Start the end of each session, oldest save first, as there is room, and go on with those that are parked."""
+        """Start the end of each session, oldest save first, as there is room, and resume parked ends."""
         table, endings = self._server.table, self._endings
         with (
             table.oldest_first(to_the_end=True) as identified,
@@ -210,7 +218,7 @@ class _Attempt:
         if ending is not None:
             endings.upgrade(session, ending)
             if ending.parked:
-                endings.resume(session, ending)
+                endings.resume(session, ending)  # now, and not when its retry is due
             return
         persist = self.drain.persist and session.user_id is not None
         if not persist and endings.end_at_once(session, EndReason.DRAINED):
@@ -219,17 +227,18 @@ class _Attempt:
             endings.begin_end(session, persist, EndReason.DRAINED)
 
     async def _end_the_rest_by_force(self) -> None:
-        """Listeners do not return: end what is left without them."""
+        """End what is left without waiting for its listeners."""
         for session in self._server.table.sessions_now():
             if self._server.table.state(session) != "gone":
                 self._endings.end_by_force(session)
                 await self._server.loop.take_turn()
+        # what is left now has no row any more: listeners of ``destroy`` have not returned
         for session in list(self._endings.under_way):
-            if not self._server.table.is_silent(session):  # the call that holds it is waited for
+            if not self._server.table.is_silent(session):  # an edit has it, and is waited for by `saver.close`
                 self._endings.end_by_force(session)
 
     async def _write_spill(self) -> None:
-        """Keep in a file whom the store did not take."""
+        """Write the users that the store did not take to the spill file."""
         spill = self._server.spill
         try:
             if spill is not None and spill.is_stale:
@@ -240,6 +249,6 @@ class _Attempt:
                         f"{spill.path} was not written within {SECONDS_TO_SPILL} s: the disk hangs"
                     ) from error
                 self._spill_is_written = True
-        except Exception as error:  # whatever it is, everybody is to hear how it went
+        except Exception as error:  # whatever it is, the callers of the drain have to get a report
             self._server.reports.say("error", "what was not saved could not be spilled: %s", error)
             self.drain.errors.append(error)

@@ -77,25 +77,26 @@ from .server import Server
 __all__ = ["TRANSITIONS", "Drain", "Ending", "Endings", "Stage"]
 
 MOST_LAST_SAVES = 20
-"""How often the last save is repeated for data that does not stop changing."""
+"""How often the last save is made again because the data has changed meanwhile."""
 MOST_ERRORS = 1000
-"""Of listeners, that the report of a drain holds."""
+"""How many errors of listeners the report of a drain holds."""
 _LOSSES = (EndReason.UNSAVED, EndReason.FENCED, EndReason.ERASED)
+"""Ends by which data is lost or the user was: `Ending.last_error` says why, and is not replaced by later errors."""
 
 
 class Stage(Enum):
     """How far the end of a session has come."""
 
     PARKED = "parked"
-    """No task is at work: the last save waits for its retry, or the end has yet to begin."""
+    """No task is at work: the last save waits for its retry, or the end has not begun yet."""
     ANNOUNCING = "announcing"
     """The listeners of ``before_destroy`` run."""
     SETTLING = "settling"
-    """Waits for a save that is under way; whether there is a last save can still be changed."""
+    """Waits for a save that is under way. Until here it can still be changed whether there is a last save."""
     SAVING = "saving"
-    """Decided: the last save, if there is one, and the release."""
+    """The last save, if there is one, and the release."""
     GONE = "gone"
-    """The session was forgotten; the listeners of ``destroy`` run."""
+    """The session has been forgotten. The listeners of ``destroy`` run."""
     ENDED = "ended"
 
 
@@ -107,7 +108,7 @@ TRANSITIONS = {
     Stage.GONE: (Stage.ENDED,),
     Stage.ENDED: (),
 }
-"""The stages that may follow each. To GONE and ENDED a drain whose deadline has passed leads from everywhere."""
+"""The stages that may follow each. A drain past its deadline moves an end from any stage to GONE and ENDED."""
 
 
 @dataclass(slots=True, eq=False)
@@ -123,7 +124,7 @@ class Ending:
     announced: bool = False
     """``before_destroy`` has been emitted."""
     last_error: Exception | None = None
-    """Of the last save, or why the user was lost."""
+    """The error of the last save, or the reason why the user was lost."""
     errors: list[Exception] = field(default_factory=list)
     """Raised by listeners."""
     task: asyncio.Task[None] | None = None
@@ -136,7 +137,7 @@ class Ending:
 
     @property
     def decided(self) -> bool:
-        """Whether it is too late to change whether there is a last save."""
+        """Whether it is too late to decide whether there is a last save."""
         return self.stage in (Stage.SAVING, Stage.GONE, Stage.ENDED)
 
     def move(self, stage: Stage) -> None:
@@ -147,7 +148,7 @@ class Ending:
 
 @dataclass(slots=True, eq=False)
 class Drain:
-    """The end of everybody: what was asked, and what has become of each session so far."""
+    """The end of all sessions: what was asked for, and what has become of each session so far."""
 
     persist: bool
     started: int
@@ -156,11 +157,11 @@ class Drain:
     saved: int = 0
     unsaved: list[UnsavedUser] = field(default_factory=list)
     passed_over: int = 0
-    """Users whose sessions ended without a save, as was asked at first."""
+    """Users whose sessions ended without a save, because the drain was at first asked for without saves."""
     errors: list[Exception] = field(default_factory=list)
     """Raised by listeners of ends."""
     on_change: Callable[[], None] = lambda: None
-    """Called when a session has ended, or is parked."""
+    """Called when a session has ended or was parked."""
 
 
 class Endings:
@@ -179,15 +180,15 @@ class Endings:
         self.announcing: int = 0
         """How many have a task that does, perhaps for long."""
         self.waited_for: dict[SessionCore, asyncio.Future[EndReason]] = {}
-        """Sessions whose end somebody waits for."""
+        """Futures of callers of `wait_ended`, by session."""
         self._drain: Drain | None = None
         self.end_wanted: asyncio.Event = asyncio.Event()
-        """Set once the end of everybody has begun, or is about to."""
+        """Set when a drain has begun, or a signal asks for one."""
         self._table.attend_ends(ending=self.under_way, waited_for=self.waited_for, destroyed=EndReason.DESTROYED)
 
     @property
     def drain(self) -> Drain | None:
-        """The end of everybody, if it has begun; from then on nobody new is admitted."""
+        """The drain, if one has begun; while there is one no new session is admitted."""
         return self._drain
 
     @drain.setter
@@ -198,10 +199,10 @@ class Endings:
     # Ends
 
     async def end(self, session: SessionCore, persist: bool | None, reason: EndReason = EndReason.DESTROYED) -> None:
-        """End a session, or join its end. Raises what the listeners and the last save raised.
+        """End a session, or join its end. Raises what the listeners and the last save have raised.
 
-        `persist` of None asks for a save where there is a store, and for nothing where there is not: a new end makes no
-        save then, one under way keeps what was asked of it.
+        A `persist` of None means a last save if there is a store. Without a store it means none for a new end, and does
+        not change what was asked of an end under way.
         """
         self._server.enter()
         if persist is None and self._saver.is_store:
@@ -226,6 +227,7 @@ class Endings:
             self.resume(session, ending)
         elif not ending.decided:
             ending.persist = ending.persist or wants_save
+        # asked before the wait: if the user is lost meanwhile, that sets `persist` to false, too
         comes_too_late = wants_save and not ending.persist
         error = await self.join(session, ending)
         if error is not None:
@@ -234,16 +236,16 @@ class Endings:
             raise SessionEndedError(f"the session was past its last save, and ended without one ({session!r})")
 
     def _refuse_if_unsavable(self, session: SessionCore) -> None:
-        """Better to leave a session live than to hide it with data that cannot be saved."""
+        """Refuse to end a session whose data cannot be saved: live, its data can still be mended by the program."""
         if (refusal := self._saver.refusal(session)) is not None:
             refusal.add_note("the session is live as before; mend its user_data, or destroy it with persist=False")
             raise refusal
 
     async def join(self, session: SessionCore, ending: Ending) -> Exception | None:
-        """Wait for an attempt to end a session; inside a listener that it waits for itself, do not."""
+        """Wait for an attempt to end a session. Does not wait in a listener that the end itself waits for."""
         target = Wait(session, Kind.END)
         if would_deadlock(target):
-            return None
+            return None  # the end goes on when the listener has returned
         ending.waiting += 1
         try:
             with waiting_for(target):
@@ -252,7 +254,10 @@ class Endings:
             ending.waiting -= 1
 
     def end_at_once(self, session: SessionCore, reason: EndReason) -> bool:
-        """End a session right here if there is nothing to wait for: no save under way, and no listener."""
+        """End a session in this call if nothing has to be waited for: no listener, no save, no release.
+
+        Returns whether it has ended.
+        """
         if (
             self._listeners.is_heard("before_destroy", session)
             or self._listeners.is_heard("destroy", session)
@@ -262,16 +267,17 @@ class Endings:
             return False
         self._table.begin_end(session)
         self._table.forget(session)
-        self._autosave.forget(session)
-        self._let_go(session, reason)
+        self._autosave.refuse_asked(session)
+        self._close_handle(session, reason)
         return True
 
     def begin_end(self, session: SessionCore, persist: bool, reason: EndReason, *, parked: bool = False) -> Ending:
-        """Start to end a live session; a parked one is hidden, and the caller sees to the rest."""
+        """Hide a live session and start its end. With `parked` no task is started, and the caller goes on with it."""
         self._table.begin_end(session)
         self._autosave.hasten(session)
         ending = self.under_way[session] = Ending(persist, reason, self._new_attempt())
         self._table.set_final(session, True)
+        # while it is parked a retry may turn out to be the last save, and then releases the user
         if not parked:
             self._work_on(session, ending)
         return ending
@@ -281,23 +287,24 @@ class Endings:
         return self._server.loop.running.create_future()
 
     def resume(self, session: SessionCore, ending: Ending) -> None:
-        """Go on with an end that is parked."""
+        """Start a new attempt of a parked end."""
         ending.attempt = self._new_attempt()
         self._work_on(session, ending)
 
     def _work_on(self, session: SessionCore, ending: Ending) -> None:
         ending.move(Stage.SETTLING if ending.announced else Stage.ANNOUNCING)
-        self._table.set_final(session, False)
+        self._table.set_final(session, False)  # a save that begins now may be followed by another: do not release
         self.at_work += 1
         task = ending.task = self._server.loop.spawn(self._end(session, ending), "end of session")
-        task.add_done_callback(lambda _: self._see_stopped(session, ending))
+        task.add_done_callback(lambda _: self._on_task_done(session, ending))
 
-    def _see_stopped(self, session: SessionCore, ending: Ending) -> None:
-        """If the task was stopped by somebody else, perhaps before its first step, whoever waits hears of it."""
+    def _on_task_done(self, session: SessionCore, ending: Ending) -> None:
+        """The task of an end is done. If it was cancelled from outside, perhaps before its first step, go on."""
         if self.under_way.get(session) is not ending or ending.parked or ending.task is None or not ending.task.done():
             return
         stopped = ListenerCancelledError("the task that was ending this session was stopped")
         if ending.stage is not Stage.GONE and ending.persist:
+            # the data is not saved yet: the wheel goes on, after a pause, as the loop may be about to be shut down
             self._park(session, ending, stopped)
             self._autosave.ask_later(session)
             return
@@ -309,14 +316,14 @@ class Endings:
     # Silent sessions, each of which a call holds
 
     def drop(self, session: SessionCore) -> None:
-        """End a silent session unsaved, and let go of its user; the caller does not wait for that."""
+        """End a silent session unsaved, and release its user in a task; the caller does not wait for that."""
         self.begin_end(session, persist=False, reason=EndReason.DESTROYED)
 
     async def write(self, session: SessionCore) -> None:
-        """Save a silent session, once, and end it; if that fails within the time of a caller, end it unsaved.
+        """Save a silent session once and end it. If that fails within the time of a caller, end it unsaved.
 
-        Raises `UnsavableError`, `FencedError`, `UserErasedError`, and `StoreUnavailableError`, after which it is not
-        known whether the data is stored.
+        Raises `UnsavableError`, `FencedError` or `UserErasedError`; or `StoreUnavailableError`, after which it is
+        unknown whether the data is stored.
         """
         refusal: Exception | None = self._saver.refusal(session)
         if self._server.closed:
@@ -327,10 +334,12 @@ class Endings:
         ending = self.begin_end(session, persist=not self._saver.is_saved(session), reason=EndReason.DESTROYED)
         error = await self.join(session, ending)
         while error is not None and not ending.parked and ending.stage is not Stage.ENDED:
-            error = await self.join(session, ending)  # the save was tried again before we were told that it had failed
+            # the end was parked and resumed before this task ran: the retry of the save may have succeeded
+            error = await self.join(session, ending)
         if error is None:
             return
         if ending.parked:
+            # a parked end would be saved by the wheel later, although the caller is told that it has failed
             error = ending.last_error
             ending.persist = False
             self.resume(session, ending)
@@ -342,26 +351,27 @@ class Endings:
 
     # What saving reports
 
-    def see_settled(self, session: SessionCore, error: Exception | None) -> None:
-        """A save of a session that is being ended has come to its end."""
+    def on_settled(self, session: SessionCore, error: Exception | None) -> None:
+        """Saving reports that a save of a session that is being ended has an outcome."""
         ending = self.under_way.get(session)
         if ending is None:
             return
         if error is None:
             if ending.parked:
-                self.resume(session, ending)
+                self.resume(session, ending)  # saved by the wheel: what is left is to end
         elif ending.reason not in _LOSSES:
             ending.last_error = error
             if ending.parked and self.drain is not None and isinstance(error, UnsavableError):
-                self.resume(session, ending)  # waiting would not help
+                self.resume(session, ending)  # it would fail until the deadline of the drain: end it unsaved now
 
-    def see_lost(self, session: SessionCore, error: FencedError | UserErasedError) -> None:
-        """A session has lost its user: end it without another save."""
+    def on_lost(self, session: SessionCore, error: FencedError | UserErasedError) -> None:
+        """Saving reports that a session has lost its user: end it without another save."""
         if self._table.state(session) == "gone":
             return
         reason = EndReason.FENCED if isinstance(error, FencedError) else EndReason.ERASED
         ending = self.under_way.get(session)
         if ending is None:
+            # parked, because the reason and the error have to be set before its task runs
             ending = self.begin_end(session, persist=False, reason=reason, parked=True)
         ending.persist = False
         ending.reason = reason
@@ -373,7 +383,7 @@ class Endings:
     # The steps of an end
 
     async def _end(self, session: SessionCore, ending: Ending) -> None:
-        """The steps of an end, from wherever the last attempt stopped."""
+        """The steps of an end, from its stage on. After each wait it may have been ended by force meanwhile."""
         if ending.stage is Stage.ANNOUNCING:
             ending.announced = True
             if self._is_heard("before_destroy", session):
@@ -382,15 +392,16 @@ class Endings:
                 return  # ended by force meanwhile
             ending.move(Stage.SETTLING)
         until = self._autosave.caller_deadline()
-        outcome = await self._autosave.settle(session, until)
+        # one deadline for both waits: together they may take no longer than a caller waits
+        outcome = await self._autosave.wait_settled(session, until)
         if self.under_way.get(session) is not ending:
             return
         ending.move(Stage.SAVING)
         self._table.set_final(session, True)
-        self._saver.forget_unseen(session)
+        self._saver.forget_unseen(session)  # listeners may have changed data since a save of which that cannot be seen
         if ending.persist:
             error = await self._save_last(session, ending, until)
-            if error is not None and ending.persist:
+            if error is not None and ending.persist:  # the user may have been lost meanwhile: then nothing is parked
                 ending.last_error = error
                 if not self._is_hopeless(error):
                     self._park(session, ending, error)
@@ -403,6 +414,7 @@ class Endings:
         if self.under_way.get(session) is not ending:
             return
         is_heard = self._is_heard("destroy", session)
+        # before `_forget`: the row knows whether the session is silent
         self._forget(session, ending)
         if is_heard:
             with listening(Wait(session, Kind.END), self._table):
@@ -414,6 +426,7 @@ class Endings:
         return self._listeners.is_heard(event, session) and not self._table.is_silent(session)
 
     async def _announce(self, session: SessionCore, ending: Ending) -> None:
+        # listeners may take long: meanwhile a drain has room for other ends
         self.at_work -= 1
         self.announcing += 1
         try:
@@ -422,29 +435,30 @@ class Endings:
         finally:
             self.announcing -= 1
             self.at_work += 1
-            self._look()
+            self._on_change()
 
     async def _release(self, session: SessionCore) -> None:
-        """Let go of a user whom no save lets go of."""
+        """Release a user whom no save has released."""
         if self._gave_up():
-            return  # other nodes wait until this one is dead
+            return  # the deadline has passed: other servers get the user when this process has ended
         try:
             await self._saver.release(session)
         except Exception as error:
             self._reports.error(error, session)
 
     def _is_hopeless(self, error: Exception) -> bool:
-        """Whether a last save that has failed is not worth another attempt."""
+        """Whether a last save that has failed is not tried again: past the deadline, or refused during a drain."""
         return self._gave_up() or (self.drain is not None and isinstance(error, UnsavableError))
 
     async def _save_last(self, session: SessionCore, ending: Ending, until: int | None) -> Exception | None:
-        """Save a session that is being ended, again while its data changes meanwhile: what went wrong, if anything."""
+        """Make the last save, again if the data changes meanwhile. Returns what went wrong, or None."""
         for _ in range(MOST_LAST_SAVES):
+            # a save with `final` releases the user: only when both are done is nothing left to write
             if not self._saver.has_to_release(session) and self._saver.is_saved(session):
                 return None
             if self._gave_up():
                 return ending.last_error or self._autosave.gave_up
-            outcome = await self._autosave.settle(session, until, await self._autosave.save(session, until))
+            outcome = await self._autosave.wait_settled(session, until, await self._autosave.save(session, until))
             if isinstance(outcome, Exception):
                 return outcome
         self._reports.say(
@@ -459,23 +473,23 @@ class Endings:
         return self.drain is not None and self.drain.gave_up
 
     def _park(self, session: SessionCore, ending: Ending, error: Exception) -> None:
-        """Tell whoever waits that the last save failed, and leave the session to the wheel."""
+        """Tell the callers that the last save has failed, and leave its retry to the wheel."""
         self.at_work -= 1
         ending.move(Stage.PARKED)
-        self._table.set_final(session, True)
-        failed = self._tell_of_parking(session, ending, error)
+        self._table.set_final(session, True)  # if a retry succeeds the user is released by it
+        failed = self._parking_error(session, ending, error)
         if ending.waiting:
-            ending.errors = []
+            ending.errors = []  # they are in what the callers get
             ending.attempt.set_result(failed)
         else:
             ending.attempt.set_result(None)
-            if self.drain is None:  # it reports in the end who was not saved, all at once
+            if self.drain is None:  # the report of a drain names all unsaved users at its end
                 self._reports.error(failed, session)
-            drop_tracebacks(error)  # what waits for the store is to be small
-        self._look()
+            drop_tracebacks(error)  # their frames would keep much alive for as long as the store is down
+        self._on_change()
 
-    def _tell_of_parking(self, session: SessionCore, ending: Ending, error: Exception) -> Exception:
-        """What a caller hears of a last save that failed."""
+    def _parking_error(self, session: SessionCore, ending: Ending, error: Exception) -> Exception:
+        """What callers of an end get when its last save has failed."""
         note = "the session is hidden and keeps its user; its last save is tried again until it succeeds"
         if not self._saver.is_store:
             parts = error.exceptions if isinstance(error, ListenerError) else [error]
@@ -498,14 +512,14 @@ class Endings:
         if not ending.parked:
             ending.move(Stage.GONE)
         self._table.forget(session)
-        self._autosave.forget(session)
+        self._autosave.refuse_asked(session)
 
     def finish(self, session: SessionCore, ending: Ending) -> None:
-        """The session has had its last event."""
+        """The session has had its last event: its handle dies, and the callers are answered."""
         del self.under_way[session]
         self.at_work -= not ending.parked
         ending.move(Stage.ENDED)
-        self._let_go(session, ending.reason)
+        self._close_handle(session, ending.reason)
         error: Exception | None = listener_error("destroy", ending.errors) if ending.errors else None
         if ending.reason is EndReason.UNSAVED and ending.last_error is not None and not self._saver.is_store:
             error = ListenerError(
@@ -519,26 +533,27 @@ class Endings:
         if not ending.attempt.done():
             ending.attempt.set_result(error)
         if error is not None and error is not ending.last_error and not ending.waiting and self.drain is None:
-            self._reports.error(error, session)  # what the store had to say has been reported when it said it
+            # an error of the store was reported when it occurred; callers, or the drain's report, tell the others
+            self._reports.error(error, session)
         if ending.errors and self.drain is not None:
             self._note_errors(session, self.drain, listener_error("destroy", ending.errors))
-        self._look()
+        self._on_change()
 
-    def _let_go(self, session: SessionCore, reason: EndReason) -> None:
-        """The very end: the handle is dead from here on."""
+    def _close_handle(self, session: SessionCore, reason: EndReason) -> None:
+        """The last step of every end: from here on the handle is dead."""
         if session._listeners is not None:
             session._listeners.clear()
         if self._server.sanitizer is not None:
             self._server.sanitizer.ended(session)
         self._saver.forget(session)
-        self._autosave.end(session)
+        self._autosave.forget(session)
         session._end(reason)
         waiting = self.waited_for.pop(session, None)
         if waiting is not None and not waiting.done():
             waiting.set_result(reason)
 
     def end_by_force(self, session: SessionCore) -> None:
-        """The deadline of a drain has passed, and listeners do not return: end a session without them."""
+        """End a session without its listeners, which have not returned by the deadline of the drain."""
         ending = self.under_way.get(session)
         if ending is None:
             assert self.drain is not None
@@ -552,7 +567,7 @@ class Endings:
             self._forget(session, ending)
         self.finish(session, ending)
         if ending.task is not None:
-            ending.task.cancel()
+            ending.task.cancel()  # after `finish`, so that its callback finds nothing to do
 
     async def wait_ended(self, session: SessionCore) -> EndReason:
         """See `Session.wait_ended`."""
@@ -568,14 +583,14 @@ class Endings:
         with waiting_for(target):
             return await asyncio.shield(waiting)
 
-    # The end of everybody
+    # The drain
 
-    def _look(self) -> None:
+    def _on_change(self) -> None:
         if self.drain is not None:
             self.drain.on_change()
 
     def _note(self, session: SessionCore, ending: Ending) -> None:
-        """Count a session that is over in the report of the drain."""
+        """Count a session that is ending in the report of the drain."""
         drain = self.drain
         if drain is None or self._table.is_silent(session):
             return
@@ -596,11 +611,12 @@ class Endings:
             self._reports.tell(f"user {quote(session.user_id)}", error)
 
     def want_saves(self) -> None:
-        """The drain is to save after all: every end under way whose last save is still possible makes it."""
+        """The drain is to save after all: add a last save to every end that can still make one."""
         for session, ending in self.under_way.items():
             self.upgrade(session, ending)
 
     def upgrade(self, session: SessionCore, ending: Ending) -> None:
-        """Have an end make a last save if the drain wants it and it is not too late."""
+        """Add a last save to an end, if the drain wants saves and it is not too late."""
         if self.drain is not None and self.drain.persist and not ending.decided and session.user_id is not None:
+            # one that the program has ended without a save stays so
             ending.persist = ending.persist or ending.reason is EndReason.DRAINED

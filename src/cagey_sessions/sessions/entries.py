@@ -1,4 +1,7 @@
-"""A user of this server as the entry of a file: of a snapshot, or of the spill."""
+"""Makes the entry of a user for a file: for a snapshot, or for the spill.
+
+See also `snapshot`, `spilling`, and `files.format`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ __all__ = ["collect_unsaved", "entry_of", "spill_entry_of"]
 
 
 def entry_of(server: Server, session: SessionCore) -> SnapshotEntry:
-    """A user as they are at this moment. Raises `UnsavableError`, or `EncodingError` without a store."""
+    """The entry of a user as they are now. Raises `UnsavableError`, or `EncodingError` if there is no store."""
     assert session.user_id is not None
     schema = server.encoding.schema
     if server.store_saver is None:
@@ -27,12 +30,12 @@ def entry_of(server: Server, session: SessionCore) -> SnapshotEntry:
 
 
 def spill_entry_of(server: Server, session: SessionCore) -> SpillEntry:
-    """A user as they are at this moment, with all that the store may have of them. Raises `UnsavableError`."""
+    """The same for the spill, with all that the store may have of the user. Raises `UnsavableError`."""
     assert server.store_saver is not None
     entry = entry_of(server, session)
     return SpillEntry(
         entry.user_id,
-        None,  # the key is of no use to another process, and perhaps a secret
+        None,  # the key is of no use to another process, and may be a secret
         entry.epoch,
         entry.owner,
         entry.version,
@@ -45,7 +48,10 @@ def spill_entry_of(server: Server, session: SessionCore) -> SpillEntry:
 
 
 def collect_unsaved(server: Server, session: SessionCore) -> bool:
-    """Have a user in the spill file when it is written next: False without one, and if the data cannot be encoded."""
+    """Have a user written to the spill file with the next write of it.
+
+    False if there is no spill file, or if the data cannot be encoded.
+    """
     if server.spill is None:
         return False
     try:

@@ -1,5 +1,6 @@
-"""How a manager is doing. What lives here: its figures, and a verdict on them for a load balancer. What must not: any
-change of what it looks at.
+"""The health of a manager: its statistics, and a verdict on them for a load balancer. Changes nothing.
+
+See also `Health` and `Statistics` in `records`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .server import Server
 __all__ = ["drain_seconds", "health", "statistics"]
 
 SECONDS_PER_END = 0.0001
-"""What the end of one session costs the event loop, about."""
+"""About how long the event loop takes for the end of one session."""
 
 
 def statistics(server: Server, endings: Endings) -> Statistics:
@@ -64,7 +65,8 @@ def health(server: Server, endings: Endings) -> Health:
     if server.link is not None and server.link.down_since is not None:
         seconds = (server.clock.now() - server.link.down_since) / SECOND
         last = server.link.last_error
-        why = last if isinstance(last, StoreError) else type(last).__name__  # a driver may name addresses
+        # our own errors name nothing private; the text of a driver's exception may contain an address or a password
+        why = last if isinstance(last, StoreError) else type(last).__name__
         return Health("down", f"{server.link.name} has been down for {seconds:.1f} s: {why}")
     if server.options.interval is not None and server.table.counters.identified and not server.saver.can_save():
         return Health("down", "nobody listens to 'persist_user_data', and there is no store")
@@ -75,6 +77,7 @@ def health(server: Server, endings: Endings) -> Health:
 def _troubles(server: Server, endings: Endings, found: Statistics) -> Iterator[str]:
     if server.link is not None and server.link.fails_for_several:
         yield f"{server.link.name} fails for several users: {type(server.link.last_error).__name__}"
+    # up to one interval old is normal, and up to two while saves are retried
     limit = 2 * (server.options.interval or 0) / SECOND
     if limit and found.oldest_unsaved is not None and found.oldest_unsaved > limit:
         yield f"the oldest unsaved state is {found.oldest_unsaved:.1f} s old"

@@ -1,8 +1,11 @@
-"""Bringing a user into this process: the room for a new session, the claim, and the data.
+"""Loading: brings a user into this process, which takes room, a claim, and the data.
 
-Order of a load: the caller takes the user's turn, so that no other call of this process is at work on the same user; an
-older session is saved and ended; the store is asked for the claim; what was spilled of the user is saved; the body is
-decoded, and encoded again for its digest. Until the caller has given the data to a session there is nothing to save.
+A load has these steps. The caller takes the turn with the user, so that no other call of this process is at work on
+them. An older session is saved and ended. The store grants a claim. What was spilled of the user is saved. The body is
+decoded, and encoded again, because the digest of those bytes is what later saves are compared with. Until the caller
+has given the data to a session there is nothing to save; if anything fails the user is released.
+
+See also `login` and `users`, which load.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ __all__ = ["NO_DEFAULT", "Loaded", "Loading", "not_found"]
 
 
 class _NoDefault:
-    """What stands for a `default` that was not given, also where a signature is printed."""
+    """Stands for a `default` that was not given, also where a signature is printed."""
 
     __slots__ = ()
 
@@ -48,15 +51,15 @@ NO_DEFAULT: Any = _NoDefault()
 
 
 class Loaded(NamedTuple):
-    """A user who is ours, and their data, before any session has them."""
+    """A user who is claimed and loaded, but has not been given to a session yet."""
 
     user_id: int | str
     epoch: int
-    version: int  # 0 for a user who is new
-    digest: int
-    stored: int  # digest of the body as it is in the store
+    version: int  # 0 if the user is new
+    digest: int  # of the data as it is encoded now
+    stored: int  # of the body as it is in the store; another one if the store or an older version encoded it otherwise
     data: Any
-    losses: int  # that the engine had had before the claim
+    losses: int  # how many losses the engine had had before the claim
 
 
 class Loading:
@@ -87,20 +90,20 @@ class Loading:
         return self._server.clock.now() + self._server.options.save_timeout
 
     def check(self, user_id: int | str, default: Any, when_active: str, known: tuple[str, ...]) -> None:
-        """Bad input gets its error before anything changes."""
+        """Check arguments, before anything changes. Raises `UsageError` and its kinds, or `EncodingError`."""
         check_user_id(user_id, self._server.options.user_id)
         one_of("when_active", when_active, known)
-        if default is not NO_DEFAULT and not callable(default):
+        if default is not NO_DEFAULT and not callable(default):  # a function is called only if the user is new
             self._server.encoding.dump(default)
 
     async def make_room(self, user_id: int | str, when_active: str) -> None:
-        """Have no session of the user in this process: its last save is acknowledged when this returns."""
+        """End the sessions of a user in this process. When this returns the last save has been acknowledged."""
         server, endings = self._server, self._endings
         while (older := server.table.active_session(user_id)) is not None:
             if not server.table.is_ending(older):
                 if when_active == "refuse":
                     raise UserActiveError(f"user {quote(user_id)} has a live session", session=older)
-                # a save, and then an end; each of them has the patience of a caller
+                # a save and then an end: each may take as long as a caller waits
                 replaced = self._beginnings.replace(older)
                 if not await self._within(replaced, 2 * server.options.save_timeout + SECOND):
                     raise StoreUnavailableError(
@@ -110,7 +113,7 @@ class Loading:
                 continue
             ending = endings.under_way.get(older)
             if ending is not None and ending.parked:
-                endings.resume(older, ending)  # somebody waits now
+                endings.resume(older, ending)  # a caller waits now: do not leave it to the retry of the wheel
             if not await self._within(endings.wait_ended(older), server.options.save_timeout):
                 raise StoreUnavailableError(
                     f"the last save of the earlier session of user {quote(user_id)} is not acknowledged; "
@@ -118,7 +121,8 @@ class Loading:
                 )
 
     async def _within(self, waiting: Coroutine[Any, Any, object], limit: int) -> bool:
-        """Await something for so many nanoseconds: whether it came to its end."""
+        """Await something for at most `limit` nanoseconds. Returns whether it was done by then."""
+        # not `asyncio.timeout`: time is that of the manager's clock
         task = self._server.loop.spawn(waiting, "wait")
         try:
             if not await self._server.loop.wait(task, limit) or task.cancelled():
@@ -130,16 +134,16 @@ class Loading:
                 task.cancel()
 
     async def load(self, user_id: int | str, default: Any) -> Loaded:
-        """Claim a user and read or make their data. If that fails, the user is let go of."""
+        """Claim a user, and read their data or make it from `default`. If anything fails the user is released."""
         claims, link = self.claims, self.require_store()
         losses = link.losses
         claim = await claims.claim(user_id)
         try:
-            self._spilling.begin()
-            claim = await self._spilling.see(claim)
+            self._spilling.begin()  # the store is open, and the spill file has been read before the first claim
+            claim = await self._spilling.replay_one(claim)
             if claim.record is not None:
                 data = self.decode(claim.record)
-                version = max(claim.record.version, 1)
+                version = max(claim.record.version, 1)  # a store that keeps no versions says 0, which means a new user
             elif default is NO_DEFAULT:
                 raise not_found(user_id)
             else:
@@ -149,14 +153,15 @@ class Loading:
             stored = 0 if claim.record is None else digest(claim.record.body)
             return Loaded(user_id, claim.epoch, version, digest(self._dump(claim, data)), stored, data, losses)
         except BaseException:
-            claims.let_go(user_id, claim.epoch)
+            claims.release_later(user_id, claim.epoch)
             raise
 
     def own(self, session: SessionCore, loaded: Loaded) -> None:
-        """Note in the table what the store has of a user whom a session was given just now."""
+        """Record in the table what the store has of a user who was given to a session just now."""
         table = self._server.table
         if loaded.version and loaded.losses != self.require_store().losses:
-            # the engine may have an older record by now: what was loaded counts as changed
+            # The engine has lost something since: it may have an older record than the one loaded. A digest that fits
+            # nothing makes the session count as changed, so that it is written.
             table.own(session, loaded.epoch, loaded.version, loaded.stored ^ 1, loaded.stored)
             session.mark_changed()
         elif loaded.version:
@@ -169,7 +174,7 @@ class Loading:
             return self._server.encoding.dump(data)
         except EncodingError as error:
             if claim.record is None:
-                raise  # it is the default
+                raise  # the default is what cannot be encoded
             raise CorruptRecordError(
                 f"the record of user {quote(claim.user_id)} can be read but not be written again, and is left as it "
                 f"is: {error}",
@@ -179,9 +184,9 @@ class Loading:
             ) from error
 
     def decode(self, record: Record) -> Any:
-        """The data of a record, as the program's classes."""
+        """The data of a record, as objects of the program's classes."""
         encoding = self._server.encoding
-        if not self.require_store().store.keeps_schema:
+        if not self.require_store().store.keeps_schema:  # then any record counts as one of the current schema
             record = record._replace(schema=encoding.schema)
         return encoding.load(record)
 

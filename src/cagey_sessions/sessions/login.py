@@ -1,6 +1,6 @@
-"""`Session.login` and `SessionManager.open`: a session gets a user of the store.
+"""`Session.login` and `SessionManager.open`: a session gets its user from the store.
 
-Both take the user's turn, load (`loading`), and in one synchronous step give the user and the data to the session.
+Both take the turn with the user, load them (`loading`), and give user and data to the session in one synchronous step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Logins:
         self._loading = loading
         self._identifying: set[SessionCore] = set()
         self._untaken: set[SessionCore] = set()
-        """Sessions made by an `open` that no caller has been given yet."""
+        """Sessions made by an `open` that has not returned yet, and that no other call has been given."""
 
     async def login(self, session: SessionCore, user_id: int | str, default: Any, when_active: str) -> None:
         """See `Session.login`."""
@@ -51,9 +51,9 @@ class Logins:
                 await loading.make_room(user_id, when_active)
                 loaded = await loading.load(user_id, default)
                 try:
-                    self._identify(session, loaded)
+                    self._identify(session, loaded)  # refuses if the session has begun to end meanwhile
                 except BaseException:
-                    loading.claims.let_go(loaded.user_id, loaded.epoch)
+                    loading.claims.release_later(loaded.user_id, loaded.epoch)
                     raise
         finally:
             self._identifying.discard(session)
@@ -71,7 +71,7 @@ class Logins:
             return live
         async with loading.claims.turns.take(user_id, loading.caller_deadline()):
             if joins and (live := self._join(user_id)) is not None:
-                return live  # a call that had the turn before has made it
+                return live  # made by the call that had the turn before
             await loading.make_room(user_id, when_active)
             loaded = await loading.load(user_id, default)
             try:
@@ -79,35 +79,36 @@ class Logins:
                 try:
                     self._identify(session, loaded)
                 except BaseException:
-                    with suppress(Exception):  # it has been reported where it was raised
+                    with suppress(Exception):  # it is reported where it is raised; the first error is the one to raise
                         await self._endings.end(session, False)
                     raise
             except BaseException:
-                loading.claims.let_go(loaded.user_id, loaded.epoch)
+                loading.claims.release_later(loaded.user_id, loaded.epoch)
                 raise
         self._untaken.add(session)
         try:
             await self._beginnings.emit_identified(session, user_id, session.user_data)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # the caller never gets the session, so it could never end it
             self._abandon(session, user_id)
             raise
-        except BaseException:
+        except BaseException:  # the session lives, and listeners, or `find_by_user`, give it to the program
             self._untaken.discard(session)
             raise
         self._untaken.discard(session)
         return session
 
     def _join(self, user_id: int | str) -> SessionCore | None:
-        """The live session of a user, for a call that is given it."""
+        """The live session of a user, for a caller that is given it; it is not abandoned from here on."""
         live = self._server.table.find_by_user(user_id)
         if live is not None:
             self._untaken.discard(live)
         return live
 
     def _abandon(self, session: SessionCore, user_id: int | str) -> None:
-        """The `open` that has made a session was cancelled: end it, unless another call has been given it meanwhile.
+        """End a session whose `open` was cancelled, unless another caller has been given it meanwhile.
 
-        At once, so that no call finds it any more; but an edit under way, which has the turn, comes to its end first.
+        That happens at once, so that no other call finds the session. But if a call, such as an edit of this session,
+        has the turn with the user, it is done first.
         """
         if self._loading.claims.turns.is_taken(user_id):
             self._server.loop.spawn(self._abandon_later(session, user_id), "abandoned session", Context())
@@ -129,7 +130,7 @@ class Logins:
             self._endings.begin_end(session, False, EndReason.DESTROYED)
 
     def _identify(self, session: SessionCore, loaded: Loaded) -> None:
-        """Give a session its user and its data, in one step."""
+        """Give a session its user and its data, in one synchronous step."""
         server = self._server
         server.refuse_if_ending(session)
         self._beginnings.refuse_if_closed()

@@ -180,8 +180,8 @@ class SessionManager(ManagerCore, Generic[T]):
             store,
             encoding,
             None if spill is None else Spill(spill),
-            on_lost=lambda session, error: endings.see_lost(session, error),
-            on_settled=lambda session, error: endings.see_settled(session, error),
+            on_lost=lambda session, error: endings.on_lost(session, error),
+            on_settled=lambda session, error: endings.on_settled(session, error),
         )
         endings = self._endings = Endings(server)
         self._spilling = Spilling(server, endings)

@@ -1,8 +1,10 @@
-"""What all sessions of one manager share, put together once: `Server`.
+"""`Server`: the parts that all sessions of one manager share, put together.
 
-It is built first and knows nothing of how sessions begin and end; those modules are built on it. Two things are
-reported upwards, by functions that it is given: that a session has lost its user, and that a save of an ending session
-is over.
+The server is built first, and knows nothing of how sessions begin and end; the modules that do are built on it. It
+reports two things upwards, through functions that it is given: that a session has lost its user, and that a save of an
+ending session has an outcome.
+
+See also `manager`, which builds it and all that stands on it.
 """
 
 from __future__ import annotations
@@ -33,18 +35,17 @@ __all__ = ["Server"]
 
 
 class _Intent:
-    """Whether a manager is meant to save at all; one that is not gives no warning."""
+    """Whether a manager is meant to save at all. If not, there is no warning about unsaved users."""
 
     def __init__(self, is_there: bool) -> None:
         self.is_there: bool = is_there
 
 
 class Server:
-    """The parts of one manager. Saves go to `store`, if there is one, as `encoding` writes them; to listeners
-    otherwise.
+    """The parts of one manager. Saves go to `store`, encoded by `encoding`, or to listeners if there is no store.
 
-    `host` is what sessions know as theirs. `on_lost` is told that a session has lost its user, and `on_settled` that a
-    save of an ending session is over, and with what error.
+    `host` becomes the manager that sessions know as theirs. `on_lost` is called when a session has lost its user, and
+    `on_settled` when a save of an ending session has an outcome, with the error or None.
     """
 
     def __init__(
@@ -69,8 +70,8 @@ class Server:
         self.sanitizer: Sanitizer | None = None
         if options.debug:
             self.sanitizer = Sanitizer(self.table, encoding, self._report)
-            self._hear("destroy", False)
-        self.listeners: Listeners = Listeners.of_manager(self.sanitizer, self._hear)
+            self._on_heard("destroy", False)
+        self.listeners: Listeners = Listeners.of_manager(self.sanitizer, self._on_heard)
         self.reports: Reports = Reports(options.log, self.listeners, self.loop.spawn)
         self.link: StoreLink | None = None
         self.claims: Claims | None = None
@@ -106,6 +107,7 @@ class Server:
             self.table, self.loop, clock, options, self.reports, self.saver, self.identity, on_settled
         )
         self.table.keep_time(
+            # the core asks for the time in every call: a C function saves it a call of Python
             now=time.monotonic_ns if type(clock) is SystemClock else clock.now,
             tick=self.autosave.tick,
             interval=options.interval // self.autosave.tick if options.interval else 0,
@@ -117,30 +119,30 @@ class Server:
         self.warning: weakref.finalize[Any, Any] = weakref.finalize(
             self, _warn_of_unsaved, self.table.counters, self.intent, options.log, self.identity
         )
-        """Called when a manager vanishes, or the process exits, without `SessionManager.destroy`."""
+        """Runs when the manager is collected as garbage, or the process exits, without `SessionManager.destroy`."""
         self._spill_turn = asyncio.Lock()
         self.closed: bool = False
 
-    def _hear(self, event: str, heard: bool) -> None:
-        """Tell the core whether anybody listens to an event; the sanitizer does to the end of each session."""
+    def _on_heard(self, event: str, heard: bool) -> None:
+        """Tell the core whether an event has listeners; with `debug` the end of a session always counts as heard."""
         self.table.hear(event, heard or (self.sanitizer is not None and event in ("before_destroy", "destroy")))
 
     def _report(self, error: Exception, session: SessionCore | None) -> None:
         self.reports.error(error, session)
 
     def enter(self) -> asyncio.AbstractEventLoop:
-        """Every awaited call passes here: bind the loop at the first, refuse any other later."""
+        """Called first by every awaited call: binds the loop at the first, and refuses another loop later."""
         loop = asyncio.get_running_loop()
         if loop is not self.loop.running:
             if self.loop.running is not None:
                 raise WrongLoopError("this manager belongs to another event loop; make one manager for each loop")
             self._begin(loop)
         else:
-            self.table.require_thread()  # a forked child has the same loop
+            self.table.require_thread()  # a forked child has the same loop object, and is refused here
         return loop
 
     def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Belong to this loop and this process; until here a fork may have made several of us."""
+        """Bind to this loop and this process. Not earlier, because a process may be forked after making a manager."""
         self.loop.bind(loop)
         self.identity.begin()
         self.table.reseed(self.identity.random.getrandbits(64))
@@ -148,15 +150,15 @@ class Server:
         self.table.bind_loop(loop)
         self.saver.begin()
         if is_forked_worker():
-            at_exit(self.warning)
+            at_exit(self.warning)  # such a process exits without `atexit`, which `weakref.finalize` relies on
 
     async def _read_spill(self) -> None:
-        """Know what was spilled before anybody is claimed."""
+        """Read the spill file, before any user is claimed: what was spilled of a user has to be saved first."""
         spill = self.spill
         assert spill is not None
         if not spill.is_open:
             async with self._spill_turn:
-                if not spill.is_open:
+                if not spill.is_open:  # another call may have opened it while this one waited
                     spill.open(await in_thread(spill.read))  # only what is still wanted becomes known
 
     @property
@@ -169,7 +171,7 @@ class Server:
             raise SessionEndedError(f"the session has ended, or is ending ({session!r})")
 
     def close(self) -> None:
-        """All have ended: nobody hears of anything any more."""
+        """All sessions have ended: call no listener any more."""
         self.listeners.clear()
         self.reports.close()
         self.closed = True

@@ -1,8 +1,10 @@
-"""The end by a signal. What lives here: waiting for SIGTERM or SIGINT, and the exit status of the end that follows.
-What must not: a handler that outlives the wait, or the steps of the end.
+"""`run_until_signal`: waits for SIGTERM or SIGINT, ends the manager, and returns an exit status.
 
-A process has one handler for each signal. Ours is installed for as long as somebody waits, calls the one it has found
-there, and puts it back. A handler of `loop.add_signal_handler` is called by the loop itself, whoever has the slot.
+A process has one handler for each signal. Ours is installed only while a manager waits. It also calls the handler that
+it has replaced, and puts that back at the end. A handler of `loop.add_signal_handler` needs no such call: the loop
+calls it itself, whichever handler is installed.
+
+See also `draining`, for the end itself.
 """
 
 from __future__ import annotations
@@ -28,23 +30,24 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class _Handler:
-    """What is installed for one signal while anybody waits for it."""
+    """The handler of one signal while a manager waits for it."""
 
     def __init__(self, found: Any) -> None:
         self.found = found
         self.waiting: list[Callable[[int], object]] = []
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        for tell in tuple(self.waiting):
-            tell(number)
+        for notify in tuple(self.waiting):
+            notify(number)
         if _is_hosts_own(self.found):
             self.found(number, frame)
 
 
 def _is_hosts_own(handler: Any) -> bool:
-    """Whether a handler is more than a way to end the process, which would end it in the middle of the saves."""
+    """Whether a handler does more than end the process; it must not be called if it would do just that during saves."""
     if handler in (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler):
         return False
+    # `asyncio.run` installs a handler for SIGINT that cancels the main task, in which this very end may run
     of_runner = isinstance(handler, functools.partial) and isinstance(
         getattr(handler.func, "__self__", None), asyncio.Runner
     )
@@ -57,8 +60,8 @@ def _require_main_thread(is_main: bool) -> None:
 
 
 @contextmanager
-def _told_of_signals(tell: Callable[[int], object]) -> Iterator[None]:
-    """Within this block `tell` is called with the number of each signal, between any two steps of the program."""
+def _calling_on_signals(notify: Callable[[int], object]) -> Iterator[None]:
+    """In this block `notify` is called with the number of each signal, between any two steps of the program."""
     installed: list[tuple[signal.Signals, _Handler]] = []
     try:
         for number in SIGNALS:
@@ -69,14 +72,15 @@ def _told_of_signals(tell: Callable[[int], object]) -> Iterator[None]:
                 handler = _Handler(handler)
                 try:
                     signal.signal(number, handler)
-                except ValueError:  # as it is in a sub-interpreter
+                except ValueError:  # raised in any other thread, and in a sub-interpreter
                     _require_main_thread(False)
-            handler.waiting.append(tell)
+            handler.waiting.append(notify)
             installed.append((number, handler))
         yield
     finally:
         for number, ours in installed:
-            ours.waiting.remove(tell)
+            ours.waiting.remove(notify)
+            # somebody may have installed another handler since, which has to stay
             is_there = signal.getsignal(number) is ours
             if is_there and not ours.waiting:
                 signal.signal(number, ours.found)
@@ -85,12 +89,12 @@ def _told_of_signals(tell: Callable[[int], object]) -> Iterator[None]:
 async def run_until_signal(
     server: Server, endings: Endings, destroy: Callable[[bool], Awaitable[DrainReport]], persist: Callable[[], bool]
 ) -> int:
-    """See `SessionManager.run_until_signal`; `persist` says whether users are saved, unless somebody else has."""
+    """See `SessionManager.run_until_signal`. `persist` says whether users are saved, unless a drain has begun."""
     server.table.require_thread()
     _require_main_thread(threading.current_thread() is threading.main_thread())
     loop = server.enter()
 
-    def see(number: int) -> None:
+    def on_signal(number: int) -> None:
         name = signal.Signals(number).name
         if endings.end_wanted.is_set():
             server.reports.say(
@@ -100,11 +104,12 @@ async def run_until_signal(
             server.reports.say("info", "%s: the manager is being destroyed", name)
             endings.end_wanted.set()
 
-    def tell(number: int) -> None:
+    def notify(number: int) -> None:
+        # the handler may run between any two steps, so it only wakes the loop
         with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(see, number)
+            loop.call_soon_threadsafe(on_signal, number)
 
-    with _told_of_signals(tell):
+    with _calling_on_signals(notify):
         await endings.end_wanted.wait()
         users = server.table.counters.identified
         errors: tuple[Exception, ...] = ()

@@ -1,8 +1,9 @@
-"""Everybody in one file. What lives here: writing a snapshot while the server goes on, and reading one. What must not:
-the format of its lines, or what a store does.
+"""Snapshots: writes the data of all users to one file while the server goes on, and reads such a file.
 
-Each user's data is encoded in one step, so it is of one moment; users who come later in the file are of a later one.
-Between two users others get their turn, and what is to be written is written by a thread.
+The data of each user is encoded in one step, so it is of one moment; users who come later in the file are of a later
+one. Between users the loop gets its turn, and a thread writes the file.
+
+See also `files.format`, for the format of the lines.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ KIND = "snapshot"
 
 
 def read_snapshot(path: str | os.PathLike[str]) -> Snapshot:
-    """What the file of a snapshot, or of a spill, has; not to be called on an event loop, for it waits for the disk.
+    """Read the file of a snapshot or of a spill. Do not call this on an event loop, because it waits for the disk.
 
-    Lines that are damaged are in ``damaged``, with their bytes and the user they are of as far as that can be told, and
-    nowhere else: what is in ``entries`` is what was written. ``complete`` says whether that is everybody.
+    Damaged lines are only in ``damaged``, with their bytes, and with their user as far as that can be told; so what is
+    in ``entries`` is what was written. ``complete`` says whether the file has everything that was written to it.
 
-    Raises `SnapshotError` for a file that is none, or of a later format, or cannot be read, and `OptionError` for what
-    is no path. O(size), all of it in memory.
+    Raises `SnapshotError` if the file is none of these, is of a later format or cannot be read, and `OptionError` if
+    `path` is not a path. O(size), all of it in memory.
     """
     text = path_text("path", path)
     try:
@@ -61,7 +62,8 @@ async def take_snapshot(server: Server, path: str | os.PathLike[str], files: Fil
         with server.table.oldest_first(to_the_end=True) as everybody:
             for session in everybody:
                 user_id = session.user_id
-                if user_id is not None and user_id not in seen:  # who is saved meanwhile is met again, at the end
+                # a session that is saved meanwhile moves to the end of the walk, and is met a second time
+                if user_id is not None and user_id not in seen:
                     seen.add(user_id)
                     try:
                         chunk.append(savefile.entry_line(entry_of(server, session)))
@@ -75,13 +77,13 @@ async def take_snapshot(server: Server, path: str | os.PathLike[str], files: Fil
         saved = len(seen) - len(left_out)
         chunk.append(savefile.last_line(KIND, saved))
         await in_thread(new.write, b"".join(chunk))
-        await in_thread(new.finish)  # cancelled here, too, the old file stays
+        await in_thread(new.finish)  # synced to the disk, but not in place: if this is cancelled the old file stays
         await in_thread(new.commit)
-    except GeneratorExit:  # the loop has been closed, and nothing can be waited for
+    except GeneratorExit:  # the loop was closed, so nothing can be awaited
         new.abandon()
         raise
     except BaseException:
-        with suppress(TimeoutError):  # the disk hangs: when it answers the thread goes on with that
+        with suppress(TimeoutError):  # the disk hangs: the thread removes the new file when the disk answers
             await in_thread(new.abandon, limit=PATIENCE)
         raise
     return SnapshotReport(saved, tuple(left_out), new.size, (server.clock.now() - started) / SECOND)

@@ -1,7 +1,8 @@
-"""Users who could not be saved before a process ended: into the spill file at its exit, and back into the store later.
+"""Spilling: saves users to the spill file when the process exits without them saved, and from there to the store later.
 
-The next process saves them at its start, and one who logs in before that is saved first. When an entry may be saved is
-for `files/spill.py` to say.
+The next process saves all of them at its start (the *replay*), and a user who logs in before that when they do.
+
+See also `files.spill`, which decides when an entry may be saved, and `draining`, which writes the file at its end.
 """
 
 from __future__ import annotations
@@ -61,23 +62,23 @@ class Spilling:
     # The exit
 
     def guard_exit(self) -> None:
-        """Spill whatever is unsaved when the process exits. Keeps this object alive until `close`."""
+        """Write unsaved users to the spill file when the process exits. Keeps this object alive until `close`."""
         self._unguard_exit = at_exit(self._spill_at_exit)
 
     def close(self) -> None:
-        """The manager has ended: unless something could not be written, which the exit tries once more, all is done."""
+        """The manager has ended: nothing is left for the exit, unless the file could not be written."""
         if self._server.spill is not None and not self._server.spill.is_stale:
             self._unguard_exit()
 
     def _spill_at_exit(self) -> None:
-        """The interpreter exits, and nobody has ended this manager: keep what is unsaved."""
+        """The interpreter exits, and the manager has not been destroyed: write unsaved users to the spill file."""
         server = self._server
         spill, table = server.spill, server.table
         if spill is None or not server.identity.is_this_process():
             return
         if server.closed and not spill.is_stale:
             return
-        table.bind_thread()  # the loop may have run in another one, which is over
+        table.bind_thread()  # the loop may have run in another thread, which has ended
         lost = 0
         for session in table.sessions_now():
             if self._is_to_be_saved(session):
@@ -86,6 +87,7 @@ class Spilling:
                 except UnsavableError:
                     lost += 1
                     continue
+                # what the store has is not spilled: the next start would only find that out again
                 if not table.is_current(session, server.identity.digest(entry.body)):
                     spill.collect(entry)
         try:
@@ -97,7 +99,7 @@ class Spilling:
             server.reports.say("warning", "unsaved at exit: %d users are in %s, %d are lost", kept, spill.path, lost)
 
     def _is_to_be_saved(self, session: SessionCore) -> bool:
-        """Whether a session has a user, and no caller has said that it is not to be saved."""
+        """Whether a session has a user, and no caller has asked for its end without a save."""
         if session.user_id is None or self._server.table.is_lost(session):
             return False
         asker = self._endings.under_way.get(session) or self._endings.drain
@@ -106,18 +108,18 @@ class Spilling:
     # The way back
 
     def begin(self) -> None:
-        """The store is open: save what an earlier process has spilled, in a task, and see to the exit of this one."""
+        """The store is open: begin the replay, in a task, and guard the exit of this process."""
         if self._server.spill is not None and self._task is None:
             self.guard_exit()
             self._task = self._server.loop.spawn(self._replay_all(), "replay of the spill", Context())
 
     async def wait(self) -> None:
-        """Wait until every spilled user was tried."""
+        """Wait until the replay has tried every spilled user."""
         if self._task is not None:
             await asyncio.shield(self._task)
 
     async def _replay_all(self) -> None:
-        """Save everybody who was spilled, as far as they may be claimed and the store takes them."""
+        """Save all spilled users who can be claimed."""
         server = self._server
         spill = server.spill
         assert spill is not None
@@ -128,7 +130,7 @@ class Spilling:
                     user_ids[start : start + REPLAYED_AT_A_TIME]
                 ):
                     break
-        except Exception as error:  # what is left is pending, and no reason not to begin
+        except Exception as error:  # what is left stays in the file, and the manager can begin all the same
             server.reports.error(error, None)
         await self.write_spill()
         report = spill.report()
@@ -147,23 +149,24 @@ class Spilling:
             server.reports.say("info", "all spilled users are saved: %d", len(report.replayed))
 
     async def _replay_some(self, user_ids: list[int | str]) -> bool:
-        """Save some users who were spilled: whether it is worth going on."""
+        """Save some spilled users. Returns whether it is worth going on."""
         async with AsyncExitStack() as turns:
             tasks = []
             for user_id in user_ids:
-                if not self._claims.turns.is_taken(user_id):  # else somebody loads the user, and sees to the spill then
+                # a user whose turn is taken is being loaded, and that call sees to the spill itself
+                if not self._claims.turns.is_taken(user_id):
                     await turns.enter_async_context(self._claims.turns.take(user_id))
                     tasks.append(self._server.loop.spawn(self._claims.claim(user_id), "claim", Context()))
             answers = await asyncio.gather(*tasks, return_exceptions=True)
             claims = [answer for answer in answers if isinstance(answer, Claim)]
             plans = await self._apply_spill(claims, release=True)
             for plan in plans:
-                if plan.write is None or plan.error is not None:  # else the write has let go of them
-                    self._claims.let_go(plan.claim.user_id, plan.claim.epoch)
+                if plan.write is None or plan.error is not None:  # otherwise the write has released them
+                    self._claims.release_later(plan.claim.user_id, plan.claim.epoch)
         return not self._link.down
 
     async def _apply_spill(self, claims: list[Claim], *, release: bool) -> list[Plan]:
-        """Save what was spilled of users who are claimed, where nobody has written since: what became of it."""
+        """Save what was spilled of claimed users, unless somebody else has saved them since. Returns what was done."""
         spill = self._server.spill
         assert spill is not None
         plans = [
@@ -171,6 +174,7 @@ class Spilling:
             for claim in claims
         ]
         for plan in plans:
+            # a conflict stays in the file, for an operator to look at: it is neither written nor dropped
             spill.set_aside(plan.conflicts)
             if plan.conflicts:
                 self._server.reports.error(_conflict(plan.claim, spill.path), None)
@@ -184,7 +188,7 @@ class Spilling:
                 part.append(writes.pop())
                 size += len(part[-1].saved[-1].body)
             if not await self._write_spilled(part) and len(part) > 1:
-                for plan in part:  # it may be the fault of one of them
+                for plan in part:  # one of them may be the reason
                     await self._write_spilled([plan])
         for plan in plans:
             if plan.error is not None:
@@ -192,7 +196,7 @@ class Spilling:
         return plans
 
     async def _write_spilled(self, plans: list[Plan]) -> bool:
-        """One call of the store: whether it is not worth repeating for each alone."""
+        """Write spilled users in one call. False if the call should be repeated for each of them alone."""
         link = self._link
         try:
             if not link.may_call():
@@ -208,10 +212,10 @@ class Spilling:
                 plan.error = error
             return isinstance(error, StoreUnavailableError)
         for plan, verdict in zip(plans, verdicts, strict=True):
-            self._see_spilled(plan, verdict)
+            self._on_verdict(plan, verdict)
         return True
 
-    def _see_spilled(self, plan: Plan, verdict: Verdict) -> None:
+    def _on_verdict(self, plan: Plan, verdict: Verdict) -> None:
         spill, user_id = self._server.spill, plan.claim.user_id
         assert spill is not None
         plan.error = None
@@ -228,18 +232,21 @@ class Spilling:
             )
 
     async def write_spill(self) -> None:
-        """Bring the spill file up to date, once for all who wait for it."""
+        """Bring the spill file up to date; callers that come while it is being written share one more write."""
         spill = self._server.spill
         assert spill is not None
         try:
             async with self._write_turn:
-                if spill.is_stale:
+                if spill.is_stale:  # else the call that had the turn before has written this change, too
                     await in_thread(spill.write)
         except SnapshotError as error:
             self._server.reports.error(error, None)
 
-    async def see(self, claim: Claim) -> Claim:
-        """Save what was spilled of a user who logs in, so that they see it. Raises if the store does not take it."""
+    async def replay_one(self, claim: Claim) -> Claim:
+        """Save what was spilled of a claimed user who logs in. Raises if the store does not take it.
+
+        Returns the claim with the record as it is now.
+        """
         spill = self._server.spill
         if spill is None or claim.user_id not in spill.pending:
             return claim

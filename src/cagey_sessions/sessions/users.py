@@ -1,4 +1,7 @@
-"""Users of the store without a session: reading, editing and erasing them, wherever they are."""
+"""Users without a session: reading, editing and erasing them, on whichever server they are.
+
+See also `loading`, and the silent sessions in `ending`.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ __all__ = ["Users"]
 
 
 class Users:
-    """What a manager does with users who may not be on this server."""
+    """Reads, edits and erases the users of one manager's store."""
 
     def __init__(
         self, server: Server, endings: Endings, beginnings: Beginnings, loading: Loading, spilling: Spilling
@@ -54,9 +57,10 @@ class Users:
         return self._loading.decode(check_record(record))
 
     async def _has_the_newest(self, session: SessionCore) -> bool:
-        """Whether nobody can have saved the user of a session since it was loaded.
+        """Whether this session's data is the newest, because nobody else can have saved the user since.
 
-        One that is ending may have let go of the user already, by a last save whose reply was lost.
+        An ending session may have released the user already, by a last save whose answer was lost; so the store is
+        asked.
         """
         server, link, user_id = self._server, self._loading.require_store(), session.user_id
         if not session.alive or server.table.is_lost(session):
@@ -79,6 +83,7 @@ class Users:
         async with self._loading.claims.turns.take(user_id, self._loading.caller_deadline()) as frame:
             live = server.table.find_by_user(user_id)
             if live is not None:
+                # tasks that the block starts may want the turn, and wait for it like any other call
                 frame.confine()
                 async with self._edit_live(live) as data:
                     yield data
@@ -89,13 +94,13 @@ class Users:
                 session = server.table.hold(user_id, loaded.data)
                 self._loading.own(session, loaded)
             except BaseException:
-                self._loading.claims.let_go(user_id, loaded.epoch)
+                self._loading.claims.release_later(user_id, loaded.epoch)
                 raise
             try:
                 frame.confine()
                 yield loaded.data
             except BaseException:
-                self._endings.drop(session)
+                self._endings.drop(session)  # nothing of a block that raises is saved
                 raise
             await self._endings.write(session)
 
@@ -108,7 +113,8 @@ class Users:
             yield data
         finally:
             with suppress(SessionEndedError):
-                session.mark_changed()  # what a block that raises has changed stays changed
+                # the block may have changed a live session before it raised, and the session goes on with that
+                session.mark_changed()
         if session.user_data is not data and self._server.encoding.try_dump(data) != before:
             raise UsageError(
                 f"user_data was assigned while user {quote(session.user_id)} was being edited: what this edit has "
@@ -130,8 +136,10 @@ class Users:
         if session is not None and would_deadlock(Wait(session, Kind.END)):
             raise WouldDeadlockError("this listener would wait for an end that waits for this listener")
         async with self._loading.claims.turns.take(user_id, self._loading.caller_deadline()):
-            if not link.store.fenced:  # then the last write has to come first
-                await link.persistently(lambda _: link.ask(link.store.load, user_id))  # is it there at all?
+            # Without a fence a write that is under way would bring the user back, so the sessions end first. The load
+            # before shows that the store can be reached at all: a session is not ended for an erasure that fails.
+            if not link.store.fenced:
+                await link.persistently(lambda _: link.ask(link.store.load, user_id))
                 await self._end_erased(user_id)
 
             erased = await link.persistently(lambda _: link.erase(user_id, server.owner))
@@ -142,5 +150,5 @@ class Users:
 
     async def _end_erased(self, user_id: int | str) -> None:
         while (session := self._server.table.active_session(user_id)) is not None:
-            self._endings.see_lost(session, UserErasedError(f"user {quote(user_id)} was erased", user_id=user_id))
+            self._endings.on_lost(session, UserErasedError(f"user {quote(user_id)} was erased", user_id=user_id))
             await self._endings.wait_ended(session)
