@@ -13,10 +13,10 @@ from contextlib import suppress
 from contextvars import Context
 from typing import Any, TypeVar
 
-from .clock import Clock
+from .clock import Clock, TimerHandle
 from .options import SECOND
 
-__all__ = ["Loop", "leave"]
+__all__ = ["Kept", "Loop", "leave"]
 
 T = TypeVar("T")
 
@@ -61,6 +61,13 @@ class Loop:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def keep(self, work: Callable[[], Coroutine[Any, Any, None]], name: str) -> Kept:
+        """Start a task that nobody waits for, and start it again a second after somebody else has cancelled it.
+
+        Not at once: `asyncio.run` cancels every task when it ends, and a task begun then would be thrown away.
+        """
+        return Kept(self, self._clock, work, name, SECOND)
 
     # Waiting
 
@@ -120,6 +127,46 @@ class Loop:
     def _end_turn(self) -> None:
         self._slice_ends = 0
         self._is_overrun = False
+
+
+class Kept:
+    """A task that begins again when somebody else has cancelled it; see `Loop.keep`."""
+
+    def __init__(
+        self, loop: Loop, clock: Clock, work: Callable[[], Coroutine[Any, Any, None]], name: str, pause: int
+    ) -> None:
+        self._loop = loop
+        self._clock = clock
+        self._work = work
+        self._name = name
+        self._pause = pause
+        self._timer: TimerHandle | None = None
+        self._is_stopped = False
+        self._task: asyncio.Task[None]
+        self._begin()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the work has come to its end, or was stopped by `stop`."""
+        return self._task.done() and self._timer is None
+
+    def stop(self) -> None:
+        """Cancel the task for good."""
+        self._is_stopped = True
+        self._task.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _begin(self) -> None:
+        self._timer = None
+        if self._loop.is_usable:
+            self._task = self._loop.spawn(self._work(), self._name, Context())
+            self._task.add_done_callback(self._on_done)
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() and not self._is_stopped and self._loop.is_usable:
+            self._timer = self._clock.call_later(self._pause, self._begin, Context())
 
 
 def leave(tasks: set[asyncio.Task[None]]) -> None:

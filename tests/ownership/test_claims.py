@@ -191,3 +191,61 @@ async def test_a_late_answer_for_a_session_that_is_gone_touches_nothing_of_the_n
     assert store.backing.rows[1].epoch == inside(manager).table.epoch(newer)
     store.delay = 0
     await end(clock, manager)
+
+
+@pytest.mark.fault(
+    "a supervisor cancelled all tasks but its own and went on: a user stayed with a process without a session"
+)
+async def test_who_looks_after_a_claim_is_begun_again_when_somebody_cancels_it(clock, store, manager):
+    store.claim_script = ["15s"]
+    with pytest.raises(StoreUnavailableError):
+        await let_time_pass(clock, manager.open(1, default={"n": 0}))
+    for task in asyncio.all_tasks():
+        if task.get_name() == "cagey-sessions doubtful claims":
+            task.cancel()
+    await turns()
+    assert "cagey-sessions doubtful claims" not in {task.get_name() for task in asyncio.all_tasks()}
+    await clock.advance("2s")
+    assert "cagey-sessions doubtful claims" in {task.get_name() for task in asyncio.all_tasks()}
+    await clock.advance("20s")
+    assert store.owner_of(1) == ""
+    await end(clock, manager)
+
+
+async def test_a_claim_that_nobody_wants_is_released_although_somebody_cancels_that(clock, store, manager):
+    await manager.create()  # binds the loop
+    await store.open()
+    (claim,) = await store.claim_many([1], inside(manager).owner)
+    inside(manager).claims.disown(claim)
+    (stray,) = [task for task in asyncio.all_tasks() if task.get_name() == "cagey-sessions stray claim"]
+    stray.cancel()
+    await turns()
+    assert store.owner_of(1) == inside(manager).owner
+    await clock.advance("2s")
+    assert store.owner_of(1) == ""
+    await end(clock, manager)
+
+
+@pytest.mark.fault("an erasure that was cancelled came late, and erased what had been saved after it")
+async def test_a_user_is_not_loaded_before_an_erasure_that_was_given_up_has_returned(clock, store, manager):
+    store.put(1, b'{"n":1}')
+    erase, returns = store.erase, asyncio.Event()
+
+    async def slow(*args: Any) -> bool:
+        await returns.wait()
+        return await erase(*args)
+
+    store.erase = slow
+    erasing = asyncio.ensure_future(manager.erase(1))
+    await turns()
+    erasing.cancel()
+    await asyncio.gather(erasing, return_exceptions=True)
+    opening = asyncio.ensure_future(manager.open(1, default={"n": 0}))
+    await clock.advance("1s")
+    assert not opening.done()
+    returns.set()
+    session = await let_time_pass(clock, opening)
+    assert session.user_data == {"n": 0}, "the user is new"
+    await let_time_pass(clock, session.persist_now())
+    await end(clock, manager)
+    assert store.stored(1) == {"n": 0}

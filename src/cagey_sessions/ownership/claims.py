@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from contextvars import Context
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -28,7 +29,7 @@ from ..errors import (
     StoreError,
     StoreUnavailableError,
 )
-from ..loop import Loop, leave
+from ..loop import Kept, Loop, leave
 from ..options import SECOND
 from ..process import Identity
 from ..stores import Claim, Record
@@ -79,7 +80,7 @@ class Claims:
         """Users whose newest epoch in the store may be higher than their sessions know."""
         self._doubtful: dict[int | str, list[int]] = {}
         """Users whose claims had no answer, and the times at which they are still to be checked."""
-        self._checker: asyncio.Task[None] | None = None
+        self._checker: Kept | None = None
         self._ended: deque[int | str] = deque(maxlen=ENDED_REMEMBERED)
         """Users whose sessions have ended; the engine may lose their releases."""
         self._draining = False
@@ -217,8 +218,8 @@ class Claims:
         now = self._clock.now()
         for user_id in user_ids:
             self._doubtful[user_id] = [now + delay for delay in CHECKS_OF_DOUBTFUL]
-        if self._checker is None or self._checker.done():
-            self._checker = self._loop.spawn(self._check_doubtful(), "doubtful claims", Context())
+        if self._checker is None or self._checker.is_done:
+            self._checker = self._loop.keep(self._check_doubtful, "doubtful claims")
 
     async def _check_doubtful(self) -> None:
         """Check doubtful users several times: a store may carry out a call long after its connection was closed."""
@@ -281,7 +282,7 @@ class Claims:
 
     def disown(self, claim: Claim) -> None:
         """Release a granted claim that no caller waits for any more."""
-        self._loop.spawn(self._release_stray(claim), "stray claim", Context())
+        self._loop.keep(partial(self._release_stray, claim), "stray claim")
 
     async def _release_stray(self, claim: Claim) -> None:
         """Release a claim, unless a session has the user by now; then the session goes on under the claim's epoch."""
@@ -311,7 +312,7 @@ class Claims:
     async def wait_until_idle(self, until: int) -> None:
         """Wait until no call has a turn and all releases are done, at the latest until `until`. Checks end here."""
         if self._checker is not None:
-            self._checker.cancel()
+            self._checker.stop()
         while (self.turns or not self.releases.is_idle) and self._clock.now() < until:
             await self._loop.sleep(SECOND // 200)  # polled: this runs once, at the end of a manager
 
@@ -319,7 +320,7 @@ class Claims:
         """The store is closed: release and check no user any more."""
         self.releases.close()
         if self._checker is not None:
-            self._checker.cancel()
+            self._checker.stop()
 
 
 def _refuse(future: asyncio.Future[Claim], error: Exception) -> None:

@@ -277,21 +277,26 @@ class StoreLink:
         """Begin a call of `Store.save_many`. In an unfenced store it is remembered until it returns; see `outlast`."""
         user_ids = [record.user_id for record in records]
         call = self.start(user_ids, self.store.save_many, records)
-        self._track_write(call.task, user_ids)
+        if not self.store.fenced:
+            self._track_write(call.task, user_ids)
         return call
 
     async def erase(self, user_id: int | str, owner: str) -> bool:
-        """Call `Store.erase`, after any write of the user has returned; remembered like a write itself."""
+        """Call `Store.erase`, after any write of the user that `outlast` waits for; it is waited for like one itself.
+
+        Also where the store is fenced: no epoch fences off an erasure of our own, and one that was given up, or whose
+        caller was cancelled, would erase what is saved and acknowledged after it.
+        """
         await self.outlast(user_id)
         call = self.start((user_id,), self.store.erase, user_id, owner)
         self._track_write(call.task, [user_id])
         return await call.answer()
 
     async def outlast(self, user_id: int | str) -> None:
-        """In an unfenced store, wait until earlier writes of a user have returned, before they are claimed or erased.
+        """Wait until what no fence stops has returned, before a user is claimed or erased.
 
-        Without a fence the store would accept such a write even after newer data. Raises `StoreUnavailableError` if it
-        has not returned within the deadline of a call.
+        That is an erasure, and in an unfenced store any write: it would land on top of newer data. Raises
+        `StoreUnavailableError` if it has not returned within the deadline of a call.
         """
         while (write := self._writes.get(user_id)) is not None and not write.done():
             if not await self.loop.wait(write, self.timeout):
@@ -300,9 +305,7 @@ class StoreLink:
                 )
 
     def _track_write(self, task: asyncio.Task[Any], user_ids: list[int | str]) -> None:
-        """Remember a write of an unfenced store until it returns."""
-        if self.store.fenced:
-            return
+        """Remember a call until it returns; see `outlast`."""
         for user_id in user_ids:
             self._writes[user_id] = task
 
