@@ -25,8 +25,8 @@ class Compiled(griffe.Extension):
         if pkg.path != "cagey_sessions":
             return
         for described, compiled in (
-            (pkg["manager.SessionManager"], cagey_sessions.SessionManager),
-            (pkg["session.Session"], cagey_sessions.Session),
+            (pkg["sessions.manager.SessionManager"], cagey_sessions.SessionManager),
+            (pkg["sessions.session.Session"], cagey_sessions.Session),
         ):
             for name, member in described.members.items():
                 text = inspect.getdoc(getattr(compiled, name, None))

@@ -526,7 +526,7 @@ FAULTS = [
     Fault(
         "a login does not wait for the older session's last save",
         "sessions/loading.py",
-        "                if not await self._within(replaced, 2 * server.options.save_timeout + SECOND):\n",
+        "                if not await self.within(replaced, 2 * server.options.save_timeout + SECOND):\n",
         '                endings.begin_end(older, True, "replaced")\n'
         "                server.table.forget(older)\n                if False:\n",
         USERS,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cagey_sessions import EndReason, StoreUnavailableError
+from cagey_sessions import EndReason, StoreError, StoreUnavailableError
 from cagey_sessions.ownership.claims import CLAIM_CALLS
 from cagey_sessions.stores import Outcome, Verdict
 from support import ScriptedStore, changed, edit, end, inside, let_time_pass, turns
@@ -249,3 +249,22 @@ async def test_a_user_is_not_loaded_before_an_erasure_that_was_given_up_has_retu
     await let_time_pass(clock, session.persist_now())
     await end(clock, manager)
     assert store.stored(1) == {"n": 0}
+
+
+@pytest.mark.fault("ids that the engine cannot hold were asked about once a second for ever, as many as anybody sent")
+async def test_a_user_whom_the_store_never_answers_about_is_not_asked_about_for_ever(clock, store, manager):
+    store.claim_script = ["15s"]
+    with pytest.raises(StoreUnavailableError):
+        await let_time_pass(clock, manager.open(1, default={"n": 0}))
+    asked = []
+
+    async def holder(user_id: Any) -> Any:
+        asked.append(user_id)
+        raise StoreError("this engine has no such users")
+
+    store.holder = holder
+    for _ in range(80):
+        await clock.advance("10s")
+    assert 0 < len(asked) < 10
+    del store.holder
+    await end(clock, manager)

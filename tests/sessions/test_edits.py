@@ -235,3 +235,19 @@ async def test_an_edit_repeats_a_save_whose_reply_is_lost(clock, store, manager)
     assert [len(batch.records) for batch in store.batches] == [1, 1]
     assert store.versions(1) == [2, 2]
     await end(clock, manager)
+
+
+async def test_a_drain_waits_for_an_edit_as_long_as_its_deadline_is(clock, store, manager):
+    store.put(1, b'{"n":0}')
+
+    async def edit_slowly() -> None:
+        async with manager.edit(1) as data:
+            await clock.sleep("5s")
+            data["n"] = 1
+
+    editing = asyncio.ensure_future(edit_slowly())
+    await turns(20)
+    await let_time_pass(clock, manager.destroy())
+    await editing
+    assert store.stored(1) == {"n": 1}
+    assert store.owner_of(1) == ""

@@ -48,8 +48,10 @@ CLAIMS_IN_A_CALL = 64
 CLAIM_CALLS = 4
 """How many claim calls run at a time; where each user takes a call of its own, `CLAIMS_IN_A_CALL` of them."""
 CLAIMED_AT_A_TIME = CLAIMS_IN_A_CALL * CLAIM_CALLS
-CHECKS_OF_DOUBTFUL = (SECOND, 5 * SECOND, 30 * SECOND)
+CHECKS_OF_DOUBTFUL = (SECOND, 5 * SECOND, 30 * SECOND, 120 * SECOND, 600 * SECOND)
 """How long after a claim that had no answer the user is checked."""
+FOR_RELEASES = SECOND
+"""How long the end of a manager waits for releases that are under way."""
 ENDED_REMEMBERED = 10_000
 """How many users of ended sessions are checked when an engine has lost acknowledged data, perhaps a release."""
 
@@ -231,9 +233,12 @@ class Claims:
                 if self.turns.is_taken(user_id):
                     continue  # that call claims the user itself, and so learns the newest epoch
                 if checks[0] <= self._clock.now():
-                    with suppress(Exception):  # the check stays in the list, and is repeated
-                        await self._release_if_unwanted(user_id)
-                        checks.pop(0)
+                    with suppress(Exception):
+                        try:
+                            await self._release_if_unwanted(user_id)
+                        except StoreUnavailableError:
+                            continue  # the check stays in the list, and is repeated
+                    del checks[:1]  # also if the store refuses to answer about this user: it would refuse for ever
                 # compared by identity: while the store was asked the user may have become doubtful anew
                 if not checks and self._doubtful.get(user_id) is checks:
                     del self._doubtful[user_id]
@@ -310,11 +315,16 @@ class Claims:
         await self.releases.wait(user_id, epoch)
 
     async def wait_until_idle(self, until: int) -> None:
-        """Wait until no call has a turn and all releases are done, at the latest until `until`. Checks end here."""
+        """Wait until no call has a turn, at the latest until `until`, and then a second for releases. Checks end
+        here."""
         if self._checker is not None:
             self._checker.stop()
+        # polled: this runs once, at the end of a manager
+        while self.turns and self._clock.now() < until:
+            await self._loop.sleep(SECOND // 200)
+        until = self._clock.now() + FOR_RELEASES
         while (self.turns or not self.releases.is_idle) and self._clock.now() < until:
-            await self._loop.sleep(SECOND // 200)  # polled: this runs once, at the end of a manager
+            await self._loop.sleep(SECOND // 200)
 
     def close(self) -> None:
         """The store is closed: release and check no user any more."""

@@ -37,17 +37,20 @@ One save, in order::
 
 What holds at each step, and why:
 
-- **Bytes are fixed in one synchronous step**, with no call of the program in it but `before_save` and `encode`. So what
-is saved is the data as it was between two steps of the event loop. - **A version stands for certain bytes.** The same
-bytes get the same version again, so a call whose outcome is unknown can be repeated: the store answers "already" if it
-was written after all. - **One save of a session is under way at a time.** So the store never gets two versions in the
-wrong order, and two bits (`MARKED`, `MARKED_BEFORE`) say whether a change is known to be stored. - **A call that has no
-answer at its deadline is of unknown outcome.** Where the store fences, the row fails and is tried again. Where it does
-not, the user stays under way until the call returns, because a late write would land on top of the next one. - **What
-failed never shares a call with what did not.** A call that fails as a whole is made again in halves, until the row that
-it fails for is alone. - **A flag of the row says that a session is lost** (it is not saved any more), **that the next
-save is final** (it releases the user in the same write), **or that the last one has released.** `sessions` sets the
-first two, `verdicts` the last. Nothing here asks why.
+- **Bytes are fixed in one synchronous step**, with no call of the program in it but `before_save` and `encode`. So
+  what is saved is the data as it was between two steps of the event loop.
+- **A version stands for certain bytes.** The same bytes get the same version again, so a call whose outcome is
+  unknown can be repeated: the store answers "already" if it was written after all.
+- **One save of a session is under way at a time.** So the store never gets two versions in the wrong order, and two
+  bits (`MARKED`, `MARKED_BEFORE`) say whether a change is known to be stored.
+- **A call that has no answer at its deadline is of unknown outcome.** Where the store fences, the row fails and is
+  tried again. Where it does not, the user stays under way until the call returns, because a late write would land on
+  top of the next one.
+- **What failed never shares a call with what did not.** A call that fails as a whole is made again in halves, until
+  the row that it fails for is alone.
+- **Flags of the row** say that a session is lost (it is not saved any more), that the next save is final (it releases
+  the user in the same write), and that the last one has released. `sessions` sets the first two, `verdicts` the last.
+  Nothing here asks why.
 
 Two things go up, by functions handed in when a manager is made: a session has lost its user, and a save of a session
 that is being ended is over.
@@ -55,9 +58,9 @@ that is being ended is over.
 What was tried and dropped:
 
 - **One deadline for all callers of a save.** A caller that joined late was told too early that the save had failed.
-- **One timer for all callers, on a grid of 50 ms.** A timer for each caller is less code, and costs the same where it
-counts. - **Every save by itself, in Python.** It cost about 8 us; so most saves go through the core in batches, and
-only what is special about a save takes it out of its batch.
+- **One timer for all callers, on a grid of 50 ms.** A timer for each caller is less code.
+- **Every save by itself, in Python.** It cost about 8 us; so most saves go through the core in batches, and only what
+  is special about a save takes it out of its batch.
 
 Considered, and not built: arming everybody anew after an outage, in place of the token bucket in ``pacing.py``. It
 would be a walk over all rows in one step, where the bucket costs a subtraction for each save.

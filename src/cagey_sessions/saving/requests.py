@@ -43,7 +43,7 @@ class Requests:
         if session.user_id is None:
             return None
         if (loss := self._autosave.loss_of(session)) is not None:
-            raise loss
+            raise fresh(loss)
         self._saver.require()
         outcome = await self._wait(session)
         if isinstance(outcome, Exception):

@@ -93,6 +93,9 @@ class Saver(ABC):
     async def release(self, session: SessionCore) -> None:
         """Release a user whom no save has released. Raises what the first attempt raised."""
 
+    def release_later(self, session: SessionCore) -> None:
+        """Let go of a user whom no save has let go of; the caller does not wait for it."""
+
     def forget(self, session: SessionCore) -> None:
         """A session has ended: drop what is kept of it."""
 

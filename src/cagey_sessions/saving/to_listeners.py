@@ -61,8 +61,8 @@ class ListenerSaver(Saver):
         """Whether a session was saved since its end began, and its data has not changed since then."""
         if session not in self._saved:
             return False
-        saved = self._saved[session]
-        return saved is None or saved == self._encoding.try_dump(session.user_data)
+        # None for both: its changes cannot be seen. Data that was not JSON and is now has changed.
+        return self._saved[session] == self._encoding.try_dump(session.user_data)
 
     def forget_unseen(self, session: SessionCore) -> None:
         if self._saved.get(session) is None:

@@ -155,6 +155,10 @@ class StoreSaver(Saver):
         assert session.user_id is not None
         await self._claims.release(session.user_id, self._table.epoch(session))
 
+    def release_later(self, session: SessionCore) -> None:
+        assert session.user_id is not None
+        self._claims.release_later(session.user_id, self._table.epoch(session))
+
     def forget(self, session: SessionCore) -> None:
         self._results.forget(session)
         if session.user_id is not None:

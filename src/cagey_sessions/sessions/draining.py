@@ -146,6 +146,7 @@ class _Attempt:
 
     async def _run(self, deadline: int) -> None:
         server = self._server
+        until = server.clock.now() + deadline
         self._start_sweep()
         if not await self._wait_quiet(deadline):
             self.drain.gave_up = True
@@ -159,7 +160,8 @@ class _Attempt:
         await self._write_spill()  # all ends are over, so the file has everybody who is unsaved
         if server.sanitizer is not None:
             server.sanitizer.look_at_all_ended()
-        await server.saver.close(server.clock.now() + AFTER_DEADLINE)
+        # calls that are at work on a user, such as an edit, have the rest of the deadline
+        await server.saver.close(until)
         server.autosave.close()
         self._spilling.close()
         server.close()
@@ -233,8 +235,9 @@ class _Attempt:
                 self._endings.end_by_force(session)
                 await self._server.loop.take_turn()
         # what is left now has no row any more: listeners of ``destroy`` have not returned
-        for session in list(self._endings.under_way):
-            if not self._server.table.is_silent(session):  # an edit has it, and is waited for by `saver.close`
+        for session, ending in list(self._endings.under_way.items()):
+            # a silent session whose call waits for its end is waited for by `saver.close`
+            if not (self._server.table.is_silent(session) and ending.waiting):
                 self._endings.end_by_force(session)
 
     async def _write_spill(self) -> None:

@@ -12,32 +12,35 @@ The stages (`TRANSITIONS` says which may follow which)::
       ^            |              |           |
       +------------+--------------+-----------+   the last save failed: no task, the wheel tries again
 
-- **ANNOUNCING**: the session can no longer be found by its key. The listeners of ``before_destroy`` run, and may change
-  the data, save, or wait for anything that does not wait for this end (`events.deadlocks` refuses the rest).
-- **SETTLING**: a save that was under way comes to its end. Until now a caller can still ask for a last save, or take
-the wish back. - **SAVING**: the last save, repeated while the data goes on changing, at most `MOST_LAST_SAVES` times.
-The row is flagged *final*, so that the save releases the user in the same write. A user whom no save has released is
-released here. - **GONE**: the row is forgotten, and the user may log in again, here or elsewhere. The listeners of
-``destroy`` run. - **PARKED**: the last save failed. The session stays hidden and keeps its user. There is no task and
-no timer of its own: the wheel makes the save due again, and when it succeeds the end goes on. A million parked ends are
-a million rows.
+- **ANNOUNCING**: the session can no longer be found by its key. The listeners of ``before_destroy`` run, and may
+  change the data, save, or wait for anything that does not wait for this end (`events.deadlocks` refuses the rest).
+- **SETTLING**: a save that was under way comes to its end. Until now a caller can still ask for a last save.
+- **SAVING**: the last save, repeated while the data goes on changing, at most `MOST_LAST_SAVES` times. The row is
+  flagged *final*, so that the save releases the user in the same write. A user whom no save has released is released
+  here.
+- **GONE**: the row is forgotten, and the user may log in again, here or elsewhere. The listeners of ``destroy`` run.
+- **PARKED**: the last save failed. The session stays hidden and keeps its user. There is no task and no timer of its
+  own: the wheel makes the save due again, and when it succeeds the end goes on. A million parked ends are a million
+  rows.
 
 Who moves what:
 
-    a caller (`end`)            begins an end, joins it, or wakes a parked one
-    saving (`see_settled`)      a save of a session that is being ended is over: a parked end goes on after a success
-    saving (`see_lost`)         the user was lost: the end goes on without a save, whatever stage it is in
-    the drain (`Drain`)         everybody ends; after its deadline no failure parks any more, and who is left is ended
-    by force (`end_by_force`), which is why GONE and ENDED follow every stage somebody else's `cancel()`  the task is
-    gone (`_see_stopped`): the end is parked if it was to save, finished otherwise
+- a caller (`end`) begins an end, joins it, or wakes a parked one;
+- saving (`on_settled`) reports that a save of a session that is being ended is over: after a success a parked end
+  goes on;
+- saving (`on_lost`) reports that the user was lost: the end goes on without a save, whatever stage it is in;
+- the drain (`Drain`) ends everybody. After its deadline no failure parks any more, and whoever is left is ended by
+  force (`end_by_force`), which is why GONE and ENDED may follow every stage;
+- a `cancel()` from outside ends the task (`_on_task_done`): the end is parked if it was to save, and finished
+  otherwise.
 
 Three promises rest on this order:
 
-- *Nothing acknowledged is lost*: a session is forgotten only when its data is known to be saved (`Saver.is_saved`), or
-  when it was said that it need not be, or in the report of a drain that names it.
+- *Nothing acknowledged is lost*: a session is forgotten only when its data is known to be saved (`Saver.is_saved`),
+  or when it was said that it need not be, or in the report of a drain that names it.
 - *A user is in one session*: the user's slot is taken until GONE, so a login on this server waits for the last save;
-and the store has released the user by then, so one on another server finds the newest data. - *An end ends*: every wait
-in it has a deadline, or is for the program's own listeners, and a drain cuts those off.
+  and the store has released the user by then, so a login on another server finds the newest data.
+- *An end ends*: every wait in it has a deadline, or is for the program's own listeners, and a drain cuts those off.
 
 A *silent* session (`Endings.write`, `Endings.drop`) holds a user for a call that has no session, such as an edit. No
 listener hears of it, and a failed last save ends it unsaved, because its caller is told that it failed.
@@ -310,6 +313,8 @@ class Endings:
             return
         ending.errors.append(stopped)
         if ending.stage is not Stage.GONE:
+            if self._saver.has_to_release(session) and not self._gave_up():
+                self._saver.release_later(session)
             self._forget(session, ending)
         self.finish(session, ending)
 
@@ -476,7 +481,8 @@ class Endings:
         """Tell the callers that the last save has failed, and leave its retry to the wheel."""
         self.at_work -= 1
         ending.move(Stage.PARKED)
-        self._table.set_final(session, True)  # if a retry succeeds the user is released by it
+        # if a retry succeeds the user is released by it; not before the listeners of `before_destroy`, who may save
+        self._table.set_final(session, ending.announced)
         failed = self._parking_error(session, ending, error)
         if ending.waiting:
             ending.errors = []  # they are in what the callers get

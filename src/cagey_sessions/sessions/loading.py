@@ -105,7 +105,7 @@ class Loading:
                     raise UserActiveError(f"user {quote(user_id)} has a live session", session=older)
                 # a save and then an end: each may take as long as a caller waits
                 replaced = self._beginnings.replace(older)
-                if not await self._within(replaced, 2 * server.options.save_timeout + SECOND):
+                if not await self.within(replaced, 2 * server.options.save_timeout + SECOND):
                     raise StoreUnavailableError(
                         f"the earlier session of user {quote(user_id)} has not ended: its last save is not "
                         "acknowledged, or a listener of its end has not returned; try again later"
@@ -114,13 +114,13 @@ class Loading:
             ending = endings.under_way.get(older)
             if ending is not None and ending.parked:
                 endings.resume(older, ending)  # a caller waits now: do not leave it to the retry of the wheel
-            if not await self._within(endings.wait_ended(older), server.options.save_timeout):
+            if not await self.within(endings.wait_ended(older), server.options.save_timeout):
                 raise StoreUnavailableError(
                     f"the last save of the earlier session of user {quote(user_id)} is not acknowledged; "
                     "try again later"
                 )
 
-    async def _within(self, waiting: Coroutine[Any, Any, object], limit: int) -> bool:
+    async def within(self, waiting: Coroutine[Any, Any, object], limit: int) -> bool:
         """Await something for at most `limit` nanoseconds. Returns whether it was done by then."""
         # not `asyncio.timeout`: time is that of the manager's clock
         task = self._server.loop.spawn(waiting, "wait")

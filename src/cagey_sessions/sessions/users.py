@@ -151,4 +151,6 @@ class Users:
     async def _end_erased(self, user_id: int | str) -> None:
         while (session := self._server.table.active_session(user_id)) is not None:
             self._endings.on_lost(session, UserErasedError(f"user {quote(user_id)} was erased", user_id=user_id))
-            await self._endings.wait_ended(session)
+            # the data is erased; listeners of the end that do not return hold up the end, and not this call
+            if not await self._loading.within(self._endings.wait_ended(session), self._server.options.save_timeout):
+                return

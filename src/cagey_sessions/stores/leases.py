@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import Context
+from functools import partial
 
 from ..errors import StoreUnavailableError
 
@@ -54,9 +55,22 @@ class Leases:
                 return  # another task has renewed it while this one waited for the lock
             await self.renew(owner)
         if (self._renewing is None or self._renewing.done()) and not self._ended:
-            self._renewing = asyncio.Task(
-                self._renew_forever(), loop=asyncio.get_running_loop(), name="cagey-sessions lease", context=Context()
-            )
+            self._begin(asyncio.get_running_loop())
+
+    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._ended or loop.is_closed() or (self._renewing is not None and not self._renewing.done()):
+            return
+        self._renewing = asyncio.Task(self._renew_forever(), loop=loop, name="cagey-sessions lease", context=Context())
+        self._renewing.add_done_callback(partial(self._on_done, loop))
+
+    def _on_done(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
+        """Begin again if somebody else has cancelled the task: without a lease the users would be taken.
+
+        After a pause, because `asyncio.run` cancels every task when it ends, and a task begun then would be thrown
+        away.
+        """
+        if task.cancelled() and not self._ended and not loop.is_closed():
+            loop.call_later(self._seconds / 15, self._begin, loop)
 
     async def renew(self, owner: str) -> None:
         """Renew a lease, however old it is.

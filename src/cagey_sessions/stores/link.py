@@ -149,6 +149,7 @@ class StoreLink:
         self.last_error: Exception | None = None
         self.latency: float = 0.0
         self._closing = False
+        self._closer: asyncio.Task[None] | None = None
         self.closed: bool = False
 
     def watch(self, on_change: Callable[[], None]) -> None:
@@ -178,6 +179,8 @@ class StoreLink:
         await self.loop.wait(self._opening, self.timeout)
         if not self._opening.done():
             raise StoreUnavailableError(f"{self.name} could not be opened within {self.timeout / SECOND:g} s")
+        if self._opening.cancelled():  # by somebody else: this caller was not cancelled
+            raise StoreUnavailableError(f"the task that opened {self.name} was cancelled")
         self._opening.result()
 
     def _has_store(self) -> bool:
@@ -188,10 +191,17 @@ class StoreLink:
         return not opening.cancelled() and opening.exception() is None
 
     async def close(self) -> None:
-        """Wait up to `CLOSING` for the calls under way, then close the store. Logs errors, and never raises."""
-        if self._closing:
-            return
-        self._closing = True
+        """Wait up to `CLOSING` for the calls under way, then close the store. Logs errors, and never raises.
+
+        A caller that is cancelled does not stop it, and one that comes later waits for the same.
+        """
+        if not self._closing:
+            self._closing = True
+            self._closer = self.loop.spawn(self._close(), "store close", Context())
+        if self._closer is not None and not self._closer.done():
+            await self.loop.wait(self._closer, None)
+
+    async def _close(self) -> None:
         self._stop_probing()
         self._wake()
         until = self.now() + CLOSING
