@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cagey_sessions import SessionManager
-from support import ScriptedStore, changed, edit, end, inside, turns
+from support import ScriptedStore, changed, edit, end, inside, let_time_pass, turns
 
 
 async def add_user(manager, user_id, key=None):
@@ -236,3 +236,111 @@ def test_a_loop_that_ends_in_the_middle_of_a_save_is_quiet(capfd, clock):
     assert out == ""
     assert "Traceback" not in err
     assert "never" not in err
+
+
+# Somebody cancels the library's own tasks
+
+
+def cancel_ours(name: str) -> int:
+    """Cancel the tasks of the library with that name: how many there were."""
+    ours = [task for task in asyncio.all_tasks() if task.get_name() == f"cagey-sessions {name}"]
+    return sum(task.cancel() for task in ours)
+
+
+@pytest.mark.fault("the user stayed with this process, and no other server could have them")
+@pytest.mark.parametrize("call", ["destroy", "edit"])
+async def test_an_end_without_a_save_whose_task_is_cancelled_releases_its_user(clock, store, manager, call):
+    store.put(1, b'{"n":0}')
+    if call == "destroy":
+        session = await let_time_pass(clock, manager.open(1))
+        ending = asyncio.ensure_future(session.destroy(persist=False))
+        await asyncio.sleep(0)
+        assert cancel_ours("end of session") == 1
+        await let_time_pass(clock, asyncio.gather(ending, return_exceptions=True))
+    else:
+        with pytest.raises(KeyError):
+            async with manager.edit(1):
+                raise KeyError
+        assert cancel_ours("end of session") == 1
+    await clock.advance("2s")
+    assert store.owner_of(1) == ""
+    await end(clock, manager)
+
+
+@pytest.mark.fault("another server had the user while the listener still changed the data, and the change was lost")
+async def test_an_end_cancelled_before_its_first_step_does_not_release_before_its_listeners_have_run(
+    clock, store, manager
+):
+    store.put(1, b'{"n":0}')
+    session = await let_time_pass(clock, manager.open(1))
+    session.user_data["n"] = 1
+    seen = []
+    session.on("before_destroy", lambda: seen.append(store.owner_of(1)))
+    ending = asyncio.ensure_future(session.destroy())
+    await asyncio.sleep(0)
+    assert cancel_ours("end of session") == 1
+    await let_time_pass(clock, asyncio.gather(ending, return_exceptions=True))
+    await let_time_pass(clock, session.wait_ended())
+    assert seen == [inside(manager).owner]
+    assert (store.owner_of(1), store.stored(1)) == ("", {"n": 1})
+    await end(clock, manager)
+
+
+async def test_a_caller_whose_store_is_opened_by_a_task_that_is_cancelled_is_not_cancelled(clock, store, manager):
+    opened, store.open = store.open, asyncio.Event().wait
+    loading = asyncio.ensure_future(manager.open(1, default={"n": 0}))
+    await turns()
+    assert cancel_ours("store call") == 1
+    store.open = opened
+    session = await let_time_pass(clock, loading)
+    assert session.user_data == {"n": 0}
+    await end(clock, manager)
+
+
+async def test_a_store_that_was_being_closed_when_the_drain_was_cancelled_is_closed(clock, store, manager):
+    closed, returns = [], asyncio.Event()
+    close = store.close
+
+    async def slow() -> None:
+        await returns.wait()
+        await close()
+        closed.append(True)
+
+    store.close = slow
+    await let_time_pass(clock, manager.open(1, default={"n": 0}))
+    leaving = asyncio.ensure_future(manager.destroy())
+    while not any(task.get_name() == "cagey-sessions store close" for task in asyncio.all_tasks()):
+        await clock.advance("5ms")
+    assert cancel_ours("drain") > 0
+    returns.set()
+    await let_time_pass(clock, leaving)
+    assert closed == [True]
+
+
+@pytest.mark.parametrize("event", ["before_destroy", "destroy"])
+async def test_an_erasure_is_not_held_up_by_listeners_that_do_not_return(clock, store, manager, event):
+    store.put(1, b'{"n":0}')
+    session = await let_time_pass(clock, manager.open(1))
+    returns = asyncio.Event()
+    session.on(event, returns.wait)
+    assert await let_time_pass(clock, manager.erase(1)) is True
+    assert session.alive
+    returns.set()
+    await let_time_pass(clock, session.wait_ended())
+    await end(clock, manager)
+
+
+@pytest.mark.fault("what a user had when the save began was no JSON, so the change during it was not seen")
+async def test_data_that_has_become_json_during_the_last_save_has_changed():
+    manager, saved = SessionManager(), []
+
+    @manager.on("persist_user_data")
+    async def save(session: Any) -> None:
+        saved.append(str(session.user_data))
+        session.user_data["seen"] = "tomorrow"
+
+    session = await manager.create()
+    await session.set_user(1, {"seen": object})
+    await session.destroy(True)
+    assert len(saved) == 2
+    await manager.destroy()
