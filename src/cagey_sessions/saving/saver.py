@@ -33,10 +33,16 @@ class Saver(ABC):
     """How many nanoseconds a caller waits while attempts fail; None if it gets the first failure."""
     unchanged: int = 0
     """How many saves have found that the store has the data already."""
-    fenced: int = 0
-    """How many sessions have lost their users to other servers."""
-    unsavable: Collection[SessionCore] = ()
-    """Sessions whose data cannot be saved as it is."""
+
+    @property
+    def fenced(self) -> int:
+        """How many sessions have lost their users to others."""
+        return 0
+
+    @property
+    def unsavable(self) -> Collection[SessionCore]:
+        """Sessions whose data cannot be saved as it is."""
+        return ()
 
     @abstractmethod
     def bind(self, autosave: Autosave) -> None:

@@ -165,11 +165,11 @@ class StoreSaver(Saver):
             self._claims.on_session_ended(session.user_id)
 
     @property
-    def fenced(self) -> int:  # type: ignore[override]
+    def fenced(self) -> int:
         return self._results.fenced
 
     @property
-    def unsavable(self) -> Collection[SessionCore]:  # type: ignore[override]
+    def unsavable(self) -> Collection[SessionCore]:
         return self._results.unsavable
 
     def drain(self, draining: bool) -> None:
