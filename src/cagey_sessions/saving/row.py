@@ -32,7 +32,7 @@ class Stage(Enum):
     SETTLED = "settled"
 
 
-TRANSITIONS = {
+TRANSITIONS: dict[Stage, tuple[Stage, ...]] = {
     Stage.OPEN: (Stage.UNOWNED, Stage.ORPHANED, Stage.SETTLED),
     Stage.UNOWNED: (Stage.OPEN, Stage.ORPHANED, Stage.SETTLED),
     Stage.ORPHANED: (Stage.OPEN,),

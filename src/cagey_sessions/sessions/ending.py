@@ -103,7 +103,7 @@ class Stage(Enum):
     ENDED = "ended"
 
 
-TRANSITIONS = {
+TRANSITIONS: dict[Stage, tuple[Stage, ...]] = {
     Stage.PARKED: (Stage.ANNOUNCING, Stage.SETTLING, Stage.GONE, Stage.ENDED),
     Stage.ANNOUNCING: (Stage.SETTLING, Stage.PARKED, Stage.GONE, Stage.ENDED),
     Stage.SETTLING: (Stage.SAVING, Stage.PARKED, Stage.GONE, Stage.ENDED),
