@@ -82,8 +82,7 @@ test: $(VENV)/dev test-debug
 
 test-debug: $(DEBUG)/built
 	PYTHONPATH=$(DEBUG) CAGEY_TEST_EXAMPLES=40 $(BIN)/python -m pytest tests/random/test_manager_machine.py \
-	  tests/sessions/test_login.py tests/sessions/test_open.py tests/sessions/test_users.py tests/sessions/test_edits.py \
-	 
+	  tests/sessions/test_login.py tests/sessions/test_open.py tests/sessions/test_users.py tests/sessions/test_edits.py
 
 check-core: $(VENV)/dev $(DEBUG)/built $(SANITIZE)/built
 	PYTHONPATH=tests $(BIN)/python -m corecheck --debug $(DEBUG) --sanitize $(SANITIZE) $(CHECK_ARGS)
