@@ -601,8 +601,8 @@ FAULTS = [
     Fault(
         "a call nobody waits for has no deadline",
         "stores/link.py",
-        "            self._link.bound(self, self._left())\n",
-        "            pass\n",
+        "            self._link.bound(self, self._left())\n            raise\n",
+        "            raise\n",
         SAVING,
     ),
     Fault(

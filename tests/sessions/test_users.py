@@ -259,3 +259,36 @@ async def test_an_erase_that_cannot_wait_changes_nothing(clock, store, manager):
     await asyncio.gather(let_time_pass(clock, session.destroy()), return_exceptions=True)
     assert (store.stored(1) is None) == (outcome == [True]), (outcome, store.stored(1))
     await end(clock, manager)
+
+
+@pytest.mark.fault("the last attempt of a call had a time-out of its own, so the call took twice as long as it may")
+@pytest.mark.parametrize("call", ["read", "erase", "open"])
+async def test_an_attempt_has_no_longer_than_what_is_left_for_the_call(clock, call):
+    attempts, returns = [], asyncio.Event()
+
+    class Silent(ScriptedStore):
+        async def load(self, user_id: Any) -> Any:
+            attempts.append(user_id)
+            if len(attempts) == 1:
+                await self.clock.sleep("8s")
+                raise StoreUnavailableError("not now")
+            await returns.wait()
+            raise StoreUnavailableError("too late")
+
+        async def erase(self, user_id: Any, owner: str = "") -> Any:
+            return await self.load(user_id)
+
+        async def claim_many(self, user_ids: Any, owner: str) -> Any:
+            return await self.load(user_ids)
+
+    store = Silent(clock)
+    manager = SessionManager(store=store, clock=clock)  # a call may take 10 seconds
+    store.clock = clock
+    began = clock.now()
+    with pytest.raises(StoreUnavailableError):
+        await let_time_pass(clock, getattr(manager, call)(1))
+    assert len(attempts) == 2
+    assert clock.now() - began < 11_000_000_000
+    returns.set()
+    await turns()
+    await let_time_pass(clock, manager.destroy())

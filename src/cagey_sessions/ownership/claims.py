@@ -92,7 +92,6 @@ class Claims:
 
         Raises `OwnedElsewhereError`, `CorruptRecordError`, and `StoreUnavailableError` after `save_timeout`.
         """
-        await self._link.outlast(user_id)
         claim = await self._link.persistently(lambda until: self._wait_for_claim(user_id, until))
         if not claim.granted:
             raise OwnedElsewhereError(
@@ -106,6 +105,7 @@ class Claims:
         return claim
 
     async def _wait_for_claim(self, user_id: int | str, until: int) -> Claim:
+        await self._link.outlast(user_id, until)
         future: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
         self._wanted[user_id] = future
         if len(self._claimers) < (CLAIMS_IN_A_CALL if self._link.store.independent else CLAIM_CALLS):

@@ -51,7 +51,7 @@ class Users:
         session = server.table.active_session(user_id)
         if session is not None and not server.table.is_silent(session) and await self._has_the_newest(session):
             return server.encoding.copy(session.user_data)
-        record = await link.persistently(lambda _: link.ask(link.store.load, user_id))
+        record = await link.persistently(lambda until: link.ask(link.store.load, user_id, until=until))
         if record is None:
             raise not_found(user_id)
         return self._loading.decode(check_record(record))
@@ -69,7 +69,7 @@ class Users:
             return True
         ours = (server.owner, server.table.epoch(session))
         assert user_id is not None
-        holder = await link.persistently(lambda _: link.ask(link.store.holder, user_id))
+        holder = await link.persistently(lambda until: link.ask(link.store.holder, user_id, until=until))
         return holder == ours and session.alive
 
     @asynccontextmanager
@@ -139,10 +139,10 @@ class Users:
             # Without a fence a write that is under way would bring the user back, so the sessions end first. The load
             # before shows that the store can be reached at all: a session is not ended for an erasure that fails.
             if not link.store.fenced:
-                await link.persistently(lambda _: link.ask(link.store.load, user_id))
+                await link.persistently(lambda until: link.ask(link.store.load, user_id, until=until))
                 await self._end_erased(user_id)
 
-            erased = await link.persistently(lambda _: link.erase(user_id, server.owner))
+            erased = await link.persistently(lambda until: link.erase(user_id, server.owner, until))
             await self._end_erased(user_id)
             if server.spill is not None and server.spill.drop(user_id):
                 await self._spilling.write_spill()

@@ -71,14 +71,22 @@ class Call(Generic[T]):
         self.started: int = started
         self.is_probe: bool = is_probe
 
-    async def answer(self) -> T:
-        """Wait for the call, and return or raise what it does; at its deadline raises `CallTimedOutError`."""
+    async def answer(self, until: int | None = None) -> T:
+        """Wait for the call, and return or raise what it does. At its deadline raises `CallTimedOutError`.
+
+        So it does at `until`, in nanoseconds of the clock, if the caller cannot wait for as long as the call may take.
+        """
+        left = self._left()
+        limit = left if until is None else min(left, until - self._link.now())
         try:
-            await self._link.loop.wait(self.task, self._left())
+            await self._link.loop.wait(self.task, limit)
         except asyncio.CancelledError:
             # The caller goes away, the call goes on. A timer sees to its deadline in the caller's place.
             self._link.bound(self, self._left())
             raise
+        if not self.task.done() and limit < left:
+            self._link.bound(self, self._left())
+            raise CallTimedOutError(f"{self._link.name} has not answered in the time that this call had left")
         if not self.task.done():
             self._link.give_up_on(self)
             raise CallTimedOutError(f"{self._link.name} did not answer within {self._link.timeout / SECOND:g} s")
@@ -235,9 +243,11 @@ class StoreLink:
         call.task.add_done_callback(lambda _: self._on_returned(call))
         return call
 
-    async def ask(self, method: Callable[..., Coroutine[Any, Any, T]], user_id: int | str, *args: object) -> T:
-        """Begin a call for one user and wait for its answer."""
-        return await self.start((user_id,), method, user_id, *args).answer()
+    async def ask(
+        self, method: Callable[..., Coroutine[Any, Any, T]], user_id: int | str, *, until: int | None = None
+    ) -> T:
+        """Begin a call for one user and wait for its answer; see `Call.answer`."""
+        return await self.start((user_id,), method, user_id).answer(until)
 
     def _spawn(self, method: Callable[..., Coroutine[Any, Any, T]], *args: object) -> asyncio.Task[T]:
         async def run() -> T:
@@ -291,25 +301,25 @@ class StoreLink:
             self._track_write(call.task, user_ids)
         return call
 
-    async def erase(self, user_id: int | str, owner: str) -> bool:
+    async def erase(self, user_id: int | str, owner: str, until: int) -> bool:
         """Call `Store.erase`, after any write of the user that `outlast` waits for; it is waited for like one itself.
 
         Also where the store is fenced: no epoch fences off an erasure of our own, and one that was given up, or whose
         caller was cancelled, would erase what is saved and acknowledged after it.
         """
-        await self.outlast(user_id)
+        await self.outlast(user_id, until)
         call = self.start((user_id,), self.store.erase, user_id, owner)
         self._track_write(call.task, [user_id])
-        return await call.answer()
+        return await call.answer(until)
 
-    async def outlast(self, user_id: int | str) -> None:
+    async def outlast(self, user_id: int | str, until: int) -> None:
         """Wait until what no fence stops has returned, before a user is claimed or erased.
 
         That is an erasure, and in an unfenced store any write: it would land on top of newer data. Raises
         `StoreUnavailableError` if it has not returned within the deadline of a call.
         """
         while (write := self._writes.get(user_id)) is not None and not write.done():
-            if not await self.loop.wait(write, self.timeout):
+            if not await self.loop.wait(write, until - self.now()):
                 raise StoreUnavailableError(
                     f"an earlier write of user {quote(user_id)} has not returned, and would land on top of what follows"
                 )
