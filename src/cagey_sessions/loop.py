@@ -87,9 +87,9 @@ class Loop:
 
         timer = None if limit is None else self._clock.call_later(max(0, limit), wake, Context())
         future.add_done_callback(wake)
+        # not `asyncio.wait_for`: that cancels the future, and measures by the time of the loop
         try:
             await done
-        # not `asyncio.wait_for`: that cancels the future, and measures by the time of the loop
         finally:
             future.remove_done_callback(wake)
             if timer is not None:

@@ -315,8 +315,7 @@ class Claims:
         await self.releases.wait(user_id, epoch)
 
     async def wait_until_idle(self, until: int) -> None:
-        """Wait until no call has a turn, at the latest until `until`, and then a second for releases. Checks end
-        here."""
+        """End all checks, wait until no call has a turn, at most until `until`, and then a second for releases."""
         if self._checker is not None:
             self._checker.stop()
         # polled: this runs once, at the end of a manager

@@ -279,8 +279,6 @@ class Endings:
         self._table.begin_end(session)
         self._autosave.hasten(session)
         ending = self.under_way[session] = Ending(persist, reason, self._new_attempt())
-        self._table.set_final(session, True)
-        # while it is parked a retry may turn out to be the last save, and then releases the user
         if not parked:
             self._work_on(session, ending)
         return ending
@@ -396,8 +394,8 @@ class Endings:
             if self.under_way.get(session) is not ending:
                 return  # ended by force meanwhile
             ending.move(Stage.SETTLING)
+        # one deadline for both waits below: together they may take no longer than a caller waits
         until = self._autosave.caller_deadline()
-        # one deadline for both waits: together they may take no longer than a caller waits
         outcome = await self._autosave.wait_settled(session, until)
         if self.under_way.get(session) is not ending:
             return
@@ -418,8 +416,8 @@ class Endings:
             await self._release(session)
         if self.under_way.get(session) is not ending:
             return
+        # asked before `_forget`, because the row knows whether the session is silent
         is_heard = self._is_heard("destroy", session)
-        # before `_forget`: the row knows whether the session is silent
         self._forget(session, ending)
         if is_heard:
             with listening(Wait(session, Kind.END), self._table):
