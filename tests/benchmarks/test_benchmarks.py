@@ -63,6 +63,7 @@ def as_tuple(costs: Any) -> tuple[float, ...]:
 @pytest.mark.parametrize("workload", IN_THIS_PROCESS, ids=lambda w: w.id)
 def test_each_workload_runs_both_sides_and_fills_its_rows(workload):
     if not measurable(workload):
+        # the engines, the caches compared with and /proc are what these rows measure: none can stand in for them
         pytest.skip(f"needs {workload.needs}")
     with workload.prepare(TINY) as pair:
         for side in (pair.ours, pair.base):
@@ -368,6 +369,7 @@ def test_an_unknown_row_is_refused():
     assert "'find_hto'" in done.stderr
 
 
+# resident memory is read from /proc, which only Linux has; the other rows run on every system
 @pytest.mark.skipif(not measurable(next(w for w in WORKLOADS if w.unit == "B")), reason="needs /proc")
 def test_memory_is_measured_in_a_process_of_its_own():
     workload = next(w for w in WORKLOADS if w.unit == "B")

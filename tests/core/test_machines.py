@@ -404,6 +404,7 @@ TestTable = TableMachine.TestCase
 TestWheel = WheelMachine.TestCase
 
 
+# the clock that could interrupt is a timer of signals, and Windows has none: there is nothing to look at
 @pytest.mark.skipif(not hasattr(signal, "getitimer"), reason="this system has no such timer")
 @given(st.integers())
 @settings(max_examples=1)

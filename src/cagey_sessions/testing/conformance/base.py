@@ -154,6 +154,7 @@ class Conformance:
         raise NotImplementedError
 
     def skip_unless_shared(self, store: Store) -> None:
-        # In a store for one process every other owner is dead, so the claims that these tests want refused are granted.
         if not store.shared:
+            # in a store for one process every other owner is dead, so the claims that these tests want refused are
+            # granted, as its contract says
             pytest.skip("one process has this store, so every other owner is dead")
